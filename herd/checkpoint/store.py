@@ -1,0 +1,66 @@
+"""One view of a checkpoint, whatever its files look like.
+
+A TensorStore names tensors as `herd.model.llama.Llama` does (Meta's names) and gives them in that model's layout: RoPE
+rows interleaved, experts stacked [E, out, in]. The Meta, Hugging Face and GGUF stores differ only below this line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from herd.model.config import ModelConfig
+
+__all__ = ["TensorInfo", "TensorStore"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """A tensor before it is read: its final shape, how the file stores it, and its bytes on disk.
+
+    `dtype` is the torch dtype `read` returns; `stored` the file's own word ("BF16", "Q4_K", ...).
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    stored: str
+    nbytes: int
+
+
+class TensorStore(Protocol):
+    """Lazy, read-only access. Opening reads headers only; every failure is a CheckpointError naming file and tensor."""
+
+    kind: str
+    """"meta", "hf" or "gguf"."""
+    path: str
+    config: ModelConfig
+
+    def names(self) -> Iterable[str]:
+        """Canonical names present, the tied output excluded."""
+        ...
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape, dtype and stored form, without reading the data."""
+        ...
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor in canonical layout, quantized blocks dequantized to float32; a view of the mapped file where possible."""
+        ...
+
+    def metadata(self) -> Mapping[str, Any]:
+        """The file's own description (params.json, config.json or GGUF keys) as plain data."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationDefaults:
+    """What generation_config.json says: stop ids and sampling defaults, each None when it is silent."""
+
+    stop_ids: frozenset[int] = frozenset()
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)

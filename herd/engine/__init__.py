@@ -1,0 +1,1 @@
+"""Floor 4: running. Token ids in, token ids out."""

@@ -1,0 +1,84 @@
+"""The errors herd raises on purpose, one small tree.
+
+    HerdError
+    +-- ConfigError        a model or run description that cannot be built (also a ValueError)
+    +-- CheckpointError    a file that is missing, damaged, hostile or of the wrong kind (also a ValueError)
+    +-- TokenizerError     a vocabulary or text that cannot be encoded or decoded (also a ValueError)
+    +-- PromptError        a conversation that its prompt format cannot express (also a ValueError)
+    +-- ContextFullError   more tokens than the context holds (also a ValueError)
+    +-- UnknownModelError  a model name that is neither a path nor in the catalog (also a LookupError)
+
+Every message says what is wrong and what to change. Anything else that escapes herd is a bug in herd.
+"""
+
+from __future__ import annotations
+
+import os
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "ContextFullError",
+    "HerdError",
+    "PromptError",
+    "TokenizerError",
+    "UnknownModelError",
+]
+
+
+class HerdError(Exception):
+    """Base of every error that herd raises on purpose."""
+
+
+class ConfigError(HerdError, ValueError):
+    """A model or run description that cannot be built."""
+
+
+class TokenizerError(HerdError, ValueError):
+    """A vocabulary or a text that cannot be encoded or decoded."""
+
+
+class PromptError(HerdError, ValueError):
+    """A conversation that its prompt format cannot express."""
+
+
+class ContextFullError(HerdError, ValueError):
+    """More tokens than the context holds. `needed` and `available` are token counts."""
+
+    def __init__(self, message: str, *, needed: int, available: int) -> None:
+        super().__init__(message)
+        self.needed = needed
+        self.available = available
+
+
+class UnknownModelError(HerdError, LookupError):
+    """A model name that is neither a path nor in the catalog. `near` lists the closest known names."""
+
+    def __init__(self, message: str, *, near: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.near = near
+
+
+class CheckpointError(HerdError, ValueError):
+    """A checkpoint file that is missing, damaged, hostile or of the wrong kind.
+
+    `path` names the file; `tensor` or `offset` (bytes from the start of the file) say where in it, when known.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        path: str | os.PathLike[str] | None = None,
+        tensor: str | None = None,
+        offset: int | None = None,
+    ) -> None:
+        where = [] if path is None else [str(path)]
+        if tensor is not None:
+            where.append(f"tensor {tensor!r}")
+        if offset is not None:
+            where.append(f"byte {offset}")
+        super().__init__(f"{', '.join(where)}: {message}" if where else message)
+        self.path = None if path is None else str(path)
+        self.tensor = tensor
+        self.offset = offset

@@ -1,0 +1,1 @@
+"""Floor 0: arithmetic. Knows no model."""

@@ -1,0 +1,68 @@
+"""Grouped matrix product: rows sorted by group, one weight matrix per group (mixture of experts).
+
+Letters: T rows, E groups, I and O inner and outer width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["grouped_linear"]
+
+
+@torch.library.custom_op("herd::grouped_linear", mutates_args=())
+def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """y[t] = weight[group of t] @ x[t]. x [T, I] sorted by group, weight [E, O, I], counts [E] int64 summing to T -> [T, O].
+
+    An opaque op, since group sizes are data: traced code sees one call with static shapes. Differentiable in x and weight.
+    """
+    out = x.new_empty(x.shape[0], weight.shape[1])
+    for e, start, stop in _spans(counts):
+        torch.mm(x[start:stop], weight[e].T, out=out[start:stop])
+    return out
+
+
+@grouped_linear.register_fake
+def _(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@torch.library.custom_op("herd::grouped_outer", mutates_args=())
+def grouped_outer(y: Tensor, x: Tensor, counts: Tensor) -> Tensor:
+    """sum over the rows of each group of y[t] x[t]^T. y [T, O], x [T, I], counts [E] -> [E, O, I]: the weight's gradient."""
+    out = x.new_zeros(counts.shape[0], y.shape[1], x.shape[1])
+    for e, start, stop in _spans(counts):
+        torch.mm(y[start:stop].T, x[start:stop], out=out[e])
+    return out
+
+
+@grouped_outer.register_fake
+def _(y: Tensor, x: Tensor, counts: Tensor) -> Tensor:
+    return x.new_empty(counts.shape[0], y.shape[1], x.shape[1])
+
+
+def _spans(counts: Tensor) -> list[tuple[int, int, int]]:
+    """(group, first row, last row + 1) of every group that has rows."""
+    spans, start = [], 0
+    for e, n in enumerate(counts.tolist()):
+        if n:
+            spans.append((e, start, start + n))
+        start += n
+    return spans
+
+
+def _setup(ctx, inputs, output) -> None:
+    x, weight, counts = inputs
+    ctx.save_for_backward(x, weight, counts)
+
+
+def _backward(ctx, grad: Tensor):
+    x, weight, counts = ctx.saved_tensors
+    grad = grad.contiguous()
+    grad_x = grouped_linear(grad, weight.transpose(1, 2), counts) if ctx.needs_input_grad[0] else None
+    grad_weight = grouped_outer(grad, x, counts) if ctx.needs_input_grad[1] else None
+    return grad_x, grad_weight, None
+
+
+grouped_linear.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,93 @@
+"""How queries meet keys: the one function every layer is handed.
+
+`attend(q, k, v, chunk) -> out` with q [..., S, H, Dh], k and v [..., S, Hkv, Dh], out [..., S, H, Dh]. Training and scoring
+use the pure ones here; engines hand in functions bound to a cache (`herd.engine.cache`). Nothing in a layer knows which.
+
+Letters: B sequences, S positions, K key positions, H query heads, Hkv key/value heads, Dh head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+__all__ = ["Attend", "Causal", "Packed", "masked_attention", "uncached", "visible"]
+
+
+class Attend(Protocol):
+    """One layer's attention: always the mask, and the KV memory when decoding."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, chunk: int | None) -> Tensor: ...
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(Dh) + mask) v with grouped heads. q [..., S, H, Dh], k and v [..., K, Hkv, Dh] -> q's shape.
+
+    `mask` is bool, True = may look, broadcastable to [..., H, S, K]; None means causal (S == K).
+    """
+    grouped = q.shape[-2] != k.shape[-2]
+    out = scaled_dot_product_attention(
+        q.transpose(-2, -3),
+        k.transpose(-2, -3),
+        v.transpose(-2, -3),
+        attn_mask=mask,
+        is_causal=mask is None,
+        enable_gqa=grouped,
+    )
+    return out.transpose(-2, -3)
+
+
+def visible(q_positions: Tensor, k_positions: Tensor, chunk: int | None) -> Tensor:
+    """Which keys a query may see: earlier or equal positions, in the same chunk. [..., S] and [..., K] -> [..., S, K] bool."""
+    q, k = q_positions[..., :, None], k_positions[..., None, :]
+    mask = k <= q
+    if chunk is not None:
+        mask = mask & (k // chunk == q // chunk)
+    return mask
+
+
+@dataclass(frozen=True, slots=True)
+class Causal:
+    """Whole sequences that start at position 0: training without packing, scoring, right-padded batches."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, chunk: int | None) -> Tensor:
+        length = q.shape[-3]
+        if chunk is None or length <= chunk:
+            return masked_attention(q, k, v, None)
+        # Chunks do not see each other, so each is its own causal attention: no [S, S] mask, and less work than one.
+        parts = [slice(start, start + chunk) for start in range(0, length, chunk)]
+        return torch.cat(
+            [masked_attention(q[..., p, :, :], k[..., p, :, :], v[..., p, :, :], None) for p in parts], dim=-3
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Documents packed back to back: `positions` [B, S] restart at 0 at each document's first token.
+
+    Those restarts are the only record of document borders, so rotary angles and mask cannot disagree.
+    """
+
+    positions: Tensor
+    masks: dict[int | None, Tensor] = field(default_factory=dict)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, chunk: int | None) -> Tensor:
+        return masked_attention(q, k, v, self.mask(chunk))
+
+    def mask(self, chunk: int | None) -> Tensor:
+        """[B, 1, S, S] bool, built once per distinct `chunk`."""
+        if chunk not in self.masks:
+            document = (self.positions == 0).cumsum(-1)
+            same = document[..., :, None] == document[..., None, :]
+            self.masks[chunk] = (same & visible(self.positions, self.positions, chunk)).unsqueeze(-3)
+        return self.masks[chunk]
+
+
+def uncached(n_layers: int) -> Sequence[Attend]:
+    """Plain causal attention for every layer."""
+    return (Causal(),) * n_layers

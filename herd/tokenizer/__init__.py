@@ -1,0 +1,1 @@
+"""Floor 1: text <-> token ids. No torch."""
