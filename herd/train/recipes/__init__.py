@@ -1,0 +1,1 @@
+"""Runs that can be started with `python -m herd.train.recipes.NAME`."""
