@@ -1,0 +1,86 @@
+"""herd: every Llama, end to end, verified.
+
+The public names below are loaded on first use, so that `import herd` and `herd --help` do not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0.dev0"
+
+_HOME = {
+    "CheckpointError": "herd.errors",
+    "ConfigError": "herd.errors",
+    "ContextFullError": "herd.errors",
+    "HerdError": "herd.errors",
+    "Llama": "herd.model.llama",
+    "Message": "herd.chat.messages",
+    "ModelConfig": "herd.model.config",
+    "PromptError": "herd.errors",
+    "Rendered": "herd.chat.format",
+    "Reply": "herd.chat.model",
+    "SamplingParams": "herd.chat.params",
+    "ToolSpec": "herd.chat.format",
+    "TokenizerError": "herd.errors",
+    "UnknownModelError": "herd.errors",
+    "generate": "herd.engine.local",
+    "load": "herd.checkpoint.load",
+    "load_tokenizer": "herd.checkpoint.load",
+    "render": "herd.chat.render",
+}
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "ContextFullError",
+    "HerdError",
+    "Llama",
+    "Message",
+    "ModelConfig",
+    "PromptError",
+    "Rendered",
+    "Reply",
+    "SamplingParams",
+    "TokenizerError",
+    "ToolSpec",
+    "UnknownModelError",
+    "generate",
+    "load",
+    "load_tokenizer",
+    "render",
+    "__version__",
+]
+
+if TYPE_CHECKING:
+    from herd.chat.format import Rendered, ToolSpec
+    from herd.chat.messages import Message
+    from herd.chat.model import Reply
+    from herd.chat.params import SamplingParams
+    from herd.chat.render import render
+    from herd.checkpoint.load import load, load_tokenizer
+    from herd.engine.local import generate
+    from herd.errors import (
+        CheckpointError,
+        ConfigError,
+        ContextFullError,
+        HerdError,
+        PromptError,
+        TokenizerError,
+        UnknownModelError,
+    )
+    from herd.model.config import ModelConfig
+    from herd.model.llama import Llama
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'herd' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

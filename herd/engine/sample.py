@@ -1,0 +1,47 @@
+"""From logits to the next id. Rows are independent; every filter works on [R, V] at once.
+
+Order of filters: repetition penalty, temperature, top-k, top-p (Meta's rule), min-p.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from herd.chat.params import SamplingParams
+
+__all__ = ["penalize", "probabilities", "sample"]
+
+
+def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Divide positive and multiply negative logits of the ids `seen` [N] (arXiv 1909.05858). logits [R, V] -> [R, V]."""
+    chosen = logits[:, seen]
+    return logits.index_copy(1, seen, torch.where(chosen > 0, chosen / penalty, chosen * penalty))
+
+
+def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
+    """logits [R, V] -> filtered, renormalised probabilities [R, V] in fp32. Needs temperature > 0.
+
+    top_p keeps tokens until the mass before them exceeds p (llama-models models/llama3/generation.py), so at least one stays.
+    """
+    probs = torch.softmax(logits.float() / params.temperature, dim=-1)
+    if params.top_k:
+        kept = probs.topk(min(params.top_k, probs.shape[-1]), dim=-1).values[..., -1:]
+        probs = probs.where(probs >= kept, 0)
+    if params.top_p < 1:
+        ordered, order = probs.sort(dim=-1, descending=True, stable=True)
+        mass_before = ordered.cumsum(-1) - ordered
+        ordered = ordered.where(mass_before <= params.top_p * ordered.sum(-1, keepdim=True), 0)
+        probs = torch.zeros_like(probs).scatter(-1, order, ordered)
+    if params.min_p:
+        probs = probs.where(probs >= params.min_p * probs.amax(-1, keepdim=True), 0)
+    return probs / probs.sum(-1, keepdim=True)
+
+
+def sample(logits: Tensor, params: SamplingParams, generator: torch.Generator, seen: Tensor | None = None) -> Tensor:
+    """Next ids [R] for logits [R, V]. Greedy at temperature 0. `seen` are the ids the repetition penalty applies to."""
+    if params.repetition_penalty != 1 and seen is not None and seen.numel():
+        logits = penalize(logits, seen.unique(), params.repetition_penalty)
+    if params.temperature == 0:
+        return logits.argmax(-1)
+    return torch.multinomial(probabilities(logits, params), 1, generator=generator).squeeze(-1)

@@ -1,0 +1,121 @@
+"""One stream of ids through one model, keeping its keys and values between calls: the naive generate loop.
+
+This is the loop to read, and the one faster engines are checked against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from herd.chat.params import SamplingParams
+from herd.engine.cache import StaticCache
+from herd.engine.sample import sample
+from herd.errors import ConfigError, ContextFullError
+from herd.model.llama import Llama
+
+__all__ = ["Session"]
+
+PREFILL_CHUNK = 512
+"""Prompt tokens per forward: bounds the activations and logits held at once."""
+FIRST_ALLOCATION = 256
+
+
+class Session:
+    """Generates from prompts of one conversation; a prompt that continues the last one reuses its keys and values.
+
+    `max_len` (positions) defaults to the model's context. Memory grows with use, up to `max_len` positions.
+    """
+
+    def __init__(self, model: Llama, *, max_len: int | None = None) -> None:
+        limit = model.config.max_seq_len
+        if max_len is not None and max_len > limit:
+            raise ConfigError(f"a context of {max_len} tokens was asked for, but this model was made for {limit}")
+        self.model = model
+        self.max_len = limit if max_len is None else max_len
+        weight = model.tok_embeddings.weight
+        first = min(FIRST_ALLOCATION, self.max_len)
+        self.cache = StaticCache(model.config, max_len=first, dtype=weight.dtype, device=weight.device)
+        self.tokens: list[int] = []
+        """Ids whose keys and values are in the cache."""
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        stop_ids: frozenset[int] = frozenset(),
+        *,
+        on_prefill: Callable[[int, int], None] | None = None,
+    ) -> Iterator[int]:
+        """Ids that follow `prompt`, the stop id included; ends at a stop id, at max_tokens or when the context is full.
+
+        `on_prefill(done, total)` is called as the prompt is read. Raises ContextFullError before any work when the prompt
+        leaves no room for a single new token, ConfigError when an id is not in the vocabulary.
+        """
+        self._check(prompt)
+        budget = self.max_len - len(prompt)
+        if params.max_tokens is not None:
+            budget = min(budget, params.max_tokens)
+        generator = torch.Generator(device=self.cache.k[0].device)
+        if params.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(params.seed)
+        stops = frozenset() if params.ignore_stop_ids else stop_ids | params.stop_ids
+        # The loop body must not run inside inference_mode across yields: the mode is thread-wide and would leak out.
+        logits = self._prefill(prompt, on_prefill)
+        seen = list(prompt)
+        for made in range(1, budget + 1):
+            with torch.inference_mode():
+                ids = torch.tensor(seen, device=logits.device) if params.repetition_penalty != 1 else None
+                token = int(sample(logits, params, generator, ids))
+            seen.append(token)
+            yield token
+            if token in stops or made == budget:
+                return
+            logits = self._forward([token])
+
+    def _check(self, prompt: Sequence[int]) -> None:
+        if not prompt:
+            raise ConfigError("the prompt has no tokens: give at least the beginning-of-text id")
+        if len(prompt) >= self.max_len:
+            raise ContextFullError(
+                f"the prompt has {len(prompt)} tokens and the context holds {self.max_len}, so there is no room for a reply: "
+                "shorten the prompt or start a new conversation",
+                needed=len(prompt) + 1,
+                available=self.max_len,
+            )
+        vocab = self.model.config.vocab_size
+        bad = next((t for t in prompt if not 0 <= t < vocab), None)
+        if bad is not None:
+            raise ConfigError(f"token id {bad} is outside the model's vocabulary of {vocab}")
+
+    def _prefill(self, prompt: Sequence[int], on_prefill: Callable[[int, int], None] | None) -> torch.Tensor:
+        """Run what the cache does not hold yet; logits [1, V] of the last position."""
+        shared = 0
+        limit = min(len(self.tokens), len(prompt) - 1)  # the last token must run: its logits are needed
+        while shared < limit and self.tokens[shared] == prompt[shared]:
+            shared += 1
+        del self.tokens[shared:]
+        total = len(prompt)
+        logits = None
+        for start in range(shared, total, PREFILL_CHUNK):
+            logits = self._forward(prompt[start : start + PREFILL_CHUNK])
+            if on_prefill is not None:
+                on_prefill(min(start + PREFILL_CHUNK, total), total)
+        assert logits is not None
+        return logits
+
+    @torch.inference_mode()
+    def _forward(self, ids: Sequence[int]) -> torch.Tensor:
+        """Append `ids` to the cache; logits [1, V] after the last of them."""
+        start, stop = len(self.tokens), len(self.tokens) + len(ids)
+        if stop > self.cache.max_len:
+            self.cache.grow(min(self.max_len, max(stop, 2 * self.cache.max_len)))
+        device = self.cache.k[0].device
+        positions = torch.arange(start, stop, device=device)
+        tokens = torch.tensor([list(ids)], device=device)
+        h = self.model.hidden(self.model.embed(tokens), positions, self.cache.bind(positions, kv_len=stop))
+        self.tokens.extend(ids)
+        return self.model.output(h[:, -1]).float()
