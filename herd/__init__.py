@@ -46,11 +46,11 @@ __all__ = [
     "TokenizerError",
     "ToolSpec",
     "UnknownModelError",
+    "__version__",
     "generate",
     "load",
     "load_tokenizer",
     "render",
-    "__version__",
 ]
 
 if TYPE_CHECKING:
