@@ -69,8 +69,7 @@ class StaticCache:
             return
         for tensors in (self.k, self.v):
             for i, old in enumerate(tensors):
-                tensors[i] = old.new_zeros(self.batch, max_len, *old.shape[2:])
-                tensors[i][:, : self.max_len] = old
+                tensors[i] = _longer(old, max_len)  # at once: an interrupt between two layers leaves both usable
         self.max_len = max_len
 
     def bind(self, positions: Tensor, kv_len: int | None = None) -> list[Attend]:
@@ -91,3 +90,12 @@ class StaticCache:
                 first = (kv_len - positions.shape[0]) // chunk * chunk
         keys = torch.arange(first, last, device=positions.device)
         return slice(first, last), visible(positions, keys, chunk)
+
+
+def _longer(old: Tensor, max_len: int) -> Tensor:
+    """[B, max_len, Hkv, Dh] that begins with `old` [B, L, Hkv, Dh]; `old` itself when it is long enough."""
+    if old.shape[1] >= max_len:
+        return old
+    new = old.new_zeros(old.shape[0], max_len, *old.shape[2:])
+    new[:, : old.shape[1]] = old
+    return new

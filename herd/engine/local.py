@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 from herd.chat.format import ChatFormat, Delta, StreamParser, ToolSpec
 from herd.chat.formats import detect
@@ -49,7 +50,8 @@ class LocalChat:
     """Chat with one model in this process, one conversation at a time; later turns reuse the cache of earlier ones.
 
     `format` None means the one the checkpoint was trained with, detected on first use. `max_len` limits the context.
-    After a stream is exhausted or closed, `last` is its Reply.
+    After a stream is exhausted or closed, `last` is its Reply (finish reason "length" when it was closed early); while it
+    runs, `made` counts its tokens.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class LocalChat:
         self.tokenizer = tokenizer
         self.session = Session(model, max_len=max_len)
         self.last: Reply | None = None
+        self.made = 0
         self._format = format
 
     @property
@@ -66,6 +69,11 @@ class LocalChat:
         if self._format is None:
             self._format = detect(self.tokenizer)
         return self._format
+
+    @property
+    def max_len(self) -> int:
+        """Tokens the context holds, prompt and reply together."""
+        return self.session.max_len
 
     def stream(
         self,
@@ -99,7 +107,10 @@ class LocalChat:
         on_prefill: Callable[[int, int], None] | None,
     ) -> Iterator[Delta]:
         matcher = StopMatcher(params.stop)
+        # Ids that the parser must not see: stops that are ignored, and stops that only the caller knows.
+        hidden = stop_ids | params.stop_ids if params.ignore_stop_ids else params.stop_ids - stop_ids
         tokens: list[int] = []
+        self.made = 0
         shown: list[str] = []
         started = first = time.perf_counter()
         cached = self._cached(prompt)
@@ -121,6 +132,8 @@ class LocalChat:
                     if held := matcher.flush():
                         shown.append(held)
                         yield Delta(text=held)
+                    if ended and delta.stop_reason == "out_of_tokens":  # a caller's stop id, unknown to the parser
+                        delta = Delta(stop_reason="end_of_turn")
                     ended = ended or delta.stop_reason in ("end_of_turn", "end_of_message")
                     yield delta
 
@@ -129,6 +142,10 @@ class LocalChat:
                 if not tokens:
                     first = time.perf_counter()
                 tokens.append(token)
+                self.made = len(tokens)
+                if token in hidden:
+                    ended = not params.ignore_stop_ids
+                    continue
                 yield from pass_on(parser.push(token))
                 if matcher.matched:
                     break
@@ -143,6 +160,8 @@ class LocalChat:
             message = parser.message()
             if matcher.matched:
                 message = Message("assistant", "".join(shown))
+            elif ended and message.stop_reason == "out_of_tokens":
+                message = replace(message, stop_reason="end_of_turn")
             self.last = Reply(message, tokens, self._finish(ended, len(prompt) + len(tokens)), usage)
 
     def _finish(self, ended: bool, total: int) -> FinishReason:

@@ -1,6 +1,7 @@
 """From logits to the next id. Rows are independent; every filter works on [R, V] at once.
 
 Order of filters: repetition penalty, temperature, top-k, top-p (Meta's rule), min-p.
+Logits that hold a NaN, or nothing that can be chosen, raise HerdError: a token made from them would look like an answer.
 """
 
 from __future__ import annotations
@@ -9,8 +10,12 @@ import torch
 from torch import Tensor
 
 from herd.chat.params import SamplingParams
+from herd.errors import HerdError
 
 __all__ = ["penalize", "probabilities", "sample"]
+
+COLDEST = 1e-30
+"""Lower temperatures are taken as this one: dividing by a number that underflows would turn the best token into a NaN."""
 
 
 def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -24,7 +29,10 @@ def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
 
     top_p keeps tokens until the mass before them exceeds p (llama-models models/llama3/generation.py), so at least one stays.
     """
-    probs = torch.softmax(logits.float() / params.temperature, dim=-1)
+    logits = logits.float()
+    # The best token is moved to 0 first, so that a very low temperature cannot overflow it.
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(params.temperature, COLDEST)
+    probs = torch.softmax(logits, dim=-1)
     if params.top_k:
         kept = probs.topk(min(params.top_k, probs.shape[-1]), dim=-1).values[..., -1:]
         probs = probs.where(probs >= kept, 0)
@@ -39,7 +47,15 @@ def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
 
 
 def sample(logits: Tensor, params: SamplingParams, generator: torch.Generator, seen: Tensor | None = None) -> Tensor:
-    """Next ids [R] for logits [R, V]. Greedy at temperature 0. `seen` are the ids the repetition penalty applies to."""
+    """Next ids [R] for logits [R, V]. Greedy at temperature 0. `seen` are the ids the repetition penalty applies to.
+
+    Raises HerdError when a row has a NaN, a positive infinity or no finite value at all.
+    """
+    if not logits.amax(-1).isfinite().all():
+        raise HerdError(
+            "the model gave numbers that are not finite, so no next token can be chosen: its weights are damaged, or they "
+            "overflow in this dtype (try bfloat16 or float32)"
+        )
     if params.repetition_penalty != 1 and seen is not None and seen.numel():
         logits = penalize(logits, seen.unique(), params.repetition_penalty)
     if params.temperature == 0:

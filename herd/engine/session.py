@@ -32,6 +32,8 @@ class Session:
         limit = model.config.max_seq_len
         if max_len is not None and max_len > limit:
             raise ConfigError(f"a context of {max_len} tokens was asked for, but this model was made for {limit}")
+        if max_len is not None and max_len < 2:
+            raise ConfigError(f"a context of {max_len} tokens holds no prompt and reply: give at least 2")
         self.model = model
         self.max_len = limit if max_len is None else max_len
         weight = model.tok_embeddings.weight
@@ -39,6 +41,7 @@ class Session:
         self.cache = StaticCache(model.config, max_len=first, dtype=weight.dtype, device=weight.device)
         self.tokens: list[int] = []
         """Ids whose keys and values are in the cache."""
+        self._turn = 0
 
     def generate(
         self,
@@ -51,9 +54,11 @@ class Session:
         """Ids that follow `prompt`, the stop id included; ends at a stop id, at max_tokens or when the context is full.
 
         `on_prefill(done, total)` is called as the prompt is read. Raises ContextFullError before any work when the prompt
-        leaves no room for a single new token, ConfigError when an id is not in the vocabulary.
+        leaves no room for a single new token, ConfigError when an id is not in the vocabulary. An iterator may be left
+        unfinished; one that is resumed after a later call to `generate` began raises RuntimeError.
         """
         self._check(prompt)
+        self._turn = turn = self._turn + 1
         budget = self.max_len - len(prompt)
         if params.max_tokens is not None:
             budget = min(budget, params.max_tokens)
@@ -74,6 +79,8 @@ class Session:
             yield token
             if token in stops or made == budget:
                 return
+            if turn != self._turn:
+                raise RuntimeError("this session has begun another reply: an earlier one cannot go on")
             logits = self._forward([token])
 
     def _check(self, prompt: Sequence[int]) -> None:
