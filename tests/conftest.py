@@ -1,0 +1,66 @@
+"""What every test gets: one thread per process, fixed seeds, and a way to the shared reference folder."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Tiny models are fastest on one thread, and xdist workers share the cores. Set before anything imports torch.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """The same random numbers in every run; torch is seeded only where a test module has imported it."""
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Callable[[str], Path]:
+    """`shared("reference/models.json")`: a path in the folder shared beside the checkout; skips the test without it."""
+
+    def find(name: str) -> Path:
+        path = SHARED / name
+        if not path.exists():
+            pytest.skip(f"{name} is not beside this checkout (looked in ../shared)")
+        return path
+
+    return find
+
+
+@pytest.fixture
+def measured(record_property: Callable[[str, object], None]) -> Callable[[str, str, float], None]:
+    """`measured(table, row, value)`: keep a figure for the table printed when the run ends (the largest of each row)."""
+
+    def keep(table: str, row: str, value: float) -> None:
+        record_property("measured", (table, row, value))
+
+    return keep
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the largest figure of every row that tests reported through `measured`."""
+    largest: dict[tuple[str, str], float] = {}
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            for name, value in getattr(report, "user_properties", ()):
+                if name == "measured":
+                    table, row, figure = value
+                    largest[table, row] = max(figure, largest.get((table, row), 0.0))
+    shown = None
+    for (table, row), figure in sorted(largest.items()):
+        if table != shown:
+            terminalreporter.section(table)
+            shown = table
+        terminalreporter.write_line(f"{row:<40} {figure:.2e}")
