@@ -80,8 +80,8 @@ def fill(model: Llama, seed: int = 0) -> Llama:
             if weight.ndim == 1:
                 weight.copy_(1 + 0.2 * noise)
             else:
-                tied = name == "tok_embeddings.weight" and not model.config.tie_embeddings
-                weight.copy_(noise if tied else noise * weight.shape[-1] ** -0.5)
+                lookup_only = name == "tok_embeddings.weight" and not model.config.tie_embeddings
+                weight.copy_(noise if lookup_only else noise * weight.shape[-1] ** -0.5)
     return model
 
 
