@@ -78,6 +78,6 @@ class ChatFormat(Protocol):
         """
         ...
 
-    def parser(self) -> StreamParser:
-        """A fresh parser for one reply."""
+    def parser(self, tools: Sequence[ToolSpec] | None = ()) -> StreamParser:
+        """A fresh parser for one reply. Calls of `tools` are looked for in its text (None: of any name)."""
         ...

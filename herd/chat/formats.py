@@ -1,0 +1,65 @@
+"""Every prompt format by name, and which one a tokenizer belongs to. No torch.
+
+A format is found from what the checkpoint says: the name its files carry, else the text of its chat template together with the
+special tokens. File and folder names are never looked at. A checkpoint without either is a base model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+from herd.chat.base import BaseFormat
+from herd.chat.format import ChatFormat
+from herd.chat.llama3 import Llama3Format
+from herd.errors import PromptError
+from herd.tokenizer.tokenizer import Tokenizer
+
+__all__ = ["FORMATS", "detect", "format_named"]
+
+FORMATS: Mapping[str, Callable[[Tokenizer], ChatFormat]] = {
+    "base": BaseFormat,
+    "llama3": partial(Llama3Format, dialect=None, name="llama3"),
+    "llama3.1": partial(Llama3Format, dialect="json", name="llama3.1"),
+    "llama3.2": partial(Llama3Format, dialect="pythonic", name="llama3.2"),
+    "llama3.3": partial(Llama3Format, dialect="pythonic", name="llama3.3"),
+}
+"""Factories by name: what `--format` takes and what catalog entries and checkpoints name."""
+
+
+def format_named(name: str, tokenizer: Tokenizer) -> ChatFormat:
+    """The format called `name` over `tokenizer`.
+
+    Raises PromptError for an unknown name (listing the known ones) and for a vocabulary without the format's tokens.
+    """
+    if name not in FORMATS:
+        raise PromptError(f"there is no prompt format {name!r}; choose one of {', '.join(FORMATS)}")
+    return FORMATS[name](tokenizer)
+
+
+def detect(tokenizer: Tokenizer) -> ChatFormat:
+    """The format that a checkpoint was trained with; `BaseFormat` when nothing says that it is a chat model.
+
+    Raises PromptError when it has a chat template of a format that herd does not know.
+    """
+    if tokenizer.chat_format is not None:
+        return format_named(tokenizer.chat_format, tokenizer)
+    if not tokenizer.template:
+        return BaseFormat(tokenizer)
+    name = _name_from_template(tokenizer.template)
+    if name is None:
+        raise PromptError(
+            "the checkpoint's chat template is of no Llama format that herd knows: name the format with --format, "
+            f"one of {', '.join(FORMATS)}"
+        )
+    return format_named(name, tokenizer)
+
+
+def _name_from_template(template: str) -> str | None:
+    """Which format a template writes, from the tokens and words that only that format has."""
+    if "<|start_header_id|>" in template:
+        # Only the templates of 3.2 and 3.3 ask for today's date; 3.1 has a fixed one, and Llama 3 knows no tools.
+        if "strftime_now" in template:
+            return "llama3.2"
+        return "llama3.1" if "ipython" in template else "llama3"
+    return None
