@@ -75,6 +75,10 @@ class LocalChat:
         """Tokens the context holds, prompt and reply together."""
         return self.session.max_len
 
+    def count(self, messages: Sequence[Message]) -> int:
+        """Tokens of a conversation as it stands in the context."""
+        return len(self.format.render(messages, generate=False).tokens)
+
     def stream(
         self,
         messages: Sequence[Message],

@@ -1,0 +1,64 @@
+"""`herd chat`: a conversation in the terminal, or through a pipe."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from herd.cli.options import model_options, sampling, sampling_options
+
+if TYPE_CHECKING:
+    from herd.cli.opened import Opened
+
+__all__ = ["command", "talk"]
+
+EPILOG = """\
+Examples:
+
+\b
+  herd chat                                   the small model that comes with herd
+  herd chat ./Llama-3.1-8B-Instruct -c 16384  a folder of your own, with room for long talks
+  herd chat --system "You are a pirate."
+  printf 'Hello.\\nWho are you?\\n' | herd chat    one message per line, replies on stdout
+
+\b
+In the chat, /? lists the commands, Ctrl-C stops a reply, Ctrl-D leaves.
+"""
+
+
+@click.command(epilog=EPILOG)
+@click.argument("model", default="nano")
+@click.option("--system", default="", metavar="TEXT", help="System prompt.")
+@sampling_options
+@model_options
+@click.option("--verbose", is_flag=True, help="Rates and context after each reply, also when not at a terminal.")
+def command(model: str, system: str, verbose: bool, **options: Any) -> int:
+    """Talk with a model, turn by turn. MODEL is a name (herd models), a folder or a file; nano is the default."""
+    chosen = sampling(options)
+    from herd.cli.opened import open_model
+
+    opened = open_model(model, **{name: options[name] for name in ("dtype", "device", "max_len", "format_name")})
+    return talk(opened, chosen, system, verbose=verbose)
+
+
+def talk(opened: Opened, chosen: dict[str, Any], system: str, *, verbose: bool) -> int:
+    """Hold a conversation until the input ends. Without a terminal the status is 1 when a turn or command failed."""
+    from herd.cli.commands import Commands
+    from herd.cli.console import is_interactive
+    from herd.cli.conversation import Conversation
+    from herd.cli.lines import PlainLines, TerminalLines
+    from herd.cli.repl import Repl
+
+    opened.require_format()
+    conversation = Conversation(opened.chat, opened.params(chosen), system)
+    commands = Commands(conversation, opened.about())
+    interactive = is_interactive()
+    commands.show_rates = interactive or verbose
+    lines = TerminalLines(commands.names) if interactive else PlainLines(sys.stdin)
+    repl = Repl(conversation, commands, lines, live=interactive)
+    if interactive:
+        repl.greet()
+    failures = repl.loop()
+    return 1 if failures and not interactive else 0

@@ -1,0 +1,149 @@
+"""`herd`: the subcommands, each imported only when it is chosen, and the one place where errors become exit statuses.
+
+| status | meaning                                                                    |
+|--------|----------------------------------------------------------------------------|
+| 0      | done                                                                       |
+| 1      | a HerdError (one line on stderr), or a bug in herd (one line, how to see more) |
+| 2      | a command line that makes no sense                                         |
+| 130    | stopped with Ctrl-C                                                        |
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NamedTuple, NoReturn
+
+import click
+
+from herd import __version__
+from herd.cli.console import styled
+from herd.errors import HerdError
+
+__all__ = ["COMMANDS", "herd", "main", "run"]
+
+
+class Entry(NamedTuple):
+    """A subcommand: the module whose `command` it is, its line in the help, and the section that line stands in."""
+
+    module: str
+    summary: str
+    section: str
+
+
+COMMANDS = {
+    "chat": Entry("herd.cli.chat", "Talk with a model, turn by turn.", "Talk"),
+    "run": Entry("herd.cli.run", "Answer one prompt and exit (without a prompt: chat).", "Talk"),
+    "models": Entry("herd.cli.models", "List the Llama models that herd knows.", "Look"),
+    "tokens": Entry("herd.cli.tokens", "Show how a text or a conversation becomes tokens.", "Look"),
+}
+
+EXAMPLES = """\
+Examples:
+
+\b
+  herd chat                                  talk with the small model that comes with herd
+  herd run nano "Tell me a story."           one answer, then exit
+  herd run ./Llama-3.2-1B-Instruct "Hi"      a folder or file of your own: Hugging Face, Meta or GGUF
+  git diff | herd run MODEL "Explain this."  what is piped in follows the prompt
+  herd COMMAND --help                        all options of a command
+"""
+
+
+class LazyGroup(click.Group):
+    """A group over COMMANDS that imports a subcommand's module when the subcommand is used, and suggests near names."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        entry = COMMANDS.get(cmd_name)
+        return None if entry is None else import_module(entry.module).command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
+            near = difflib.get_close_matches(name, COMMANDS, n=2)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"the commands are {', '.join(COMMANDS)}"
+            raise click.UsageError(f"no such command {name!r}: {hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for section in dict.fromkeys(entry.section for entry in COMMANDS.values()):
+            with formatter.section(section):
+                formatter.write_dl([(name, e.summary) for name, e in COMMANDS.items() if e.section == section])
+
+
+@click.group(
+    cls=LazyGroup,
+    epilog=EXAMPLES,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(__version__, "-V", "--version", message="%(prog)s %(version)s")
+@click.pass_context
+def herd(ctx: click.Context) -> None:
+    """Every Llama, end to end, verified."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+def main() -> NoReturn:
+    """The console script."""
+    status = run(sys.argv[1:])
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.flush()
+    sys.exit(status)
+
+
+def run(args: Sequence[str]) -> int:
+    """Run one command line; the exit status. Errors are said on stderr in one line (HERD_DEBUG=1 adds the traceback)."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character must not end the program
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        status = herd.main(list(args), prog_name="herd", standalone_mode=False)
+        sys.stdout.flush()  # here, where a broken pipe can still be handled, and not while python shuts down
+        return status if isinstance(status, int) else 0
+    except (click.Abort, KeyboardInterrupt):
+        return 130
+    except click.ClickException as error:
+        return _fail(error, _usage_line(error), error.exit_code)
+    except HerdError as error:
+        return _fail(error, str(error), 1)
+    except OSError as error:
+        if error.errno != errno.EPIPE:
+            return _bug(error)
+        # The reader has gone: say nothing, and let the flush at exit write into the void.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        return _bug(error)
+
+
+def _usage_line(error: click.ClickException) -> str:
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    return error.format_message() + (f" (see: {context.command_path} --help)" if context else "")
+
+
+def _bug(error: Exception) -> int:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate" in str(error):
+        return _fail(error, "out of memory: use a smaller model, a shorter context (-c) or --dtype bfloat16", 1)
+    what = f"{type(error).__name__}: {error}"
+    return _fail(error, f"{what[:300]} (this is a bug in herd: HERD_DEBUG=1 shows where)", 1)
+
+
+def _fail(error: BaseException, line: str, status: int) -> int:
+    with contextlib.suppress(OSError):
+        if os.environ.get("HERD_DEBUG"):
+            traceback.print_exception(error, file=sys.stderr)
+        print(styled("herd:", "red", sys.stderr), " ".join(line.split()), file=sys.stderr)
+    return status

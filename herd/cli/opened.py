@@ -1,0 +1,99 @@
+"""A model opened for the terminal: found by name, loaded, and ready to be talked to. Imports torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from herd.chat.formats import FORMATS
+from herd.chat.params import SamplingParams
+from herd.checkpoint.load import Checkpoint, open_checkpoint
+from herd.checkpoint.resolve import resolve
+from herd.engine.local import LocalChat
+from herd.errors import ConfigError, PromptError
+
+__all__ = ["Opened", "open_model"]
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A model in memory. `name` is what the user called it; `seconds` is how long opening took."""
+
+    name: str
+    checkpoint: Checkpoint
+    chat: LocalChat
+    seconds: float
+
+    def params(self, chosen: Mapping[str, Any]) -> SamplingParams:
+        """The user's choices over the checkpoint's own defaults over Meta's."""
+        defaults = self.checkpoint.defaults
+        own = {name: getattr(defaults, name) for name in ("temperature", "top_p", "top_k")}
+        given = {name: value for name, value in own.items() if value is not None}
+        return SamplingParams(**(given | {"stop_ids": defaults.stop_ids} | dict(chosen)))
+
+    def require_format(self) -> None:
+        """Raises PromptError when the model has no prompt format, saying how a base model is used."""
+        try:
+            _ = self.chat.format
+        except PromptError as error:
+            raise PromptError(
+                f"{self.name} is a base model, which continues text and was not taught to chat ({error}): "
+                f'use herd run --raw {self.name} "TEXT", or name a prompt format with --format'
+            ) from None
+
+    def about(self) -> dict[str, str]:
+        """The facts of /show, by name."""
+        model = self.chat.session.model
+        weight = model.tok_embeddings.weight
+        return {
+            "model": self.name,
+            "path": str(self.checkpoint.path),
+            "parameters": short_count(sum(p.numel() for p in model.parameters())),
+            "numbers": f"{str(weight.dtype).removeprefix('torch.')} on {weight.device}",
+            "format": self.chat.format.name,
+        }
+
+
+def open_model(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    max_len: int | None = None,
+    format_name: str | None = None,
+) -> Opened:
+    """Find and load `name` (a catalog name, a folder or a file). Raises a HerdError that says what to change."""
+    began = time.perf_counter()
+    where = resolve(name)
+    checkpoint = open_checkpoint(
+        where, dtype=None if dtype == "auto" else getattr(torch, dtype), device=_device(device)
+    )
+    if format_name is not None and format_name not in FORMATS:
+        raise ConfigError(f"no prompt format is called {format_name!r}: there are {', '.join(FORMATS)}")
+    format = None if format_name is None else FORMATS[format_name](checkpoint.tokenizer)
+    chat = LocalChat(checkpoint.model, checkpoint.tokenizer, format=format, max_len=max_len)
+    return Opened(name, checkpoint, chat, time.perf_counter() - began)
+
+
+def short_count(count: int) -> str:
+    """A number of parameters as people say it: 1.24B, 35.1M."""
+    for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if count >= size:
+            return f"{count / size:.3g}{letter}"
+    return str(count)
+
+
+def _device(name: str) -> torch.device:
+    """A device that this machine has."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ConfigError(f"this machine has no device {name!r}: use --device cpu, or auto") from None
+    return device

@@ -1,0 +1,84 @@
+"""The options that several commands share, and what is made of them. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import click
+
+from herd.chat.params import SamplingParams
+from herd.cli.conversation import stop_string
+from herd.errors import ConfigError
+
+__all__ = ["DTYPES", "model_options", "sampling", "sampling_options"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens", "seed", "stop")
+
+
+def model_options(command: F) -> F:
+    """How a model is opened: --dtype, --device, -c, --format."""
+    for add in (
+        click.option("--format", "format_name", metavar="NAME", help="Prompt format, instead of the model's own."),
+        click.option(
+            "-c",
+            "--ctx-size",
+            "--max-model-len",
+            "max_len",
+            type=click.IntRange(min=2),
+            metavar="N",
+            help="Tokens of context (default: what the model was made for).",
+        ),
+        click.option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps (default: auto)."),
+        click.option(
+            "--dtype", type=click.Choice(DTYPES), default="auto", help="Number type of the weights (default: auto)."
+        ),
+    ):
+        command = add(command)
+    return command
+
+
+def sampling_options(command: F) -> F:
+    """How replies are sampled: one option per field of SamplingParams, named as in llama.cpp, Ollama, mlx and vLLM."""
+    for add in (
+        click.option("--stop", multiple=True, metavar="TEXT", help=r"End the reply before TEXT (repeatable; \n, \t)."),
+        click.option("--seed", type=int, metavar="N", help="Same seed, same reply."),
+        click.option(
+            "-n",
+            "--max-tokens",
+            "max_tokens",
+            type=int,
+            metavar="N",
+            help="Longest reply (default: what the context holds).",
+        ),
+        click.option(
+            "--repeat-penalty",
+            "--repetition-penalty",
+            "repetition_penalty",
+            type=float,
+            metavar="X",
+            help="Above 1: what was said becomes less likely.",
+        ),
+        click.option("--min-p", type=float, metavar="P", help="Least likelihood, as a share of the best token's."),
+        click.option("--top-k", type=int, metavar="K", help="Choose among the K likeliest tokens (0: all)."),
+        click.option("--top-p", type=float, metavar="P", help="Choose among the likeliest tokens that make up P."),
+        click.option(
+            "--temp", "--temperature", "temperature", type=float, metavar="T", help="0 is greedy; above, more varied."
+        ),
+    ):
+        command = add(command)
+    return command
+
+
+def sampling(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The sampling fields that were given, checked. Raises click.UsageError (exit status 2) before any model is opened."""
+    given = {name: options[name] for name in SAMPLING if options[name] not in (None, ())}
+    if "stop" in given:
+        given["stop"] = tuple(stop_string(text) for text in given["stop"])
+    try:
+        SamplingParams(**given)
+    except ConfigError as error:
+        raise click.UsageError(str(error), click.get_current_context(silent=True)) from None
+    return given

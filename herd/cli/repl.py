@@ -1,0 +1,75 @@
+"""The loop of a chat: read a message or a command, answer it, again. Replies go to stdout, all else to stderr."""
+
+from __future__ import annotations
+
+import sys
+
+from herd.cli.commands import Commands
+from herd.cli.console import note, styled
+from herd.cli.conversation import Conversation
+from herd.cli.lines import Lines
+from herd.cli.reply import ReplyView, ending, rates
+from herd.errors import ContextFullError, HerdError
+
+__all__ = ["Repl"]
+
+
+class Repl:
+    """A conversation, its commands and where its lines come from. `live` shows the rate while a reply is made."""
+
+    def __init__(self, conversation: Conversation, commands: Commands, lines: Lines, *, live: bool) -> None:
+        self.conversation, self.commands, self.lines = conversation, commands, lines
+        self.view = ReplyView(conversation, live=live)
+
+    def greet(self) -> None:
+        """What a person sees first."""
+        about = self.commands.about
+        note(f"{about['model']}, {about['parameters']} parameters, context {self.conversation.model.max_len:,} tokens.")
+        note("Type a message. /? lists the commands, Ctrl-C stops a reply, Ctrl-D leaves.")
+
+    def loop(self) -> int:
+        """Until the input ends or /bye; how many lines failed."""
+        failures = 0
+        while True:
+            try:
+                line = self.lines.read()
+            except KeyboardInterrupt:
+                note("[Ctrl-D or /bye leaves]")
+                continue
+            if line is None:
+                return failures
+            try:
+                if self._answer(line):
+                    return failures
+            except HerdError as error:
+                failures += 1
+                self._complain(error)
+
+    def _answer(self, line: str) -> bool:
+        """Deal with one line; whether to leave."""
+        if line.startswith("/"):
+            answer = self.commands.run(line)
+            if answer.text:
+                print(answer.text, file=sys.stderr)
+            if answer.leave:
+                return True
+            line = answer.say or ""
+        if line.strip():
+            self._say(line.strip())
+        return False
+
+    def _say(self, text: str) -> None:
+        outcome = self.view.say(text)
+        if outcome is None:
+            note("[stopped before the model began]")
+            return
+        if why := ending(outcome, self.conversation.params.max_tokens):
+            note(why)
+        if self.commands.show_rates:
+            note(rates(outcome, self.conversation.model.max_len))
+
+    def _complain(self, error: HerdError) -> None:
+        line = " ".join(str(error).split())
+        if isinstance(error, ContextFullError):
+            line = f"{line} (/undo takes back the last exchange, /clear starts over, -c sets the context at the start)"
+        print(styled("herd:", "red", sys.stderr), line, file=sys.stderr, flush=True)
