@@ -1,0 +1,96 @@
+"""Llama 3.1 frequency scaling as GGUF keeps it: a table of divisors, one per rotary frequency.
+
+Converters evaluate the scaling rule and store only its result (`rope_freqs.weight`): 1 for short wavelengths, `factor` for
+long ones, and a blend between. herd computes the rule itself, so the parameters are recovered from the table, and the table
+computed from them must equal the one in the file. Source of the rule: llama.cpp's Llama converter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from herd.errors import ConfigError
+from herd.model.config import RopeScaling
+from herd.model.rope import frequencies, scale_frequencies
+
+__all__ = ["divisors", "recover"]
+
+TOLERANCE = 1e-5
+"""Relative: float32 evaluations of the blend differ by some 1e-6, two plausible sets of parameters by far more."""
+
+
+def divisors(head_dim: int, theta: float, scaling: RopeScaling) -> Tensor:
+    """The table of `scaling` [head_dim / 2] float32."""
+    plain = frequencies(head_dim, theta)
+    return plain / scale_frequencies(plain, scaling)
+
+
+def recover(table: Tensor, theta: float, original: int = 8192) -> RopeScaling | None:
+    """The scaling that gives `table` [head_dim / 2] over a context of `original` positions; None: it scales nothing.
+
+    Only the ratios of both factors to `original` show in a table, so `original` is the caller's word. Raises ConfigError
+    when no parameters of the rule reproduce the table.
+    """
+    table = table.float()
+    if not bool(((table > 0) & table.isfinite()).all()):
+        raise ConfigError("a divisor is not a positive number")
+    if bool((table == 1).all()):
+        return None
+    head_dim = 2 * len(table)
+    for scaling in _candidates(table, theta, original):
+        error = (divisors(head_dim, theta, scaling) / table - 1).abs().max()
+        if float(error) <= TOLERANCE:
+            return scaling
+    raise ConfigError("these divisors are not a Llama 3.1 frequency scaling, the only one that herd's RoPE has")
+
+
+def _candidates(table: Tensor, theta: float, original: int) -> Iterator[RopeScaling]:
+    turns = (original * frequencies(2 * len(table), theta).double() / (2 * math.pi)).tolist()
+    stored = table.double().tolist()
+    largest = max(stored)
+    for low, high in ((1.0, 4.0), (1.0, 1.0)):  # Llama 3.1 to 3.3; Llama 4 Scout
+        yield from _scaling(largest, low, high, original)
+    yield from _scaling(_unreached_factor(stored, turns), 1.0, 4.0, original)
+    fitted = _fit(stored, turns, largest)
+    if fitted is not None:
+        low, high = fitted
+        yield from _scaling(largest, float(f"{low:.3g}"), float(f"{high:.3g}"), original)
+        yield from _scaling(largest, low, high, original)
+
+
+def _unreached_factor(stored: list[float], turns: list[float]) -> float:
+    """The factor when even the lowest frequency is only blended (small heads or small theta), for factors 1 and 4."""
+    blend = (turns[-1] - 1) / 3
+    rest = 1 / stored[-1] - blend
+    if not 0 < blend < 1 or rest <= 0:
+        return math.nan
+    factor = (1 - blend) / rest
+    return round(factor) if abs(factor / max(round(factor), 1) - 1) < TOLERANCE else factor
+
+
+def _fit(stored: list[float], turns: list[float], factor: float) -> tuple[float, float] | None:
+    """(low, high) from the blended divisors, whose inverses lie on a line over `turns`; None with fewer than two."""
+    blended = [
+        (turn, (1 / value - 1 / factor) / (1 - 1 / factor))
+        for turn, value in zip(turns, stored, strict=True)
+        if 1 < value < factor
+    ]
+    if len(blended) < 2:
+        return None
+    (x0, y0), (x1, y1) = blended[0], blended[-1]
+    slope = (y1 - y0) / (x1 - x0)
+    if slope <= 0:
+        return None
+    low = x0 - y0 / slope
+    return low, low + 1 / slope
+
+
+def _scaling(factor: float, low: float, high: float, original: int) -> Iterator[RopeScaling]:
+    """The scaling, unless these numbers are none."""
+    try:
+        yield RopeScaling(factor=factor, low_freq_factor=low, high_freq_factor=high, original_max_seq_len=original)
+    except ConfigError:
+        return
