@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
-__all__ = ["Family", "SpecialTokens", "Tokenizer"]
+from herd.errors import TokenizerError
+
+__all__ = ["Family", "SpecialTokens", "Tokenizer", "check_text", "printable"]
 
 Family = Literal["llama2", "codellama", "llama3", "llama4"]
 """Vocabulary family: SentencePiece without and with infill pieces, and the two tiktoken vocabularies."""
@@ -72,3 +74,20 @@ class Tokenizer(Protocol):
     def piece(self, id: int) -> str:
         """A printable name of one id, for display."""
         ...
+
+
+def check_text(text: str) -> None:
+    """Raise TokenizerError when `text` holds a lone surrogate, which no UTF-8 and so no vocabulary can express."""
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = f"U+{ord(text[error.start]):04X} at character {error.start}"
+        raise TokenizerError(f"the text holds a lone surrogate, {found}; remove it or decode the input again") from None
+
+
+def printable(data: bytes) -> str:
+    """`data` as text on one line: bytes that are not UTF-8 and control characters become escapes."""
+    text = data.decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
