@@ -10,8 +10,11 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from herd.chat.base import BaseFormat
+from herd.chat.codellama70b import CodeLlama70BFormat
 from herd.chat.format import ChatFormat
+from herd.chat.llama2 import Llama2Format
 from herd.chat.llama3 import Llama3Format
+from herd.chat.llama4 import Llama4Format
 from herd.errors import PromptError
 from herd.tokenizer.tokenizer import Tokenizer
 
@@ -19,10 +22,14 @@ __all__ = ["FORMATS", "detect", "format_named"]
 
 FORMATS: Mapping[str, Callable[[Tokenizer], ChatFormat]] = {
     "base": BaseFormat,
+    "llama2": Llama2Format,
+    "codellama": partial(Llama2Format, code=True),
+    "codellama-70b": CodeLlama70BFormat,
     "llama3": partial(Llama3Format, dialect=None, name="llama3"),
     "llama3.1": partial(Llama3Format, dialect="json", name="llama3.1"),
     "llama3.2": partial(Llama3Format, dialect="pythonic", name="llama3.2"),
     "llama3.3": partial(Llama3Format, dialect="pythonic", name="llama3.3"),
+    "llama4": Llama4Format,
 }
 """Factories by name: what `--format` takes and what catalog entries and checkpoints name."""
 

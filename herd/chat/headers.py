@@ -161,4 +161,5 @@ class HeaderFormat:
         writer.text(self.dialect.print(calls), learn=True)
 
     def _write_builtin(self, writer: TokenWriter, calls: Sequence[ToolCall]) -> None:
+        """Calls for which `is_builtin_call` holds; formats without built-in tools never get here."""
         raise NotImplementedError
