@@ -400,11 +400,10 @@ def sizes(config: ModelConfig) -> Mapping[str, int]:
 
 def _parameters(config: ModelConfig) -> Iterator[tuple[str, Row, int]]:
     """(canonical name, row, layer) in model order."""
-    before = [row for row in ROWS[:1]]
-    inner = [row for row in ROWS if "{i}" in row.name]
-    after = [row for row in ROWS[1:] if "{i}" not in row.name]
-    for row in before:
-        yield row.name, row, 0
+    first, *rest = ROWS
+    inner = [row for row in rest if "{i}" in row.name]
+    after = [row for row in rest if "{i}" not in row.name]
+    yield first.name, first, 0
     for i, spec in enumerate(config.layers):
         for row in inner:
             if row.when is None or (row.when == "moe") == spec.moe:

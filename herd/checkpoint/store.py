@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from herd.model.config import ModelConfig
 
-__all__ = ["TensorInfo", "TensorStore"]
+__all__ = ["GenerationDefaults", "Releases", "TensorFile", "TensorInfo", "TensorStore"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,33 @@ class TensorStore(Protocol):
 
     def metadata(self) -> Mapping[str, Any]:
         """The file's own description (params.json, config.json or GGUF keys) as plain data."""
+        ...
+
+
+@runtime_checkable
+class Releases(Protocol):
+    """A store over mapped files that can let go of their memory after a copy was made."""
+
+    def release(self, name: str) -> None:
+        """The file pages behind `name` may leave memory; reading it again is allowed."""
+        ...
+
+
+class TensorFile(Protocol):
+    """One file of named tensors, in its own names: what the Meta and Hugging Face stores are built from."""
+
+    path: Path
+
+    def names(self) -> Iterable[str]: ...
+
+    def describe(self, name: str) -> TensorInfo: ...
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The stored tensor, a view of the mapped file."""
+        ...
+
+    def release(self, name: str) -> None:
+        """Let go of the file pages behind a tensor that has been copied."""
         ...
 
 

@@ -1,0 +1,95 @@
+"""Weights into a model: build without storage, check every name and shape, hand each tensor its home.
+
+Tensors whose dtype and device already fit stay views of the mapped file; the others are cast one at a time and the file
+pages they came from are released, so loading takes hardly more memory than the model itself.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+
+import torch
+from torch import nn
+
+from herd.checkpoint.names import shapes
+from herd.checkpoint.store import Releases, TensorStore
+from herd.errors import CheckpointError
+from herd.model.llama import Llama
+from herd.model.rope import Rope
+
+__all__ = ["check_store", "fill", "stored_dtype"]
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def fill(store: TensorStore, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Llama:
+    """A Llama with the weights of `store`, in one dtype (default: the one most of them are stored in), ready to run.
+
+    Parameters do not require gradients. On the CPU they may be views of the file: writing to one copies what is written,
+    the file never changes. Raises CheckpointError.
+    """
+    check_store(store)
+    dtype = stored_dtype(store) if dtype is None else dtype
+    if dtype not in FLOATS:
+        raise CheckpointError(f"the model cannot run in {dtype}: choose float32, bfloat16 or float16", path=store.path)
+    _say_skipped(store)
+    device = torch.device(device)
+    with torch.device("meta"):
+        model = Llama(store.config)
+    with torch.device(device):
+        model.rope = Rope(store.config)
+    for name in shapes(store.config):
+        home, _, field = name.rpartition(".")
+        weight = nn.Parameter(_read(store, name, dtype, device), requires_grad=False)
+        model.get_submodule(home).register_parameter(field, weight)
+    if store.config.tie_embeddings:
+        model.output.weight = model.tok_embeddings.weight
+    return model
+
+
+def check_store(store: TensorStore) -> None:
+    """Hold names and shapes of `store` against its config. Raises CheckpointError naming the first tensor that differs."""
+    expected, names = shapes(store.config), set(store.names())
+    for name in expected:
+        if name not in names:
+            raise CheckpointError("is missing", path=store.path, tensor=name)
+    for name in sorted(names - expected.keys()):
+        raise CheckpointError("is no parameter of this model", path=store.path, tensor=name)
+    for name, shape in expected.items():
+        found = store.info(name).shape
+        if found != shape:
+            raise CheckpointError(f"has shape {found}, the model needs {shape}", path=store.path, tensor=name)
+
+
+def stored_dtype(store: TensorStore) -> torch.dtype:
+    """The floating dtype that most numbers of `store` are read in. Raises CheckpointError when there is none."""
+    counts: Counter[torch.dtype] = Counter()
+    for name in shapes(store.config):
+        info = store.info(name)
+        if info.dtype not in FLOATS:
+            raise CheckpointError(
+                f"is stored as {info.stored}, which has no meaning without scales", path=store.path, tensor=name
+            )
+        counts[info.dtype] += torch.Size(info.shape).numel()
+    return counts.most_common(1)[0][0]
+
+
+def _read(store: TensorStore, name: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    stored = store.read(name)
+    if stored.dtype not in FLOATS:
+        raise CheckpointError(f"is stored as {stored.dtype}, which has no meaning without scales", tensor=name)
+    tensor = stored.to(device=device, dtype=dtype)
+    if tensor is not stored and isinstance(store, Releases):
+        store.release(name)
+    return tensor
+
+
+def _say_skipped(store: TensorStore) -> None:
+    skipped: tuple[str, ...] = getattr(store, "skipped", ())
+    if skipped:
+        groups = sorted({name.split(".")[0] for name in skipped})
+        warnings.warn(
+            f"{store.path}: text model only; {len(skipped)} tensors of {', '.join(groups)} are not loaded",
+            stacklevel=4,
+        )

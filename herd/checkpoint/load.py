@@ -1,0 +1,66 @@
+"""From a name or path to something that runs: `herd.load`, `herd.load_tokenizer`, and the checkpoint as a whole."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from herd.checkpoint.fill import fill
+from herd.checkpoint.open import open_store
+from herd.checkpoint.resolve import resolve
+from herd.checkpoint.store import GenerationDefaults, TensorStore
+from herd.checkpoint.vocabulary import check_vocabulary, tokenizer_at
+from herd.model.llama import Llama
+from herd.tokenizer.tokenizer import Tokenizer
+
+__all__ = ["Checkpoint", "load", "load_model", "load_tokenizer", "open_checkpoint"]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Everything that came with a model: where it is, its tensors, the model, its tokenizer, its sampling defaults."""
+
+    path: Path
+    store: TensorStore
+    model: Llama
+    tokenizer: Tokenizer
+    defaults: GenerationDefaults
+
+
+def load(
+    path_or_name: str | os.PathLike[str], dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> tuple[Llama, Tokenizer]:
+    """(model, tokenizer) of a checkpoint folder, file or catalog name, in any format herd reads.
+
+    `dtype` None keeps the one the weights are stored in. Parameters do not require gradients; on the CPU they may be views
+    of the file. Raises UnknownModelError, CheckpointError, ConfigError or TokenizerError.
+    """
+    checkpoint = open_checkpoint(path_or_name, dtype, device)
+    return checkpoint.model, checkpoint.tokenizer
+
+
+def load_model(
+    path_or_name: str | os.PathLike[str], dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> Llama:
+    """As `load`, for checkpoints without a tokenizer: the model alone."""
+    return fill(open_store(resolve(path_or_name)), dtype, device)
+
+
+def load_tokenizer(path_or_name: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer of a checkpoint folder, a tokenizer or GGUF file, or a catalog name."""
+    return tokenizer_at(resolve(path_or_name))
+
+
+def open_checkpoint(
+    path_or_name: str | os.PathLike[str], dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> Checkpoint:
+    """As `load`, with everything else the checkpoint holds."""
+    path = resolve(path_or_name)
+    store = open_store(path)
+    tokenizer = tokenizer_at(Path(store.path), store.metadata() if store.kind == "gguf" else None)
+    check_vocabulary(tokenizer, store.config.vocab_size, store.path)
+    defaults = getattr(store, "generation", GenerationDefaults())
+    return Checkpoint(path, store, fill(store, dtype, device), tokenizer, defaults)

@@ -1,0 +1,77 @@
+"""A file as memory: tensors that are views of the page cache.
+
+The mapping is private and copy-on-write: reading costs no memory of our own, writing into a tensor never reaches the file.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+from pathlib import Path
+
+import torch
+
+from herd.errors import CheckpointError
+
+__all__ = ["MappedFile"]
+
+# Linux: a private writable mapping larger than the memory is refused unless it reserves none.
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0)
+
+
+class MappedFile:
+    """`path` mapped as a whole. Raises CheckpointError when it cannot be opened or is empty."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        try:
+            with open(self.path, "rb") as file:
+                self.size = os.fstat(file.fileno()).st_size
+                if self.size == 0:
+                    raise CheckpointError("the file is empty", path=self.path)
+                self._map = _map(file.fileno())
+        except OSError as error:
+            raise CheckpointError(f"cannot be opened: {error.strerror or error}", path=self.path) from error
+
+    def bytes(self, offset: int, size: int) -> bytes:
+        """A copy of `size` bytes at `offset`; the caller has checked both."""
+        return self._map[offset : offset + size]
+
+    def find_last(self, needle: bytes, start: int) -> int:
+        """Offset of the last `needle` at or after `start`, or -1."""
+        return self._map.rfind(needle, start)
+
+    def tensor(self, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+        """The tensor stored row-major at `offset`: a view, or a copy where the file misaligns it. No bounds are assumed.
+
+        Raises CheckpointError when it does not lie inside the file.
+        """
+        count = math.prod(shape)
+        nbytes = count * dtype.itemsize
+        if offset < 0 or offset + nbytes > self.size:
+            raise CheckpointError(
+                f"{nbytes} bytes at {offset} reach past the end of the file ({self.size} bytes)",
+                path=self.path,
+                offset=offset,
+            )
+        if count == 0:
+            return torch.empty(shape, dtype=dtype)
+        if offset % dtype.itemsize:  # kernels may assume natural alignment
+            raw = bytearray(self._map[offset : offset + nbytes])
+            return torch.frombuffer(raw, dtype=dtype).view(shape)
+        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset).view(shape)
+
+    def release(self, offset: int, nbytes: int) -> None:
+        """Let go of the memory behind a range that has been copied; it is read again from the file when touched."""
+        page = mmap.PAGESIZE
+        start, stop = -(-offset // page) * page, (offset + nbytes) // page * page
+        if stop > start and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED, start, stop - start)
+
+
+def _map(descriptor: int) -> mmap.mmap:
+    if hasattr(mmap, "MAP_PRIVATE"):
+        flags = mmap.MAP_PRIVATE | _NO_RESERVE
+        return mmap.mmap(descriptor, 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)

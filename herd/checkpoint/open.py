@@ -1,0 +1,85 @@
+"""open_store(path): look at a file or folder and return the store that reads it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from herd.checkpoint.files import short
+from herd.checkpoint.store import TensorStore
+from herd.errors import CheckpointError
+
+__all__ = ["open_store"]
+
+EXPECTED = (
+    "expected a Hugging Face folder (config.json with *.safetensors or pytorch_model*.bin), "
+    "a Meta folder (params.json with consolidated.*.pth) or a .gguf file"
+)
+
+
+def open_store(path: str | os.PathLike[str]) -> TensorStore:
+    """The checkpoint at `path`, a folder or a file in it. Raises CheckpointError when it is none of the known kinds.
+
+    A folder with several formats opens as Hugging Face first, then Meta, then GGUF; name a file to choose.
+    """
+    place = Path(path).expanduser()
+    if place.is_dir():
+        return _open_folder(place)
+    if not place.exists():
+        raise CheckpointError("there is no such file or folder", path=path)
+    return _open_file(place)
+
+
+def _open_folder(folder: Path) -> TensorStore:
+    names = {entry.name for entry in folder.iterdir()}
+    if "config.json" in names:
+        return _hf(folder)
+    if "params.json" in names or any(name.startswith("consolidated.") and name.endswith(".pth") for name in names):
+        return _meta(folder)
+    ggufs = sorted(name for name in names if name.endswith(".gguf"))
+    if len(ggufs) == 1:
+        return _gguf(folder / ggufs[0])
+    if ggufs:
+        raise CheckpointError(f"several GGUF files: name one of {short(ggufs)}", path=folder)
+    if any(name.endswith((".safetensors", ".bin")) for name in names):
+        return _hf(folder)  # says that config.json is missing
+    held = f"it holds {short(sorted(names))}" if names else "it is empty"
+    raise CheckpointError(f"no checkpoint in this folder: {held}; {EXPECTED}", path=folder)
+
+
+def _open_file(file: Path) -> TensorStore:
+    try:
+        with open(file, "rb") as opened:
+            head = opened.read(4)
+    except OSError as error:
+        raise CheckpointError(f"cannot be opened: {error.strerror or error}", path=file) from error
+    if head == b"GGUF" or file.suffix == ".gguf":
+        return _gguf(file)
+    if file.name == "params.json" or file.suffix == ".pth":
+        return _meta(file.parent)
+    if file.name == "config.json":
+        return _hf(file.parent)
+    if file.suffix in (".safetensors", ".bin") or file.name.endswith(".index.json"):
+        return _hf(file)
+    raise CheckpointError(f"not a checkpoint file; {EXPECTED}", path=file)
+
+
+# Imported where used: opening one format should not pay for the others.
+
+
+def _hf(path: Path) -> TensorStore:
+    from herd.checkpoint.hf import HFStore
+
+    return HFStore(path)
+
+
+def _meta(folder: Path) -> TensorStore:
+    from herd.checkpoint.meta import MetaStore
+
+    return MetaStore(folder)
+
+
+def _gguf(file: Path) -> TensorStore:
+    from herd.checkpoint.gguf_store import GGUFStore
+
+    return GGUFStore(file)
