@@ -89,7 +89,7 @@ class LocalChat:
     ) -> Iterator[Delta]:
         """The assistant's reply to `messages` as it is made."""
         prompt = self.format.render(messages, tools, generate=True).tokens
-        return self._run(prompt, params, self.format.stop_ids, self.format.parser(), on_prefill)
+        return self._run(prompt, params, self.format.stop_ids, self.format.parser(tools), on_prefill)
 
     def complete(
         self,

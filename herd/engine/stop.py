@@ -10,6 +10,8 @@ __all__ = ["StopMatcher"]
 class StopMatcher:
     """Text in, text out, ending before the first stop string; text that may begin one is held back until it is decided.
 
+    First is the one that is complete first, and of those the longest: then it does not matter in which pieces text comes.
+
     >>> m = StopMatcher(["END"])
     >>> m.push("the E"), m.push("ND of it"), m.matched
     ('the ', '', True)
@@ -25,10 +27,10 @@ class StopMatcher:
         if self.matched:
             return ""
         self._held += text
-        found = min((at for s in self.stop if (at := self._held.find(s)) >= 0), default=-1)
-        if found >= 0:
+        found = min(((at + len(s), at) for s in self.stop if (at := self._held.find(s)) >= 0), default=None)
+        if found is not None:
             self.matched = True
-            shown, self._held = self._held[:found], ""
+            shown, self._held = self._held[: found[1]], ""
             return shown
         keep = self._undecided()
         shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
