@@ -76,8 +76,9 @@ def read_vocabulary(path: str | os.PathLike[str], family: Family | None = None) 
 
 
 def _native_ranks(ranks: list[bytes], path: Path, family: Family | None) -> ByteVocabulary:
-    counts: dict[int, Family] = {count: name for name, count in RANKS.items()}
-    found = counts.get(len(ranks), family)
+    found: Family | None = family
+    if len(ranks) in RANKS.values():
+        found = "llama3" if len(ranks) == RANKS["llama3"] else "llama4"
     if found is None:
         raise CheckpointError(
             f"{len(ranks):,} ranks; Llama 3 has {RANKS['llama3']:,} and Llama 4 {RANKS['llama4']:,}. Either the file is cut off "
