@@ -100,7 +100,7 @@ class GGUFStore:
         expected = set(self._homes.values())
         for name, file in self._files.items():
             if name not in expected and name not in self.skipped and not ignored("gguf", name):
-                raise CheckpointError("no parameter of a Llama has this name", path=file.path, tensor=name)
+                raise CheckpointError("the model that the metadata describes has no such parameter", path=file.path, tensor=name)
         for name, shape in shapes(self.config).items():
             file, foreign = self._home(name)
             entry = file.entries[foreign]
