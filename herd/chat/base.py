@@ -38,4 +38,4 @@ class BaseFormat:
 
     def parser(self, tools: Sequence[ToolSpec] | None = ()) -> ReplyParser:
         """A parser that passes text on until a stop id."""
-        return ReplyParser(self.tokenizer, StopNames(turn=self.stop_ids))
+        return ReplyParser(self.tokenizer, StopNames(turn=self.stop_ids), follows_text=True)

@@ -12,6 +12,8 @@ from functools import partial
 from herd.chat.base import BaseFormat
 from herd.chat.codellama70b import CodeLlama70BFormat
 from herd.chat.format import ChatFormat
+from herd.chat.guard import GuardFormat
+from herd.chat.guard_categories import CATEGORIES
 from herd.chat.llama2 import Llama2Format
 from herd.chat.llama3 import Llama3Format
 from herd.chat.llama4 import Llama4Format
@@ -30,6 +32,7 @@ FORMATS: Mapping[str, Callable[[Tokenizer], ChatFormat]] = {
     "llama3.2": partial(Llama3Format, dialect="pythonic", name="llama3.2"),
     "llama3.3": partial(Llama3Format, dialect="pythonic", name="llama3.3"),
     "llama4": Llama4Format,
+    **{name: partial(GuardFormat, name=name) for name in CATEGORIES},
 }
 """Factories by name: what `--format` takes and what catalog entries and checkpoints name."""
 
@@ -53,7 +56,7 @@ def detect(tokenizer: Tokenizer) -> ChatFormat:
         return format_named(tokenizer.chat_format, tokenizer)
     if not tokenizer.template:
         return BaseFormat(tokenizer)
-    name = _name_from_template(tokenizer.template)
+    name = _name_from_template(tokenizer.template, tokenizer)
     if name is None:
         raise PromptError(
             "the checkpoint's chat template is of no Llama format that herd knows: name the format with --format, "
@@ -62,11 +65,25 @@ def detect(tokenizer: Tokenizer) -> ChatFormat:
     return format_named(name, tokenizer)
 
 
-def _name_from_template(template: str) -> str | None:
+def _name_from_template(template: str, tokenizer: Tokenizer) -> str | None:
     """Which format a template writes, from the tokens and words that only that format has."""
+    guard = "UNSAFE CONTENT CATEGORIES" in template
+    if "<|header_start|>" in template:
+        return "llama-guard-4" if guard else "llama4"
+    if guard and tokenizer.family == "llama3":
+        if "Defamation" not in template:
+            return "llama-guard-2"
+        # The template of 3 8B has a fixed list; those of 3 1B and 11B Vision take other categories.
+        return "llama-guard-3-1b" if "excluded_category_keys" in template else "llama-guard-3"
     if "<|start_header_id|>" in template:
         # Only the templates of 3.2 and 3.3 ask for today's date; 3.1 has a fixed one, and Llama 3 knows no tools.
         if "strftime_now" in template:
             return "llama3.2"
         return "llama3.1" if "ipython" in template else "llama3"
+    if "Source: " in template and tokenizer.special.get("<step>") is not None:
+        return "codellama-70b"
+    if "[INST]" in template and tokenizer.family in ("llama2", "codellama"):
+        if guard:
+            return "llama-guard-1"
+        return "codellama" if tokenizer.family == "codellama" else "llama2"
     return None

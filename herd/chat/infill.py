@@ -60,22 +60,6 @@ class Infill:
             writer.text(prefix)
         return writer.rendered()
 
-    def example(self, prefix: str, middle: str, suffix: str, order: InfillOrder = "psm") -> Rendered:
-        """A finished example: the prompt, the middle and EOT; the last two are learned.
-
-        In PSM the middle is encoded without a dummy space. In SPM prefix and middle are one text, as in training.
-        """
-        if order == "psm":
-            opened = self.prompt(prefix, suffix, order)
-            written = [*self._tokenizer.encode_infilling(middle), self._eot]
-        else:
-            opened = self.prompt("", suffix, order)
-            written = self._tokenizer.encode(prefix + middle)
-            known = len(self._tokenizer.encode(prefix))
-            opened = Rendered(opened.tokens + written[:known], [False] * (len(opened.tokens) + known))
-            written = [*written[known:], self._eot]
-        return Rendered(opened.tokens + written, opened.loss_mask + [True] * len(written))
-
     def middle(self, ids: Sequence[int]) -> str:
         """The text of generated ids, up to the first stop id."""
         end = next((i for i, id in enumerate(ids) if id in self.stop_ids), len(ids))

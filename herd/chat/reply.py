@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from herd.chat.format import Delta, ToolSpec
 from herd.chat.messages import Message, StopReason, ToolCall
 from herd.chat.toolcalls import CallScanner, parse_calls
+from herd.tokenizer.stream import Detokenizer
 from herd.tokenizer.tokenizer import Tokenizer
 
 __all__ = ["ReplyParser", "StopNames"]
@@ -32,7 +33,7 @@ class ReplyParser:
 
     Ids one by one or all at once, and text in any pieces (`push_text`), give the same message. A malformed call is text; a
     call cut off by a limit is text too, so half a program never runs. `strip` drops white space around the whole text, for
-    formats that write ` answer ` between tags.
+    formats that write ` answer ` between tags. `follows_text`: the reply goes on with a text, so its leading space counts.
     """
 
     def __init__(
@@ -44,12 +45,11 @@ class ReplyParser:
         code_start: int | None = None,
         code_end: int | None = None,
         strip: bool = False,
+        follows_text: bool = False,
     ) -> None:
-        from herd.tokenizer.stream import Detokenizer
-
         self._stops = stops
         self._code_start, self._code_end = code_start, code_end
-        self._detokenizer = Detokenizer(tokenizer)
+        self._detokenizer = Detokenizer(tokenizer, follows_text=follows_text)
         self._names = None if tools is None else [tool.name for tool in tools]
         self._scanner = CallScanner(self._names)
         self._code: str | None = None  # source since the code marker; None outside
