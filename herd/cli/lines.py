@@ -31,7 +31,7 @@ class Lines(Protocol):
 class PlainLines:
     """Messages from a stream without a terminal: one per line, or several lines between fences."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO | None) -> None:
         self.stream = stream
 
     def read(self) -> str | None:
@@ -46,6 +46,8 @@ class PlainLines:
         return unfenced(line)
 
     def _line(self) -> str | None:
+        if self.stream is None:  # closed before herd began
+            return None
         try:
             line = self.stream.readline()
         except UnicodeDecodeError as error:
@@ -97,8 +99,10 @@ def state_dir() -> Path:
     return (Path(base) if base else Path.home() / ".local" / "state") / "herd"
 
 
-def read_all(stream: TextIO, waiting: Callable[[], None]) -> str:
+def read_all(stream: TextIO | None, waiting: Callable[[], None]) -> str:
     """The whole of `stream` as text; `waiting` is called once when nothing has come for two seconds."""
+    if stream is None:  # closed before herd began
+        return ""
     import threading
 
     timer = threading.Timer(2.0, waiting)

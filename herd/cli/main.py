@@ -13,9 +13,11 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import io
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from typing import NamedTuple, NoReturn
@@ -23,7 +25,7 @@ from typing import NamedTuple, NoReturn
 import click
 
 from herd import __version__
-from herd.cli.console import styled
+from herd.cli.console import note, styled
 from herd.errors import HerdError
 
 __all__ = ["COMMANDS", "herd", "main", "run"]
@@ -107,8 +109,9 @@ def main() -> NoReturn:
 def run(args: Sequence[str]) -> int:
     """Run one command line; the exit status. Errors are said on stderr in one line (HERD_DEBUG=1 adds the traceback)."""
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character must not end the program
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    warnings.showwarning = _show_warning
     try:
         status = herd.main(list(args), prog_name="herd", standalone_mode=False)
         sys.stdout.flush()  # here, where a broken pipe can still be handled, and not while python shuts down
@@ -127,6 +130,11 @@ def run(args: Sequence[str]) -> int:
         return 1
     except Exception as error:
         return _bug(error)
+
+
+def _show_warning(message: Warning | str, *where: object) -> None:
+    """A warning in one line, without the place in the source that nobody asked for."""
+    note(f"note: {' '.join(str(message).split())}")
 
 
 def _usage_line(error: click.ClickException) -> str:

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 
-from herd.chat.formats import FORMATS
+from herd.chat.formats import FORMATS, format_named
 from herd.chat.params import SamplingParams
 from herd.checkpoint.load import Checkpoint, open_checkpoint
-from herd.checkpoint.resolve import resolve
 from herd.engine.local import LocalChat
 from herd.errors import ConfigError, PromptError
 
@@ -31,19 +30,19 @@ class Opened:
     def params(self, chosen: Mapping[str, Any]) -> SamplingParams:
         """The user's choices over the checkpoint's own defaults over Meta's."""
         defaults = self.checkpoint.defaults
-        own = {name: getattr(defaults, name) for name in ("temperature", "top_p", "top_k")}
-        given = {name: value for name, value in own.items() if value is not None}
-        return SamplingParams(**(given | {"stop_ids": defaults.stop_ids} | dict(chosen)))
+        fields: dict[str, Any] = {"stop_ids": defaults.stop_ids}
+        for name in ("temperature", "top_p", "top_k"):
+            if (value := getattr(defaults, name)) is not None:
+                fields[name] = value
+        return SamplingParams(**(fields | dict(chosen)))
 
     def require_format(self) -> None:
         """Raises PromptError when the model has no prompt format, saying how a base model is used."""
-        try:
-            _ = self.chat.format
-        except PromptError as error:
+        if self.chat.format.name == "base":
             raise PromptError(
-                f"{self.name} is a base model, which continues text and was not taught to chat ({error}): "
-                f'use herd run --raw {self.name} "TEXT", or name a prompt format with --format'
-            ) from None
+                f"{self.name} is a base model: it continues text and was not taught to chat. Let it continue yours with "
+                f'herd run --raw {self.name} "TEXT", or name the format it was tuned for with --format'
+            )
 
     def about(self) -> dict[str, str]:
         """The facts of /show, by name."""
@@ -68,13 +67,10 @@ def open_model(
 ) -> Opened:
     """Find and load `name` (a catalog name, a folder or a file). Raises a HerdError that says what to change."""
     began = time.perf_counter()
-    where = resolve(name)
-    checkpoint = open_checkpoint(
-        where, dtype=None if dtype == "auto" else getattr(torch, dtype), device=_device(device)
-    )
-    if format_name is not None and format_name not in FORMATS:
-        raise ConfigError(f"no prompt format is called {format_name!r}: there are {', '.join(FORMATS)}")
-    format = None if format_name is None else FORMATS[format_name](checkpoint.tokenizer)
+    if format_name is not None and format_name not in FORMATS:  # before gigabytes are read
+        raise PromptError(f"there is no prompt format {format_name!r}; choose one of {', '.join(FORMATS)}")
+    checkpoint = open_checkpoint(name, None if dtype == "auto" else getattr(torch, dtype), _device(device))
+    format = None if format_name is None else format_named(format_name, checkpoint.tokenizer)
     chat = LocalChat(checkpoint.model, checkpoint.tokenizer, format=format, max_len=max_len)
     return Opened(name, checkpoint, chat, time.perf_counter() - began)
 

@@ -105,7 +105,8 @@ def _from_json(path: Path, index: int, row: object) -> Message:
     where = f"{path}: message {index + 1}"
     if not isinstance(row, Mapping):
         raise TranscriptError(f"{where} is not an object")
-    role, content, calls = row.get("role"), row.get("content"), row.get("tool_calls", [])
+    role: Any = row.get("role")
+    content, calls = row.get("content"), row.get("tool_calls", [])
     if role not in get_args(Role) or not isinstance(content, str):
         raise TranscriptError(f"{where} needs a role ({', '.join(get_args(Role))}) and content that is text")
     if row.get("stop_reason") not in (None, *get_args(StopReason)):
