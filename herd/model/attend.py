@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-__all__ = ["Attend", "Causal", "Packed", "masked_attention", "uncached", "visible"]
+from herd.model.config import ModelConfig
+
+__all__ = ["Attend", "Causal", "Packed", "masked_attention", "packed", "uncached", "visible"]
 
 
 class Attend(Protocol):
@@ -70,7 +72,8 @@ class Causal:
 class Packed:
     """Documents packed back to back: `positions` [B, S] restart at 0 at each document's first token.
 
-    Those restarts are the only record of document borders, so rotary angles and mask cannot disagree.
+    Those restarts are the only record of document borders, so rotary angles and mask cannot disagree. Use `packed`, which
+    builds every mask before the first layer runs: a block compiled on its own must not find a mask missing.
     """
 
     positions: Tensor
@@ -86,6 +89,14 @@ class Packed:
             same = document[..., :, None] == document[..., None, :]
             self.masks[chunk] = (same & visible(self.positions, self.positions, chunk)).unsqueeze(-3)
         return self.masks[chunk]
+
+
+def packed(config: ModelConfig, positions: Tensor) -> Sequence[Attend]:
+    """One Attend per layer for packed documents at `positions` [B, S], see `Packed`."""
+    see = Packed(positions)
+    for chunk in dict.fromkeys(spec.chunk for spec in config.layers):
+        see.mask(chunk)
+    return (see,) * config.n_layers
 
 
 def uncached(n_layers: int) -> Sequence[Attend]:
