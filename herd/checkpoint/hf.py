@@ -16,6 +16,7 @@ import torch
 from herd.checkpoint.files import read_json, safe_join, short
 from herd.checkpoint.generation import read_generation
 from herd.checkpoint.hf_config import read_config
+from herd.checkpoint.mapped import sampled_equal
 from herd.checkpoint.names import Column, Home, homes, ignored, shapes
 from herd.checkpoint.safetensors import SafetensorsFile
 from herd.checkpoint.store import TensorFile, TensorInfo
@@ -135,18 +136,12 @@ class HFStore:
     def _check_twin(self, twin: str, source: str) -> None:
         """A tied checkpoint may still carry the output matrix; a sample of rows must equal the embedding's."""
         ours, theirs = self._files[source].tensor(source), self._files[twin].tensor(twin)
-        if ours.shape != theirs.shape or not torch.equal(_sample(ours), _sample(theirs)):
+        if not sampled_equal(ours, theirs):
             raise CheckpointError(
                 "differs from the embedding, but config.json sets tie_word_embeddings: one of them is wrong",
                 path=self._files[twin].path,
                 tensor=twin,
             )
-
-
-def _sample(tensor: torch.Tensor) -> torch.Tensor:
-    """Some rows from everywhere, as raw bytes, so that NaN equals NaN."""
-    rows = tensor[:: max(1, tensor.shape[0] // 64)] if tensor.ndim else tensor
-    return rows.contiguous().view(torch.uint8)
 
 
 def _config_json(path: Path) -> dict[str, Any]:

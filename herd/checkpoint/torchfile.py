@@ -31,7 +31,10 @@ _WORDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", to
 
 
 class TorchFile:
-    """An opened file: the top-level tensors of its dict by name, each checked against its storage. Raises CheckpointError."""
+    """An opened file: the top-level tensors of its dict by name, each checked against its storage. Raises CheckpointError.
+
+    `saved_as` is the folder inside the archive: torch.save names it after the file it first wrote, without the suffix.
+    """
 
     kind = "torch"
 
@@ -40,6 +43,7 @@ class TorchFile:
         self.path = self.map.path
         self._spans = self._open()
         self._root, data = self._program()
+        self.saved_as = self._root.rstrip("/")
         if not isinstance(data, dict):
             raise CheckpointError(f"holds a {type(data).__name__}, expected a dict of tensors", path=self.path)
         self.specs = {str(name): spec for name, spec in data.items() if isinstance(spec, TensorSpec)}

@@ -1,0 +1,273 @@
+"""Meta's own checkpoints: params.json beside consolidated.NN.pth, one file per model-parallel rank.
+
+Each rank's piece is brought into canonical layout and the pieces are joined along the dimension that the name table gives,
+when the tensor is read and not before. With a single file every tensor is a view of it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from herd.checkpoint.files import read_json, short
+from herd.checkpoint.meta_config import read_params
+from herd.checkpoint.mapped import sampled_equal
+from herd.checkpoint.names import Column, Home, homes, ignored, shapes
+from herd.checkpoint.store import GenerationDefaults, TensorInfo
+from herd.checkpoint.torchfile import TorchFile
+from herd.errors import CheckpointError, ConfigError
+
+__all__ = ["MetaStore"]
+
+MAX_RANKS = 256
+_SHARD = re.compile(r"consolidated\.(\d{2,3})\.pth")
+_EMBEDDING, _OUTPUT = "tok_embeddings.weight", "output.weight"
+_FUSED = "layers.0.attention.wqkv.weight"
+_VISION = ("vision_embeddings.", "vision_projection.")
+_KV = re.compile(r"layers\.\d+\.attention\.w[kv]\.weight")
+
+
+class MetaStore:
+    """A TensorStore over a folder. Raises CheckpointError or ConfigError.
+
+    `skipped` names tensors of the vision half of a Llama 4 checkpoint, which the text model does not use.
+    """
+
+    kind = "meta"
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.folder = Path(path)
+        self.path = str(path)
+        self.generation = GenerationDefaults()
+        self._params = self.folder / "params.json"
+        self._data = _read_params_json(self._params)
+        self._ranks = _open_ranks(self.folder)
+        first = self._ranks[0]
+        self._column: Column = "meta4" if _FUSED in first.specs else "meta"
+        self._copies = 1
+        self.config = read_params(
+            self._data,
+            str(self._params),
+            fused=self._column == "meta4",
+            rows=self._embedding_rows(),
+            output=_OUTPUT in first.specs,
+        )
+        self._homes: dict[str, Home] = {}
+        self._tie()
+        self._merge_copied_heads()
+        self._homes = homes(self.config, self._column)
+        self.skipped = tuple(n for n in first.names() if self._column == "meta4" and n.startswith(_VISION))
+        self._check()
+
+    def names(self) -> Iterable[str]:
+        """Canonical names, the tied output excluded."""
+        return self._homes
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape and dtype of the joined tensor, from the headers."""
+        home = self._home(name)
+        stored = self._ranks[0].describe(home.name)
+        piece = self._canonical(home, 0, torch.empty(stored.shape, dtype=stored.dtype, device="meta"))
+        shape, dim = list(piece.shape), self._dim(home, piece)
+        if dim is not None and len(shape) > dim:
+            shape[dim] *= len(self._ranks)
+        if _KV.fullmatch(name):
+            shape[0] //= self._copies
+        nbytes = stored.dtype.itemsize * torch.Size(shape).numel()
+        return TensorInfo(tuple(shape), stored.dtype, stored.stored, nbytes)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor in canonical layout: a view with one rank, joined anew with several."""
+        home = self._home(name)
+        first = self._piece(home, 0)
+        dim = self._dim(home, first)
+        others = range(1, len(self._ranks))
+        if dim is None:
+            for rank in others:
+                if not torch.equal(self._piece(home, rank), first):
+                    self._fail(
+                        "differs from the first rank's, but all hold it whole: is the shard from elsewhere?", home, rank
+                    )
+            return first
+        if not others:
+            return first
+        joined = torch.cat([first, *(self._piece(home, rank) for rank in others)], dim=dim)
+        return self._one_of_copies(home, joined) if _KV.fullmatch(name) else joined
+
+    def release(self, name: str) -> None:
+        """Let go of the file pages behind `name`."""
+        for rank in self._ranks:
+            rank.release(self._home(name).name)
+
+    def metadata(self) -> Mapping[str, Any]:
+        """params.json as it is."""
+        return self._data
+
+    def file_of(self, name: str) -> Path:
+        """The file (of the first rank) that holds the canonical tensor `name`."""
+        return self._ranks[0].path if name in self._homes else self.folder
+
+    def _home(self, name: str) -> Home:
+        home = self._homes.get(name)
+        if home is None:
+            raise CheckpointError("there is no such parameter in this model", path=self.path, tensor=name)
+        return home
+
+    def _piece(self, home: Home, rank: int) -> torch.Tensor:
+        return self._canonical(home, rank, self._ranks[rank].tensor(home.name))
+
+    def _canonical(self, home: Home, rank: int, tensor: torch.Tensor) -> torch.Tensor:
+        try:
+            return home.read(tensor, self.config)
+        except CheckpointError as error:
+            shape = tuple(tensor.shape)
+            raise CheckpointError(
+                f"shape {shape} does not fit {home.canonical} of the model in params.json",
+                path=self._ranks[rank].path,
+                tensor=home.name,
+            ) from error
+
+    def _dim(self, home: Home, piece: torch.Tensor) -> int | None:
+        """The dimension to join along; embeddings are cut in columns up to Llama 2 and in rows since Llama 3."""
+        if home.canonical == _EMBEDDING and piece.shape[-1] != self.config.dim:
+            return 1
+        return home.shard
+
+    def _fail(self, why: str, home: Home, rank: int) -> NoReturn:
+        raise CheckpointError(why, path=self._ranks[rank].path, tensor=home.name)
+
+    def _embedding_rows(self) -> int:
+        """Rows of the whole embedding."""
+        found = self._ranks[0].specs.get(_EMBEDDING)
+        if found is None or len(found.shape) != 2:
+            vision = any(name.startswith(("text_model.", "vision_model.")) for name in self._ranks[0].names())
+            why = (
+                "Llama 3.2 Vision is not runnable yet: herd reads text models" if vision else "missing, or not a matrix"
+            )
+            raise CheckpointError(why, path=self._ranks[0].path, tensor=_EMBEDDING)
+        rows, columns = found.shape
+        by_rows = columns == self._data.get("dim")
+        return rows * len(self._ranks) if by_rows else rows
+
+    def _tie(self) -> None:
+        """Tied models store the output as a second name or a copy of the embedding: it is dropped when it is the same."""
+        if all(_OUTPUT in rank.specs and _EMBEDDING in rank.specs for rank in self._ranks):
+            same = all(_same(rank, _OUTPUT, _EMBEDDING) for rank in self._ranks)
+            if self.config.tie_embeddings and not same:
+                raise CheckpointError(
+                    "differs from the embedding, but params.json ties them", path=self._ranks[0].path, tensor=_OUTPUT
+                )
+            self.config = replace(self.config, tie_embeddings=same)
+
+    def _merge_copied_heads(self) -> None:
+        """405B for 16 ranks has its 8 key/value heads twice: keep every second one."""
+        ranks, config = len(self._ranks), self.config
+        piece = self._ranks[0].specs.get("layers.0.attention.wk.weight")
+        if ranks == 1 or piece is None or len(piece.shape) != 2:
+            return
+        copies, rest = divmod(piece.shape[0] * ranks, config.n_kv_heads * config.head_dim)
+        if copies > 1 and not rest:
+            self._copies = copies
+        elif config.n_kv_heads == ranks and ranks % 2 == 0 and self._heads_come_in_pairs():
+            self._copies = 2
+            self.config = replace(config, n_kv_heads=ranks // 2)
+
+    def _heads_come_in_pairs(self) -> bool:
+        heads = [
+            rank.tensor("layers.0.attention.wk.weight")
+            for rank in self._ranks
+            if "layers.0.attention.wk.weight" in rank.specs
+        ]
+        return all(torch.equal(a, b) for a, b in zip(heads[::2], heads[1::2], strict=False))
+
+    def _one_of_copies(self, home: Home, joined: torch.Tensor) -> torch.Tensor:
+        if self._copies == 1:
+            return joined
+        heads = joined.unflatten(0, (self.config.n_kv_heads, self._copies, -1))
+        if not all(torch.equal(heads[:, 0], heads[:, i]) for i in range(1, self._copies)):
+            self._fail("more key/value heads than params.json says, and they are not copies", home, 0)
+        return heads[:, 0].flatten(0, 1)
+
+    def _check(self) -> None:
+        """Every rank holds the same tensors in the same shapes, and joined they are the model in params.json."""
+        expected = {home.name for home in self._homes.values()}
+        for number, rank in enumerate(self._ranks):
+            for home in self._homes.values():
+                if home.name not in rank.specs:
+                    self._fail("missing, but params.json describes it", home, number)
+                if rank.specs[home.name].shape != self._ranks[0].specs[home.name].shape:
+                    self._fail(f"shape {rank.specs[home.name].shape} differs from the first rank's", home, number)
+                if rank.specs[home.name].dtype != self._ranks[0].specs[home.name].dtype:
+                    self._fail(f"{rank.specs[home.name].dtype} differs from the first rank's dtype", home, number)
+            for name in rank.names():
+                tied = name == _OUTPUT and self.config.tie_embeddings
+                if not (name in expected or name in self.skipped or tied or ignored(self._column, name)):
+                    raise CheckpointError(
+                        "no parameter of the model in params.json has this name", path=rank.path, tensor=name
+                    )
+        self._check_shapes()
+
+    def _check_shapes(self) -> None:
+        for name, shape in shapes(self.config).items():
+            found = self.info(name).shape
+            if found == shape:
+                continue
+            home, ranks = self._homes[name], len(self._ranks)
+            dim = home.shard
+            whole = [s for i, s in enumerate(shape) if i != dim] == [s for i, s in enumerate(found) if i != dim]
+            if dim is not None and whole and found[dim] % ranks == 0 and shape[dim] % (found[dim] // ranks or 1) == 0:
+                meant = shape[dim] // max(found[dim] // ranks, 1)
+                raise CheckpointError(
+                    f"this shard is missing: the tensors are cut for {meant} ranks, there are {ranks}"
+                    if meant > ranks
+                    else f"{ranks} shards, but the tensors are cut for {meant}",
+                    path=self.folder / f"consolidated.{min(ranks, meant):02d}.pth",
+                    tensor=home.name,
+                )
+            raise CheckpointError(
+                f"joined from {ranks} shards, {name} has shape {found}, but params.json describes {shape}",
+                path=self._ranks[0].path,
+                tensor=home.name,
+            )
+
+
+def _same(rank: TorchFile, one: str, other: str) -> bool:
+    """Whether two tensors share storage, or agree in rows sampled from all over."""
+    if rank.specs[one] == rank.specs[other]:
+        return True
+    return rank.specs[one].shape == rank.specs[other].shape and sampled_equal(rank.tensor(one), rank.tensor(other))
+
+
+def _read_params_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError("params.json is missing: a Meta checkpoint cannot be read without it", path=path)
+    try:
+        return read_json(path)
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _open_ranks(folder: Path) -> list[TorchFile]:
+    """The shards in rank order. Raises CheckpointError naming a missing or swapped one."""
+    found = {int(match[1]): p for p in folder.iterdir() if (match := _SHARD.fullmatch(p.name))}
+    if not found:
+        raise CheckpointError(
+            f"no consolidated.NN.pth: there is {short(sorted(p.name for p in folder.iterdir()))}", path=folder
+        )
+    if len(found) > MAX_RANKS:
+        raise CheckpointError(f"{len(found)} shards: no Llama has more than {MAX_RANKS}", path=folder)
+    missing = next((rank for rank in range(max(found) + 1) if rank not in found), None)
+    if missing is not None:
+        raise CheckpointError("this shard is missing", path=folder / f"consolidated.{missing:02d}.pth")
+    ranks = [TorchFile(found[rank]) for rank in sorted(found)]
+    for number, rank in enumerate(ranks):
+        saved = _SHARD.fullmatch(rank.saved_as + ".pth")  # torch.save keeps the file's first name inside
+        if len(ranks) > 1 and saved is not None and int(saved[1]) != number:
+            raise CheckpointError(f"was saved as {rank.saved_as}.pth: are shards swapped?", path=rank.path)
+    return ranks
