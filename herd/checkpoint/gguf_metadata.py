@@ -167,13 +167,14 @@ class Metadata(Mapping[str, Any]):
         self._strings += count
         if self._strings > MAX_STRINGS:
             cursor.fail(f"{field} has {count} elements: more than {MAX_STRINGS} strings in one file", start)
-        last = end - 8
+        last, before = end - 8, at
         for index in range(count):  # 0.1 us each: nothing but the lengths is looked at
             if at > last:
-                cursor.fail(f"element {index} of {field} reaches past the end of the file ({end} bytes)", at)
+                cursor.fail(f"element {index} of {field} begins past the end of the file ({end} bytes)", before)
+            before = at
             at += 8 + _u64(data, at)[0]
         if at > end:
-            cursor.fail(f"the last elements of {field} reach past the end of the file ({end} bytes)", start)
+            cursor.fail(f"element {count - 1} of {field} reaches past the end of the file ({end} bytes)", before)
         cursor.at = at
 
     def _decode(self, place: _Place, key: str) -> Any:
