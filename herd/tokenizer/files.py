@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from herd.errors import CheckpointError, TokenizerError
+from herd.tokenizer.gguf import tokenizer_from_gguf
 from herd.tokenizer.huggingface import open_tokenizer_json, read_settings
 from herd.tokenizer.pieces import PieceModel
 from herd.tokenizer.ranks import parse_ranks
@@ -20,7 +21,7 @@ from herd.tokenizer.special import RANKS
 from herd.tokenizer.tokenizer import Family, Tokenizer
 from herd.tokenizer.vocabulary import ByteVocabulary, PieceVocabulary, Settings, build_tokenizer
 
-__all__ = ["TokenizerFilesWarning", "load_tokenizer", "read_vocabulary"]
+__all__ = ["TokenizerFilesWarning", "load_tokenizer", "read_vocabulary", "tokenizer_from_gguf"]
 
 MAX_MODEL = 64 * 2**20
 """Larger `tokenizer.model` files are refused: the released ones have 0.5 to 3.6 MB."""
