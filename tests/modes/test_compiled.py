@@ -101,6 +101,9 @@ def test_blocks_share_graphs_in_serving(name: str) -> None:
     assert graphs.count == kinds(model.config)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)  # dynamo looks at every input's
 @pytest.mark.parametrize("documents", [False, True], ids=["whole", "packed"])
 @pytest.mark.parametrize("name", ["llama-2", "llama-3.2", "llama-4-scout", "llama-4-maverick", "llama-guard-4"])
 def test_blocks_share_graphs_in_training(name: str, documents: bool) -> None:
@@ -123,6 +126,16 @@ def test_blocks_share_graphs_in_training(name: str, documents: bool) -> None:
         assert expected.grad is not None
         assert torch.allclose(weight.grad, expected.grad, rtol=1e-4, atol=1e-6), name
     assert graphs.count == kinds(model.config)
+
+
+def test_a_recompilation_would_fail() -> None:
+    """The fixture above bites: a step of another length is refused, not silently compiled again."""
+    model = build("llama-3")
+    step = torch.compile(model, backend=Graphs(), fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        step(tokens(model.config, 4))
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            step(tokens(model.config, 5))
 
 
 def test_kinds_of_layers() -> None:
