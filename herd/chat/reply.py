@@ -52,10 +52,10 @@ class ReplyParser:
         self._detokenizer = Detokenizer(tokenizer, follows_text=follows_text)
         self._names = None if tools is None else [tool.name for tool in tools]
         self._scanner = CallScanner(self._names)
-        self._code: str | None = None  # source since the code marker; None outside
+        self._code: list[str] | None = None  # source since the code marker; None outside
         self._strip = strip
         self._held = ""  # white space that may turn out to be the end of the text
-        self._content = ""
+        self._content: list[str] = []
         self._calls: list[ToolCall] = []
         self._stop: StopReason | None = None
 
@@ -72,7 +72,7 @@ class ReplyParser:
         out = self.push_text(self._detokenizer.flush())
         if id == self._code_start and self._code is None:
             out += self._emit(self._scanner.finish())
-            self._code = ""
+            self._code = []
         elif id == self._code_end and self._code is not None:
             out += self._close_code(complete=True)
         return out
@@ -82,7 +82,7 @@ class ReplyParser:
         if self._stop is not None or not text:
             return []
         if self._code is not None:
-            self._code += text
+            self._code.append(text)
             return []
         return self._emit(self._scanner.feed(text))
 
@@ -92,7 +92,7 @@ class ReplyParser:
 
     def message(self) -> Message:
         """The assistant message so far: what the deltas said."""
-        return Message("assistant", self._content, tuple(self._calls), self._stop)
+        return Message("assistant", "".join(self._content), tuple(self._calls), self._stop)
 
     def _end(self, reason: StopReason) -> list[Delta]:
         out = self.push_text(self._detokenizer.flush())
@@ -105,7 +105,7 @@ class ReplyParser:
     def _close_code(self, *, complete: bool) -> list[Delta]:
         """What stood behind the code marker."""
         assert self._code is not None
-        source, self._code = self._code, None
+        source, self._code = "".join(self._code), None
         self._scanner = CallScanner(self._names)
         calls: list[str | ToolCall] = [*(parse_calls(source) or [])]
         if not calls and source.strip():
@@ -119,7 +119,7 @@ class ReplyParser:
                 self._calls.append(item)
                 out.append(Delta(tool_call=item))
             elif text := self._stripped(item):
-                self._content += text
+                self._content.append(text)
                 out.append(Delta(text=text))
         return out
 

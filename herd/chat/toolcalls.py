@@ -15,6 +15,7 @@ on how it was cut into pieces.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Collection
 from typing import Any, Literal
@@ -31,31 +32,49 @@ TAG_END = "</function>"
 _CALL_KEYS = frozenset({"type", "name", "parameters", "arguments", "function", "id"})
 _CLOSING = {"{": "}", "[": "]", "(": ")"}
 _SPACE = " \t\r\n"
+_PIECE = 4096
+_HEAD = 512  # a call says what it is within this many characters, so endless white space does not hold text back
 _NAME = re.compile(r"[A-Za-z_][\w.-]*")
 
 
 def parse_calls(text: str) -> list[ToolCall] | None:
     """The calls of a text that holds nothing else, in any dialect and with any tool names; None for any other text."""
     scanner = CallScanner(None)
-    found = scanner.feed(text) + scanner.finish()
-    if not found or any(isinstance(item, str) for item in found):
-        return None
-    return [item for item in found if isinstance(item, ToolCall)]
+    calls: list[ToolCall] = []
+    for item in scanner.feed(text) + scanner.finish():
+        if isinstance(item, str):
+            return None
+        calls.append(item)
+    return calls or None
 
 
 def parse_json_calls(text: str) -> list[tuple[str, dict[str, Any]]] | None:
     """Names and arguments of one JSON call or a JSON array of calls, which must be all of `text`; else None."""
-    try:
-        value = json.loads(text, strict=False, parse_constant=_refuse)
-    except (ValueError, RecursionError):
-        return None
+    value = _json_value(text)
     calls = [_json_call(item) for item in (value if isinstance(value, list) else [value])]
     found = [call for call in calls if call is not None]
     return found if found and len(found) == len(calls) else None
 
 
+def _json_value(text: str) -> Any:
+    """The JSON value that `text` is, or None. Line ends inside strings are taken, for models write them; numbers that are
+    not finite and halves of surrogate pairs are not: nobody could pass them on."""
+    try:
+        value = json.loads(text, strict=False, parse_constant=_refuse, parse_float=_finite)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        return None
+    return value
+
+
 def _refuse(constant: str) -> Any:
     raise ValueError(f"{constant} is not JSON")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    return value if math.isfinite(value) else _refuse(digits)
 
 
 def _json_call(value: Any) -> tuple[str, dict[str, Any]] | None:
@@ -68,10 +87,7 @@ def _json_call(value: Any) -> tuple[str, dict[str, Any]] | None:
         return None
     arguments = value.get("parameters", value.get("arguments", {}))
     if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments, parse_constant=_refuse)
-        except (ValueError, RecursionError):
-            return None
+        arguments = _json_value(arguments)
     return (name, arguments) if isinstance(arguments, dict) else None
 
 
@@ -96,16 +112,20 @@ class CallScanner:
         """Take more text."""
         if self._names is not None and not self._names:
             return [text] if text else []
-        self._text += text
-        return self._advance(final=False)
+        out: list[str | ToolCall] = []
+        # What is passed on is cut off the front of the text, which is cheap as long as the text is short.
+        for i in range(0, len(text), _PIECE):
+            self._text += text[i : i + _PIECE]
+            out += self._advance(final=False)
+        return _joined(out)
 
     def finish(self) -> list[str | ToolCall]:
         """No more text: what was held back. White space around calls is dropped."""
         out = self._advance(final=True)
-        if self._gap and not self._calls:
+        if not self._calls:
             out.append(self._gap)
         self._gap = ""
-        return out
+        return _joined(out)
 
     def _advance(self, final: bool) -> list[str | ToolCall]:
         out: list[str | ToolCall] = []
@@ -125,7 +145,7 @@ class CallScanner:
                 self._pass_text(out)
                 continue
             head, offset = self._head()
-            if head == "maybe" and not final:
+            if head == "maybe" and not final and len(self._text) < _HEAD:
                 break
             if head in ("no", "maybe"):
                 self._leave_lead(out)
@@ -190,11 +210,8 @@ class CallScanner:
             found = None if call is None else [call]
         elif kind == "tag":
             name, _, body = region.removeprefix(TAG).partition(">")
-            try:
-                arguments = json.loads(body, strict=False, parse_constant=_refuse)
-            except (ValueError, RecursionError):
-                return None
-            found = [(name, arguments)]
+            arguments = _json_value(body)
+            found = [(name, arguments)] if isinstance(arguments, dict) else None
         if found is None or any(not self._known(name) for name, _ in found):
             return None
         return [ToolCall(name, arguments) for name, arguments in found]
@@ -210,21 +227,20 @@ class CallScanner:
 
     def _head(self) -> tuple[Head, int]:
         """What may start here, and where its brackets begin. 'maybe': more text will tell."""
-        text = self._text
+        text = self._text[:_HEAD]
         if text[0] == "{":
-            return self._json_head(1), 0
+            return self._json_head(text, 1), 0
         if text[0] == "[":
             at = _skip(text, 1)
             if at == len(text):
                 return "maybe", 0
-            return (self._json_head(at + 1) if text[at] == "{" else self._list_head(at)), 0
+            return (self._json_head(text, at + 1) if text[at] == "{" else self._list_head(text, at)), 0
         if text[0] == "<":
-            return self._tag_head()
-        head = self._dotted_head()
+            return self._tag_head(text)
+        head = self._dotted_head(text)
         return head, (text.index("(") if head == "dotted" else 0)
 
-    def _tag_head(self) -> tuple[Head, int]:
-        text = self._text
+    def _tag_head(self, text: str) -> tuple[Head, int]:
         if not text.startswith(TAG):
             return ("maybe" if TAG.startswith(text) else "no"), 0
         end = text.find(">")
@@ -237,9 +253,8 @@ class CallScanner:
             return "maybe", 0
         return ("tag" if text[at] == "{" else "no"), at
 
-    def _json_head(self, at: int) -> Head:
+    def _json_head(self, text: str, at: int) -> Head:
         """`at` is behind the brace: the first key must be one of a call, and a first key "name" must name a tool."""
-        text = self._text
         key, at = _string_at(text, at)
         if at < 0:
             return "maybe" if key is None or any(known.startswith(key) for known in _CALL_KEYS) else "no"
@@ -257,29 +272,29 @@ class CallScanner:
             return "maybe" if name is None or self._may_become(name) else "no"
         return "json" if name is not None and self._known(name) else "no"
 
-    def _list_head(self, at: int) -> Head:
+    def _list_head(self, text: str, at: int) -> Head:
         """A tool's name and an opening parenthesis."""
-        match = _NAME.match(self._text, at)
+        match = _NAME.match(text, at)
         if match is None:
             return "no"
-        if match.end() == len(self._text):
+        if match.end() == len(text):
             return "maybe" if self._may_become(match.group()) else "no"
         if not self._known(match.group()):
             return "no"
-        at = _skip(self._text, match.end())
-        if at == len(self._text):
+        at = _skip(text, match.end())
+        if at == len(text):
             return "maybe"
-        return "python" if self._text[at] == "(" else "no"
+        return "python" if text[at] == "(" else "no"
 
-    def _dotted_head(self) -> Head:
+    def _dotted_head(self, text: str) -> Head:
         """A tool's name and `.call(`."""
-        match = _NAME.match(self._text)
+        match = _NAME.match(text)
         if match is None:
             return "no"
-        if match.end() == len(self._text):
+        if match.end() == len(text):
             return "maybe" if self._may_become(match.group(), ".call") else "no"
         name = match.group()
-        called = name.endswith(".call") and self._text[match.end()] == "("
+        called = name.endswith(".call") and text[match.end()] == "("
         return "dotted" if called and self._known(name.removesuffix(".call")) else "no"
 
 
