@@ -6,13 +6,12 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
 if TYPE_CHECKING:
-    from herd.chat.format import Rendered, ToolSpec
-    from herd.chat.messages import Message, ToolCall
+    from herd.chat.format import Rendered
     from herd.tokenizer.explain import Explained
     from herd.tokenizer.tokenizer import Tokenizer
 
@@ -40,7 +39,7 @@ PIECE_STYLES = ("cyan", "green")  # in turn, so that the borders of pieces show
 def command(
     model: str,
     text: str | None,
-    conversation: Any,
+    conversation: TextIO | None,
     bos: bool,
     special: bool,
     format_name: str | None,
@@ -52,8 +51,8 @@ def command(
     role and content, or an object with "messages" and, where tools are used, "tools". In a conversation, * marks the tokens
     that a model learns when it is trained on it.
     """
-    if (conversation is None) == (text is None and _is_terminal()):
-        raise click.UsageError("give either a TEXT or --messages FILE")
+    if conversation is None and text is None and _is_terminal():
+        raise click.UsageError("give a TEXT or --messages FILE")
     if conversation is not None and (text is not None or bos or special):
         raise click.UsageError("--messages renders a whole prompt: TEXT, --bos and --special have no meaning with it")
     if format_name is not None and conversation is None:
@@ -65,8 +64,8 @@ def command(
     tokenizer = tokenizer_at(resolve(model))
     facts: dict[str, Any] = {"model": model, "family": tokenizer.family, "vocab_size": tokenizer.vocab_size}
     if conversation is None:
-        text = sys.stdin.read() if text in (None, "-") else text
-        rows = explain(tokenizer, tokenizer.encode(text, bos=bos, allow_special=special))
+        given = _piped() if text is None or text == "-" else text
+        rows = explain(tokenizer, tokenizer.encode(given, bos=bos, allow_special=special))
     else:
         name, rendered = _render(tokenizer, conversation, format_name)
         rows = explain(tokenizer, rendered.tokens, rendered.loss_mask)
@@ -81,6 +80,15 @@ def _is_terminal() -> bool:
     from herd.cli.console import is_terminal
 
     return is_terminal(sys.stdin)
+
+
+def _piped() -> str:
+    from herd.errors import TokenizerError
+
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"standard input is not UTF-8: byte {error.start}") from None
 
 
 def _as_json(rows: Sequence[Explained]) -> dict[str, Any]:
@@ -101,18 +109,13 @@ def _show(facts: Mapping[str, Any], rows: Sequence[Explained]) -> None:
     far = len(str(len(rows)))
     for at, row in enumerate(rows):
         mark = "" if row.learn is None else "* " if row.learn else "  "
-        write(f"{at:>{far}}  {row.id:>{wide}}  {mark}{_styled(row, 'cyan') if row.special else repr_of(row)}\n")
+        write(f"{at:>{far}}  {row.id:>{wide}}  {mark}{_styled(row, 'cyan') if row.special else f'"{row.piece}"'}\n")
     counted = f"{len(rows)} tokens"
     if rows and rows[0].learn is not None:
         counted += f", {sum(bool(r.learn) for r in rows)} of them learnt (*), format {facts['format']}"
     note(f"{counted}; {facts['family']} vocabulary of {facts['vocab_size']:,} ids")
     for line in facts.get("notes", ()):
         note(line)
-
-
-def repr_of(row: Explained) -> str:
-    """The piece between quotes, so that spaces at its ends show."""
-    return f'"{row.piece}"'
 
 
 def _inline(rows: Sequence[Explained]) -> Iterator[str]:
@@ -129,79 +132,21 @@ def _styled(row: Explained, style: str) -> str:
     return styled(row.piece, "yellow" if row.special else style, sys.stdout)
 
 
-# -- conversations
-
-
-def _render(tokenizer: Tokenizer, file: Any, format_name: str | None) -> tuple[str, Rendered]:
+def _render(tokenizer: Tokenizer, file: TextIO, format_name: str | None) -> tuple[str, Rendered]:
     """The conversation in `file` as ids; a reply is opened at its end unless an assistant spoke last."""
     from herd.chat.formats import detect, format_named
+    from herd.chat.render import messages_from, render
     from herd.errors import PromptError
 
     try:
         content = json.load(file)
     except (ValueError, RecursionError) as error:
         raise PromptError(f"{file.name} is not JSON text: {error}") from None
-    listed = content.get("messages") if isinstance(content, Mapping) else content
-    if not isinstance(listed, list) or not listed:
-        raise PromptError(f"{file.name} holds no messages: it needs a list, or an object with a list called messages")
-    tools = content.get("tools", []) if isinstance(content, Mapping) else []
-    if not isinstance(tools, list):
-        raise PromptError(f"{file.name}: tools is not a list")
-    system = content.get("system") if isinstance(content, Mapping) else None  # conversations saved with /save
-    messages = [_message(f"{file.name}: message {i + 1}", row) for i, row in enumerate(listed)]
-    if isinstance(system, str) and system:
-        messages.insert(0, _message(file.name, {"role": "system", "content": system}))
+    tools, system = [], None
+    if isinstance(content, Mapping):  # "system" is where the files of /save have it
+        tools, system, content = content.get("tools") or [], content.get("system"), content.get("messages")
+    if not isinstance(content, list) or not content or not isinstance(tools, list):
+        raise PromptError(f"{file.name} holds no conversation: it needs a list of messages, or an object with one")
+    messages = messages_from([*([{"role": "system", "content": system}] if system else []), *content])
     format = detect(tokenizer) if format_name is None else format_named(format_name, tokenizer)
-    specs = [_tool(f"{file.name}: tool {i + 1}", row) for i, row in enumerate(tools)]
-    return format.name, format.render(messages, specs, generate=messages[-1].role != "assistant")
-
-
-def _message(where: str, row: object) -> Message:
-    from herd.chat.messages import Message
-    from herd.errors import PromptError
-
-    if not isinstance(row, Mapping):
-        raise PromptError(f"{where} is not an object")
-    content, calls = row.get("content"), row.get("tool_calls") or []
-    if not isinstance(content if content is not None or calls else None, str) and not (calls and content is None):
-        raise PromptError(f"{where} needs content that is text")
-    if not isinstance(calls, list):
-        raise PromptError(f"{where}: tool_calls is not a list")
-    role: Any = row.get("role")
-    name, call_id, stop_reason = (row.get(key) for key in ("name", "tool_call_id", "stop_reason"))
-    return Message(
-        "tool" if role == "ipython" else role,
-        content or "",
-        tuple(_call(where, call) for call in calls),
-        stop_reason,
-        name,
-        call_id,
-    )
-
-
-def _call(where: str, row: object) -> ToolCall:
-    """A tool call as herd or as OpenAI's API writes it (arguments as an object or as JSON text)."""
-    from herd.chat.messages import ToolCall
-    from herd.errors import PromptError
-
-    inner = row.get("function", row) if isinstance(row, Mapping) else None
-    if isinstance(inner, Mapping) and isinstance(inner.get("name"), str):
-        arguments: Any = inner.get("arguments", {})
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments)
-            except ValueError:
-                arguments = None
-        if isinstance(arguments, Mapping):
-            return ToolCall(inner["name"], arguments)
-    raise PromptError(f"{where}: a tool call needs a name, and arguments that are an object")
-
-
-def _tool(where: str, row: object) -> ToolSpec:
-    from herd.chat.format import ToolSpec
-    from herd.errors import PromptError
-
-    inner = row.get("function", row) if isinstance(row, Mapping) else None
-    if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
-        raise PromptError(f"{where} needs a name")
-    return ToolSpec(inner["name"], str(inner.get("description", "")), inner.get("parameters"))
+    return format.name, render(messages, format, tools, generate=messages[-1].role != "assistant")

@@ -2,8 +2,8 @@
 
     {"kind": "herd.chat", "version": 1, "model": "nano", "system": "...", "params": {...}, "messages": [...]}
 
-A message has `role` and `content`, and where they apply `tool_calls` [{name, arguments, id}], `stop_reason`, `name` and
-`tool_call_id`. Everything that cannot be read as such raises TranscriptError, naming the file and the place.
+Messages are those of `herd.chat.render.messages_from` (OpenAI's shape, and `stop_reason`), so other commands read the file
+too. Everything that cannot be read as such raises TranscriptError, naming the file and the place.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import contextlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from herd.chat.messages import Message, Role, StopReason, ToolCall
+from herd.chat.messages import Message
 from herd.chat.params import SamplingParams
+from herd.chat.render import messages_from
 from herd.errors import ConfigError, HerdError, PromptError
 
 __all__ = ["Transcript", "TranscriptError", "load", "save"]
@@ -87,60 +88,29 @@ def load(path: Path) -> Transcript:
         raise TranscriptError(f"{path}: model and system must be text")
     if not isinstance(messages, list):
         raise TranscriptError(f"{path}: messages is missing or not a list")
-    read = tuple(_from_json(path, i, message) for i, message in enumerate(messages))
+    try:
+        read = messages_from(messages)
+    except PromptError as error:
+        raise TranscriptError(f"{path}: {error}") from None
     return Transcript(model, read, system, _params(path, data.get("params", {})))
 
 
 def _to_json(message: Message) -> dict[str, Any]:
     row: dict[str, Any] = {"role": message.role, "content": message.text}
     if message.tool_calls:
-        row["tool_calls"] = [{"name": c.name, "arguments": dict(c.arguments), "id": c.id} for c in message.tool_calls]
+        row["tool_calls"] = [
+            {"type": "function", "id": call.id, "function": {"name": call.name, "arguments": dict(call.arguments)}}
+            for call in message.tool_calls
+        ]
     for name in ("stop_reason", "name", "tool_call_id"):
         if (value := getattr(message, name)) is not None:
             row[name] = value
     return row
 
 
-def _from_json(path: Path, index: int, row: object) -> Message:
-    where = f"{path}: message {index + 1}"
-    if not isinstance(row, Mapping):
-        raise TranscriptError(f"{where} is not an object")
-    role: Any = row.get("role")
-    content, calls = row.get("content"), row.get("tool_calls", [])
-    if role not in get_args(Role) or not isinstance(content, str):
-        raise TranscriptError(f"{where} needs a role ({', '.join(get_args(Role))}) and content that is text")
-    if row.get("stop_reason") not in (None, *get_args(StopReason)):
-        raise TranscriptError(f"{where} has an unknown stop_reason")
-    for name in ("name", "tool_call_id"):
-        if not isinstance(row.get(name), str | None):
-            raise TranscriptError(f"{where}: {name} is not text")
-    if not isinstance(calls, list):
-        raise TranscriptError(f"{where}: tool_calls is not a list")
-    try:
-        return Message(
-            role,
-            content,
-            tuple(_call(where, call) for call in calls),
-            row.get("stop_reason"),
-            row.get("name"),
-            row.get("tool_call_id"),
-        )
-    except PromptError as error:
-        raise TranscriptError(f"{where}: {error}") from None
-
-
-def _call(where: str, row: object) -> ToolCall:
-    if isinstance(row, Mapping):
-        name, arguments, id = row.get("name"), row.get("arguments", {}), row.get("id")
-        if isinstance(name, str) and isinstance(arguments, Mapping) and isinstance(id, str | None):
-            return ToolCall(name, arguments, id)
-    raise TranscriptError(f"{where}: a tool call needs a name, and arguments that are an object")
-
-
 def _params(path: Path, row: object) -> SamplingParams:
-    known = {field.name for field in fields(SamplingParams)} & set(SAVED)
-    if not isinstance(row, Mapping) or not set(row) <= known:
-        raise TranscriptError(f"{path}: params must be an object with only {', '.join(sorted(known))}")
+    if not isinstance(row, Mapping) or not set(row) <= set(SAVED):
+        raise TranscriptError(f"{path}: params must be an object with only {', '.join(SAVED)}")
     try:
         return SamplingParams(**row)
     except (ConfigError, TypeError) as error:
