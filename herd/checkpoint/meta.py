@@ -16,8 +16,8 @@ from typing import Any, NoReturn
 import torch
 
 from herd.checkpoint.files import read_json, short
-from herd.checkpoint.meta_config import read_params
 from herd.checkpoint.mapped import sampled_equal
+from herd.checkpoint.meta_config import read_params
 from herd.checkpoint.names import Column, Home, homes, ignored, shapes
 from herd.checkpoint.store import GenerationDefaults, TensorInfo
 from herd.checkpoint.torchfile import TorchFile
@@ -214,27 +214,29 @@ class MetaStore:
         self._check_shapes()
 
     def _check_shapes(self) -> None:
+        ranks, cuts = len(self._ranks), set()
+        wrong: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
         for name, shape in shapes(self.config).items():
-            found = self.info(name).shape
-            if found == shape:
-                continue
-            home, ranks = self._homes[name], len(self._ranks)
-            dim = home.shard
-            whole = [s for i, s in enumerate(shape) if i != dim] == [s for i, s in enumerate(found) if i != dim]
-            if dim is not None and whole and found[dim] % ranks == 0 and shape[dim] % (found[dim] // ranks or 1) == 0:
-                meant = shape[dim] // max(found[dim] // ranks, 1)
-                raise CheckpointError(
-                    f"this shard is missing: the tensors are cut for {meant} ranks, there are {ranks}"
-                    if meant > ranks
-                    else f"{ranks} shards, but the tensors are cut for {meant}",
-                    path=self.folder / f"consolidated.{min(ranks, meant):02d}.pth",
-                    tensor=home.name,
-                )
+            found, dim = self.info(name).shape, self._homes[name].shard
+            if found != shape:
+                wrong.append((name, found, shape))
+            if dim is not None and name.startswith("layers.") and len(found) > dim:
+                cuts.add(shape[dim] * ranks / max(found[dim], 1))
+        if not wrong:
+            return
+        name, found, shape = wrong[0]
+        meant = cuts.pop() if len(cuts) == 1 else ranks
+        if meant != ranks and meant == int(meant):
             raise CheckpointError(
-                f"joined from {ranks} shards, {name} has shape {found}, but params.json describes {shape}",
-                path=self._ranks[0].path,
-                tensor=home.name,
+                f"{'missing' if meant > ranks else 'one too many'}: cut for {int(meant)} ranks, but there are {ranks}",
+                path=self.folder / f"consolidated.{min(ranks, int(meant)):02d}.pth",
+                tensor=self._homes[name].name,
             )
+        raise CheckpointError(
+            f"joined from {ranks} shards, {name} has shape {found}, but params.json describes {shape}",
+            path=self._ranks[0].path,
+            tensor=self._homes[name].name,
+        )
 
 
 def _same(rank: TorchFile, one: str, other: str) -> bool:

@@ -84,8 +84,8 @@ def _llama4_params(c: ModelConfig) -> dict[str, Any]:
         "vision_args": None,
     }
     if c.moe is not None:
-        # Experts: int(0.01 * ...) is below 96, so one multiple of 96; dense layers: 0.6 * 213 = 127, two multiples.
-        params |= {"multiple_of": c.moe.hidden_dim, "ffn_dim_multiplier": 0.6}
+        # 150 rounds up to two multiples of 96 in dense layers, and half of it to one in the experts.
+        params |= {"multiple_of": c.moe.hidden_dim, "ffn_dim_multiplier": 150 / (8 * c.dim / 3)}
         params["moe_args"] = {
             "num_experts": c.moe.n_experts,
             "top_k": c.moe.top_k,
@@ -166,7 +166,9 @@ def _llama4_rank(model: Llama, state: dict[str, Tensor], rank: int, ranks: int, 
     return out
 
 
-def write_meta(folder: Path, model: Llama, ranks: int = 1, *, columns: bool = False, copies: int = 1, **more: Any) -> Path:
+def write_meta(
+    folder: Path, model: Llama, ranks: int = 1, *, columns: bool = False, copies: int = 1, **more: Any
+) -> Path:
     """A Meta folder; `more` overrides keys of params.json (None removes one)."""
     folder.mkdir(parents=True, exist_ok=True)
     for rank, state in enumerate(meta_shards(model, ranks, columns=columns, copies=copies)):

@@ -13,8 +13,8 @@ from herd.checkpoint.fill import fill
 from herd.checkpoint.meta import MetaStore
 from herd.checkpoint.open import open_store
 from herd.model.config import ModelConfig
-from tests.build import DENSE, TINY, build, tiny, tokens
-from tests.checkpoint.folders import meta_shards, oracle, write_meta
+from tests.build import TINY, build, tiny, tokens
+from tests.checkpoint.folders import oracle, write_meta
 from tests.parity.oracles import hf_logits
 
 Measured = Callable[[str, str, float], None]
@@ -25,10 +25,11 @@ TABLE = "checkpoints: fp32 logits against transformers, max abs difference"
 def divisible(name: str, ranks: int) -> ModelConfig:
     """A tiny config whose heads and widths can be cut for `ranks`."""
     config = tiny(name)
-    heads = max(ranks, config.n_heads) if config.n_heads % ranks else config.n_heads
-    groups = config.n_heads // config.n_kv_heads
-    kv = heads if groups == 1 else max(ranks, config.n_kv_heads)
-    return replace(config, dim=heads * 16, n_heads=heads, n_kv_heads=kv)
+    kv = config.n_kv_heads if config.n_kv_heads % ranks == 0 else ranks
+    heads = -(-config.n_heads // kv) * kv
+    return replace(
+        config, dim=heads * 16, n_heads=heads, n_kv_heads=heads if config.n_heads == config.n_kv_heads else kv
+    )
 
 
 def runnable(name: str) -> bool:
@@ -54,3 +55,68 @@ def test_logits_equal(tmp_path: Path, name: str, ranks: int, measured: Measured)
     worst = float((loaded(ids) - hf_logits(oracle(model), ids)).abs().max())
     measured(TABLE, f"Meta, {name}", worst)
     assert worst <= 1e-5
+
+
+def test_one_rank_is_not_copied(tmp_path: Path) -> None:
+    """A single dense shard is handed out as views of the file, experts and fused parts included."""
+    for name in ("llama-3", "llama-4-maverick"):
+        model = build(name)
+        store = MetaStore(write_meta(tmp_path / name, model))
+        for parameter in store.names():
+            first, second = store.read(parameter), store.read(parameter)
+            assert first.data_ptr() == second.data_ptr(), parameter
+
+
+def test_written_weights_do_not_reach_the_file(tmp_path: Path) -> None:
+    store = MetaStore(write_meta(tmp_path, build("llama-3")))
+    before = (tmp_path / "consolidated.00.pth").read_bytes()
+    fill(store).norm.weight.zero_()
+    assert (tmp_path / "consolidated.00.pth").read_bytes() == before
+
+
+@pytest.mark.parametrize("said", [2, 4])
+def test_copied_heads(tmp_path: Path, said: int) -> None:
+    """405B for 16 ranks: key/value heads twice, with params.json giving either number."""
+    model = build(replace(tiny("llama-3"), dim=64, n_heads=4, n_kv_heads=2))
+    store = MetaStore(write_meta(tmp_path, model, 4, copies=2, n_kv_heads=said))
+    assert store.config.n_kv_heads == 2
+    loaded = fill(store)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_vocabulary_from_the_embedding(tmp_path: Path) -> None:
+    """Llama 1 and 2 say vocab_size -1."""
+    model = build("llama-2")
+    for ranks, columns in ((1, True), (2, True), (2, False)):
+        folder = write_meta(tmp_path / f"{ranks}{columns}", model, ranks, columns=columns, vocab_size=-1)
+        assert MetaStore(folder).config.vocab_size == model.config.vocab_size
+
+
+def test_tied_output_as_a_copy(tmp_path: Path) -> None:
+    """The output matrix may be stored a second time: it is recognised by its bytes."""
+    model = build("llama-3.2")
+    write_meta(tmp_path, model)
+    state = torch.load(tmp_path / "consolidated.00.pth", weights_only=True)
+    state["output.weight"] = state["output.weight"].clone()
+    torch.save(state, tmp_path / "consolidated.00.pth")
+    loaded = fill(MetaStore(tmp_path))
+    assert loaded.output.weight is loaded.tok_embeddings.weight
+
+
+def test_vision_half_is_said(tmp_path: Path) -> None:
+    model = build("llama-4-maverick")
+    write_meta(tmp_path, model)
+    state = torch.load(tmp_path / "consolidated.00.pth", weights_only=True)
+    state["vision_embeddings.vision_encoder.class_embedding"] = torch.zeros(8)
+    state["vision_projection.weight"] = torch.zeros(8, 8)
+    torch.save(state, tmp_path / "consolidated.00.pth")
+    with pytest.warns(UserWarning, match="2 tensors of vision_embeddings, vision_projection are not loaded"):
+        fill(MetaStore(tmp_path))
+
+
+def test_unknown_keys_are_said_once(tmp_path: Path) -> None:
+    write_meta(tmp_path, build("llama-3"), new_key=1, newer_key=2)
+    with pytest.warns(UserWarning, match="unknown keys are ignored: new_key, newer_key") as said:
+        MetaStore(tmp_path)
+    assert len(said) == 1
