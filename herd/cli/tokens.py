@@ -109,7 +109,8 @@ def _show(facts: Mapping[str, Any], rows: Sequence[Explained]) -> None:
     far = len(str(len(rows)))
     for at, row in enumerate(rows):
         mark = "" if row.learn is None else "* " if row.learn else "  "
-        write(f"{at:>{far}}  {row.id:>{wide}}  {mark}{_styled(row, 'cyan') if row.special else f'"{row.piece}"'}\n")
+        shown = _styled(row, "cyan") if row.special else f'"{row.piece}"'
+        write(f"{at:>{far}}  {row.id:>{wide}}  {mark}{shown}\n")
     counted = f"{len(rows)} tokens"
     if rows and rows[0].learn is not None:
         counted += f", {sum(bool(r.learn) for r in rows)} of them learnt (*), format {facts['format']}"
