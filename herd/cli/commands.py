@@ -125,8 +125,9 @@ class Commands:
         return [(name, _shown(getattr(self.conversation.params, name))) for name in SETTINGS]
 
     def _save(self, text: str) -> Answer:
-        replace = text.startswith("-f ")
-        path = _path(text.removeprefix("-f "), "/save")
+        flag, _, rest = text.partition(" ")
+        replace = flag == "-f"
+        path = _path(rest if replace else text, "/save")
         talk = self.conversation
         existed = path.exists()
         transcript.save(
