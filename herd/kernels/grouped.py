@@ -18,7 +18,7 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     An opaque op, since group sizes are data: traced code sees one call with static shapes. Differentiable in x and weight.
     """
     out = x.new_empty(x.shape[0], weight.shape[1])
-    for e, start, stop in _spans(counts):
+    for e, start, stop in _spans(counts, x.shape[0]):
         torch.mm(x[start:stop], weight[e].T, out=out[start:stop])
     return out
 
@@ -32,7 +32,7 @@ def _(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 def grouped_outer(y: Tensor, x: Tensor, counts: Tensor) -> Tensor:
     """sum over the rows of each group of y[t] x[t]^T. y [T, O], x [T, I], counts [E] -> [E, O, I]: the weight's gradient."""
     out = x.new_zeros(counts.shape[0], y.shape[1], x.shape[1])
-    for e, start, stop in _spans(counts):
+    for e, start, stop in _spans(counts, x.shape[0]):
         torch.mm(y[start:stop].T, x[start:stop], out=out[e])
     return out
 
@@ -42,13 +42,14 @@ def _(y: Tensor, x: Tensor, counts: Tensor) -> Tensor:
     return x.new_empty(counts.shape[0], y.shape[1], x.shape[1])
 
 
-def _spans(counts: Tensor) -> list[tuple[int, int, int]]:
-    """(group, first row, last row + 1) of every group that has rows."""
+def _spans(counts: Tensor, rows: int) -> list[tuple[int, int, int]]:
+    """(group, first row, last row + 1) of every group that has rows; together they are all `rows`."""
     spans, start = [], 0
     for e, n in enumerate(counts.tolist()):
         if n:
             spans.append((e, start, start + n))
         start += n
+    assert start == rows, f"counts add up to {start} of {rows} rows"
     return spans
 
 

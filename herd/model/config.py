@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from herd.errors import ConfigError
@@ -59,6 +59,8 @@ class Temper:
 
     def __post_init__(self) -> None:
         _positive(self, "floor_scale")
+        if not _is_number(self.attn_scale):
+            raise ConfigError(f"attn_scale is {_short(self.attn_scale)}: expected a finite number")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,9 +87,13 @@ class LayerSpec:
 
     def __post_init__(self) -> None:
         if self.placement not in get_args(Placement):
-            raise ConfigError(f"layer placement {self.placement!r} is not one of {', '.join(get_args(Placement))}")
+            raise ConfigError(
+                f"layer placement {_short(self.placement)} is not one of {', '.join(get_args(Placement))}"
+            )
         if self.chunk is not None:
             _positive(self, "chunk")
+        if not isinstance(self.moe, bool):
+            raise ConfigError(f"moe is {_short(self.moe)}: expected True or False")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,12 +136,16 @@ class ModelConfig:
             "rope_theta",
             "max_seq_len",
         )
+        if not isinstance(self.layers, tuple) or not all(isinstance(spec, LayerSpec) for spec in self.layers):
+            raise ConfigError("layers: expected a tuple of LayerSpec, as plain() and irope() make")
         if not 1 <= len(self.layers) <= MAX_LAYERS:
             raise ConfigError(f"{len(self.layers)} layers: expected between 1 and {MAX_LAYERS}")
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.head_dim % 2:
             raise ConfigError(f"head_dim {self.head_dim} is odd: rotary positions need pairs")
+        if not isinstance(self.tie_embeddings, bool):
+            raise ConfigError(f"tie_embeddings is {_short(self.tie_embeddings)}: expected True or False")
         if any(spec.moe for spec in self.layers) != (self.moe is not None):
             raise ConfigError("moe must be given exactly when some layer has moe=True")
         if any(spec.placement == "tempered" for spec in self.layers) and self.temper is None:
@@ -185,14 +195,9 @@ def hidden_dim_of(dim: int, *, multiple_of: int, ffn_dim_multiplier: float | Non
     return multiple_of * ((hidden + multiple_of - 1) // multiple_of)
 
 
-def with_context(config: ModelConfig, max_seq_len: int) -> ModelConfig:
-    """The same model with another context limit."""
-    return replace(config, max_seq_len=max_seq_len)
-
-
 def _layer_count(n_layers: int) -> int:
     if isinstance(n_layers, bool) or not isinstance(n_layers, int) or not 1 <= n_layers <= MAX_LAYERS:
-        raise ConfigError(f"n_layers is {n_layers!r}: expected an integer between 1 and {MAX_LAYERS}")
+        raise ConfigError(f"n_layers is {_short(n_layers)}: expected an integer between 1 and {MAX_LAYERS}")
     return n_layers
 
 
@@ -201,7 +206,25 @@ def _positive(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         whole = type(config).__annotations__[name].startswith("int")
-        number = isinstance(value, int) if whole else isinstance(value, int | float)
-        if isinstance(value, bool) or not number or not math.isfinite(value) or value <= 0:
+        if not _is_number(value) or (whole and not isinstance(value, int)) or value <= 0:
             kind = "a positive integer" if whole else "a positive number"
-            raise ConfigError(f"{name} is {value!r}: expected {kind}")
+            raise ConfigError(f"{name} is {_short(value)}: expected {kind}")
+
+
+def _is_number(value: object) -> bool:
+    """Whether `value` is a number that a float can hold: JSON can carry others."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _short(value: object) -> str:
+    """`value` as it fits in a message: a damaged file can hold a number of a thousand digits."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to print integers of more than 4,300 digits
+        return "a number too long to print"
+    return text if len(text) <= 60 else f"{text[:50]}..."
