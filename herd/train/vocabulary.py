@@ -19,7 +19,7 @@ from herd.errors import ConfigError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as FastTokenizer
 
-__all__ = ["LLAMA3_REGEX", "special_names", "tokenizer_config", "train_vocabulary", "write_tokenizer"]
+__all__ = ["LLAMA3_REGEX", "special_ids", "special_names", "tokenizer_config", "train_vocabulary", "write_tokenizer"]
 
 LLAMA3_REGEX = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -49,6 +49,17 @@ def special_names(count: int) -> tuple[str, ...]:
     return _NAMED + tuple(f"<|reserved_special_token_{i + 2}|>" for i in range(count - len(_NAMED)))
 
 
+def special_ids(tokenizer: FastTokenizer, count: int = 32) -> dict[str, int]:
+    """Name -> id of the special tokens of a vocabulary made here; one that is missing raises ConfigError."""
+    found = {}
+    for name in special_names(count):
+        id = tokenizer.token_to_id(name)
+        if id is None:
+            raise ConfigError(f"the vocabulary has no special token {name}")
+        found[name] = id
+    return found
+
+
 def train_vocabulary(texts: Iterable[str], vocab_size: int, n_special: int = 32) -> FastTokenizer:
     """Train `vocab_size - n_special` base ranks on `texts` and return the `tokenizers` tokenizer.
 
@@ -75,7 +86,9 @@ def train_vocabulary(texts: Iterable[str], vocab_size: int, n_special: int = 32)
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() != base:
         raise ConfigError(f"the text holds only {tokenizer.get_vocab_size()} of the {base} base ranks asked for")
-    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special_names(n_special)])
+    tokenizer.add_special_tokens(
+        [AddedToken(name, special=True, normalized=False) for name in special_names(n_special)]
+    )
     for offset, name in enumerate(special_names(n_special)):
         if tokenizer.token_to_id(name) != base + offset:
             raise ConfigError(f"special token {name} did not get id {base + offset}")

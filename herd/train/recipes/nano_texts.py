@@ -7,9 +7,8 @@ falls. Everything used is public domain, CC BY or CC BY-SA (see the data README)
 
 from __future__ import annotations
 
-import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,28 +79,18 @@ def _text(row: dict[str, Any], kind: str) -> Text:
     return Text(text, row.get("title", ""), row.get("source", ""), kind, readability(text))
 
 
-def stable_texts(texts: list[Text], seed: int, hardest: float = 8.0) -> Iterator[Text]:
-    """The endless stream of the constant-rate phase: epochs of everything up to `hardest`, freshly shuffled each time.
+def stable_texts(texts: list[Text], hardest: float = 8.0) -> list[Text]:
+    """One epoch of the constant-rate phase: everything up to `hardest`, in file order.
 
-    Picture stories appear twice an epoch: they are the best and the fewest.
+    Picture stories appear twice: they are the best and the fewest.
     """
-    pool = [t for t in texts if t.grade <= hardest] + [t for t in texts if t.kind == "picture"]
-    return _epochs(pool, seed)
+    return [t for t in texts if t.grade <= hardest] + [t for t in texts if t.kind == "picture"]
 
 
-def anneal_texts(texts: list[Text], seed: int, hardest: float = 5.0) -> Iterator[Text]:
-    """The endless stream of the decay phase: books up to `hardest`, picture stories four times an epoch."""
-    pool = [t for t in texts if t.kind == "book" and t.grade <= hardest]
-    pool += 4 * [t for t in texts if t.kind == "picture" and t.grade <= 7]
-    return _epochs(pool, seed + 1)
-
-
-def _epochs(pool: list[Text], seed: int) -> Iterator[Text]:
-    order = random.Random(seed)
-    while True:
-        epoch = list(pool)
-        order.shuffle(epoch)
-        yield from epoch
+def anneal_texts(texts: list[Text], hardest: float = 5.0) -> list[Text]:
+    """One epoch of the decay phase: books up to `hardest`, picture stories four times."""
+    books = [t for t in texts if t.kind == "book" and t.grade <= hardest]
+    return books + 4 * [t for t in texts if t.kind == "picture" and t.grade <= 7]
 
 
 def validation_texts(data: Path) -> list[str]:

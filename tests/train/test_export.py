@@ -1,0 +1,68 @@
+import json
+
+import pytest
+import torch
+
+from herd.checkpoint.load import fill
+from herd.checkpoint.open import open_store
+from herd.errors import ConfigError
+from herd.model.config import ModelConfig, RopeScaling, irope, plain
+from herd.model.init import init_weights
+from herd.model.llama import Llama
+from herd.train.export import CHAT_TEMPLATE, export_folder, hf_config
+
+SHAPE = {"dim": 32, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "hidden_dim": 48, "vocab_size": 64, "max_seq_len": 40}
+
+
+@pytest.fixture(params=[True, False])
+def exported(request, tmp_path):
+    torch.manual_seed(0)
+    model = init_weights(Llama(ModelConfig(**SHAPE, layers=plain(2), tie_embeddings=request.param, rope_theta=1e4)))
+    export_folder(model, tmp_path, torch.float32, bos=0, stop=[1, 2], pad=3, sampling={"temperature": 0.5})
+    return model, tmp_path
+
+
+def test_herd_reads_what_was_written(exported):
+    model, folder = exported
+    again = fill(open_store(folder))
+    assert again.config == model.config
+    tokens = torch.arange(30)[None]
+    assert torch.equal(again(tokens), model(tokens))
+
+
+def test_transformers_computes_the_same_logits(exported):
+    transformers = pytest.importorskip("transformers")
+    model, folder = exported
+    other = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokens = torch.arange(30)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(other(tokens).logits, model(tokens), rtol=0, atol=1e-5)
+
+
+def test_safetensors_reads_the_file(exported):
+    safetensors = pytest.importorskip("safetensors.torch")
+    model, folder = exported
+    tensors = safetensors.load_file(folder / "model.safetensors")
+    assert torch.equal(tensors["model.embed_tokens.weight"], model.tok_embeddings.weight)
+    assert ("lm_head.weight" in tensors) is not model.config.tie_embeddings
+    start = int.from_bytes((folder / "model.safetensors").read_bytes()[:8], "little")
+    assert start % 8 == 0
+
+
+def test_settings_are_written(exported):
+    _, folder = exported
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert generation == {"bos_token_id": 0, "eos_token_id": [1, 2], "pad_token_id": 3, "temperature": 0.5}
+    assert (folder / "chat_template.jinja").read_text() == CHAT_TEMPLATE
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ModelConfig(**SHAPE, layers=irope(4, temper=False)),
+        ModelConfig(**SHAPE, layers=plain(1), rope_scaling=RopeScaling(factor=8.0)),
+    ],
+)
+def test_what_cannot_be_said_is_refused(config):
+    with pytest.raises(ConfigError):
+        hf_config(config, torch.float32, bos=0, stop=[1], pad=2)
