@@ -28,8 +28,8 @@ VERSIONS = (2, 3)
 MAX_KEY = 1024
 MAX_NAME = 64
 MAX_DIMS = 4
-MAX_KEYS = 1 << 16
-MAX_TENSORS = 1 << 16
+MAX_KEYS = 1 << 14
+MAX_TENSORS = 1 << 15
 MAX_ALIGNMENT = 1 << 21
 """A huge page: more serves no reader. The format's default is 32."""
 

@@ -1,4 +1,4 @@
-"""GGUF metadata -> ModelConfig.
+"""GGUF metadata -> ModelConfig, and the sampling defaults that came with the model.
 
 What llama.cpp knows without being told, and herd therefore too (src/models/llama4.cpp, conversion/llama.py):
 
@@ -30,10 +30,11 @@ from herd.checkpoint.files import short
 from herd.checkpoint.gguf_metadata import Metadata
 from herd.checkpoint.gguf_rope import recover
 from herd.checkpoint.limits import plausible
+from herd.checkpoint.store import GenerationDefaults
 from herd.errors import CheckpointError, ConfigError
 from herd.model.config import MAX_LAYERS, LayerSpec, ModelConfig, MoEConfig, RopeScaling, Temper, irope, plain
 
-__all__ = ["ROPE_TABLE", "Shapes", "read_config"]
+__all__ = ["ROPE_TABLE", "Shapes", "read_config", "read_sampling"]
 
 ROPE_TABLE = "rope_freqs.weight"
 
@@ -64,6 +65,16 @@ def read_config(metadata: Metadata, shapes: Shapes, rope_table: torch.Tensor | N
         return plausible(config, f"{arch}.* keys")
     except ConfigError as error:
         metadata.fail("general.architecture", f"is {arch!r}, but its keys describe no model: {error}")
+
+
+def read_sampling(metadata: Metadata) -> GenerationDefaults:
+    """The `general.sampling.*` keys; stop ids are the tokenizer's business. Raises CheckpointError."""
+    keys = _Keys(metadata, "general.sampling.")
+    return GenerationDefaults(
+        temperature=keys.number("temp") if keys.has("temp") else None,
+        top_p=keys.number("top_p") if keys.has("top_p") else None,
+        top_k=keys.whole("top_k", least=0) if keys.has("top_k") else None,
+    )
 
 
 def _architecture(metadata: Metadata) -> str:

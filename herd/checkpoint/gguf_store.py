@@ -17,7 +17,7 @@ import torch
 
 from herd.checkpoint.files import short
 from herd.checkpoint.gguf import GGUFFile
-from herd.checkpoint.gguf_config import ROPE_TABLE, read_config
+from herd.checkpoint.gguf_config import ROPE_TABLE, read_config, read_sampling
 from herd.checkpoint.names import homes, ignored, shapes
 from herd.checkpoint.store import TensorInfo
 from herd.errors import CheckpointError
@@ -35,7 +35,8 @@ _VISION = ("v.", "mm.")  # Ollama keeps Llama 4's vision half in the same file
 class GGUFStore:
     """A TensorStore over the file `path`; of a split file any part may be given. Raises CheckpointError.
 
-    `skipped` names tensors of the vision half of a Llama 4 file, which the text model does not use.
+    `skipped` names tensors of the vision half of a Llama 4 file, which the text model does not use. `generation` holds the
+    sampling defaults that came with the model.
     """
 
     kind = "gguf"
@@ -51,6 +52,7 @@ class GGUFStore:
         self._homes = {name: home.name for name, home in homes(self.config, "gguf").items()}
         early_fusion = self._metadata["general.architecture"] == "llama4"
         self.skipped = tuple(name for name in found if early_fusion and name.startswith(_VISION))
+        self.generation = read_sampling(self._metadata)
         self._check()
 
     def names(self) -> Iterable[str]:
@@ -65,7 +67,10 @@ class GGUFStore:
     def read(self, name: str) -> torch.Tensor:
         """A view of the file for F32, F16 and BF16; quantized blocks dequantized to a float32 tensor of its own."""
         file, foreign = self._home(name)
-        return file.tensor(foreign)
+        tensor = file.tensor(foreign)
+        if file.entries[foreign].type.decode is not None:
+            file.release(foreign)
+        return tensor
 
     def raw(self, name: str) -> torch.Tensor | QuantTensor:
         """As `read`, but quantized blocks as they are: a QuantTensor over a view of the file."""
@@ -100,7 +105,9 @@ class GGUFStore:
         expected = set(self._homes.values())
         for name, file in self._files.items():
             if name not in expected and name not in self.skipped and not ignored("gguf", name):
-                raise CheckpointError("the model that the metadata describes has no such parameter", path=file.path, tensor=name)
+                raise CheckpointError(
+                    "the model that the metadata describes has no such parameter", path=file.path, tensor=name
+                )
         for name, shape in shapes(self.config).items():
             file, foreign = self._home(name)
             entry = file.entries[foreign]

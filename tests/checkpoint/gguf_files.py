@@ -17,12 +17,13 @@ import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from herd.checkpoint.gguf_store import GGUFStore
+from herd.checkpoint.names import homes, shapes
 from herd.model.config import ModelConfig, MoEConfig, Temper, irope
 from herd.model.llama import Llama
 from tests.build import DENSE, LLAMA4, build
 from tests.parity.oracles import hf_dense, hf_llama4
 
-__all__ = ["EXPERTS", "GGML", "MODELS", "WIDE", "loaded", "oracle", "transformers_model", "write_gguf"]
+__all__ = ["EXPERTS", "GGML", "MODELS", "WIDE", "loaded", "oracle", "transformers_model", "write_gguf", "write_noise"]
 
 GGML = GGMLQuantizationType
 
@@ -97,6 +98,34 @@ def write_gguf(
         if name not in without:
             wanted = kind(name) if callable(kind) else kind
             _add_tensor(writer, name, tensor, GGML.F32 if tensor.ndim == 1 else wanted)
+    return _finish(writer, path)
+
+
+def write_noise(path: Path, config: ModelConfig, kind: GGMLQuantizationType) -> Path:
+    """A Llama 2 or 3 of this geometry with random blocks for matrices: large files without a model to make them from."""
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in {
+        "llama.context_length": config.max_seq_len,
+        "llama.embedding_length": config.dim,
+        "llama.block_count": config.n_layers,
+        "llama.feed_forward_length": config.hidden_dim,
+        "llama.attention.head_count": config.n_heads,
+        "llama.attention.head_count_kv": config.n_kv_heads,
+        "llama.attention.key_length": config.head_dim,
+        "llama.attention.layer_norm_rms_epsilon": config.norm_eps,
+        "llama.rope.freq_base": config.rope_theta,
+    }.items():
+        _add(writer, key, value)
+    for name, home in homes(config, "gguf").items():
+        shape = shapes(config)[name]
+        if len(shape) == 1:
+            writer.add_tensor(home.name, np.ones(shape, np.float32))
+        else:
+            writer.add_tensor(home.name, _random_blocks(home.name, shape, kind), raw_dtype=kind)
+    return _finish(writer, path)
+
+
+def _finish(writer: gguf.GGUFWriter, path: Path) -> Path:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

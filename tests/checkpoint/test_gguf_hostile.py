@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import resource
+import struct
 import time
 import tracemalloc
 from collections import Counter
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from herd.checkpoint import gguf, gguf_metadata
 from herd.checkpoint.gguf import GGUFFile
 from herd.checkpoint.gguf_store import GGUFStore
 from herd.errors import CheckpointError
@@ -117,3 +119,41 @@ def test_no_refusal_allocates_more_than_twice_the_file(tmp_path: Path) -> None:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 2 * len(case.raw) + 100_000, f"{case.name}: {peak} bytes for a file of {len(case.raw)}"
+
+
+def text(data: bytes) -> bytes:
+    return struct.pack("<Q", len(data)) + data
+
+
+def words(key: bytes, items: list[bytes]) -> bytes:
+    return text(key) + struct.pack("<IIQ", 9, 8, len(items)) + b"".join(map(text, items))
+
+
+def opened(path: Path, raw: bytes) -> tuple[GGUFFile, float]:
+    """The file, and the processor time that opening took."""
+    path.write_bytes(raw)
+    start = time.process_time()
+    return GGUFFile(path), time.process_time() - start
+
+
+def test_the_largest_counts_that_pass_take_less_than_a_second(tmp_path: Path) -> None:
+    keys, tensors, strings = gguf.MAX_KEYS, gguf.MAX_TENSORS, gguf_metadata.MAX_STRINGS
+    raw = b"GGUF" + struct.pack("<IQQ", 3, tensors, keys) + words(b"w", [b""] * strings)
+    raw += b"".join(text(b"key %d" % i) + struct.pack("<IB", 0, 1) for i in range(keys - 1))
+    raw += b"".join(text(b"%d" % i) + struct.pack("<IQQQQIQ", 4, 1, 1, 1, 1, 0, 32 * i) for i in range(tensors))
+    file, seconds = opened(tmp_path / "large.gguf", raw + bytes(32 * tensors + 32))
+    assert (len(file.metadata), len(file.entries)) == (keys, tensors)
+    assert seconds < LIMIT
+
+
+def test_a_real_vocabulary_opens_at_once(tmp_path: Path, measured: Callable[[str, str, float], None]) -> None:
+    tokens, merges = [b"token %d" % i for i in range(128_256)], [b"left right%d" % i for i in range(280_147)]
+    raw = b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + words(b"tokens", tokens) + words(b"merges", merges)
+    file, seconds = opened(tmp_path / "vocabulary.gguf", raw)
+    measured("GGUF vocabulary of Llama 3, seconds", "open", seconds)
+    assert seconds < 0.5
+    start = time.process_time()
+    assert file.metadata["tokens"] == [t.decode() for t in tokens]
+    assert file.metadata["merges"][-1] == merges[-1].decode()
+    measured("GGUF vocabulary of Llama 3, seconds", "decode", time.process_time() - start)
+    assert time.process_time() - start < 1

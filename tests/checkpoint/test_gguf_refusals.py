@@ -51,6 +51,7 @@ def refusal(path: Path) -> CheckpointError:
         ("llama.rope.freq_base", 10_000.0, "not a Llama 3.1 frequency scaling"),
         ("llama.vocab_size", 385, "has 384 rows"),
         ("llama.feed_forward_length", 1 << 31, "hidden_dim"),
+        ("general.sampling.temp", "hot", "expected a number"),
         ("tokenizer.ggml.tokens", ["a", "b"], "the tokenizer does not fit"),
     ],
 )

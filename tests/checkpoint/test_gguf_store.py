@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from herd.checkpoint.gguf_store import GGUFStore
+from herd.checkpoint.store import GenerationDefaults
 from herd.errors import CheckpointError
 from herd.model.config import ModelConfig, RopeScaling, plain
 from herd.model.llama import Llama
@@ -125,6 +126,14 @@ def test_metadata_reads_as_the_gguf_package_reads_it(tmp_path: Path) -> None:
     assert ours["tokenizer.ggml.tokens"] == extra["tokenizer.ggml.tokens"]
     assert ours["tokenizer.ggml.add_bos_token"] is True
     assert "no.such.key" not in ours
+
+
+def test_sampling_defaults_of_the_file(tmp_path: Path) -> None:
+    keys = {"general.sampling.temp": 0.6, "general.sampling.top_p": 0.9, "general.sampling.top_k": 40}
+    hf = transformers_model(DENSE["llama-2"])
+    found = GGUFStore(write_gguf(tmp_path / "with.gguf", hf, metadata=keys)).generation
+    assert (found.temperature, found.top_p, found.top_k) == (0.6, 0.9, 40)
+    assert GGUFStore(write_gguf(tmp_path / "without.gguf", hf)).generation == GenerationDefaults()
 
 
 def test_a_split_model_opens_from_any_part(tmp_path: Path) -> None:
