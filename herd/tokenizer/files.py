@@ -14,9 +14,10 @@ from pathlib import Path
 
 from herd.errors import CheckpointError, TokenizerError
 from herd.tokenizer.gguf import tokenizer_from_gguf
-from herd.tokenizer.huggingface import open_tokenizer_json, read_settings
-from herd.tokenizer.pieces import PieceModel
+from herd.tokenizer.huggingface import open_tokenizer_json
+from herd.tokenizer.pieces import NORMAL, PieceModel
 from herd.tokenizer.ranks import parse_ranks
+from herd.tokenizer.settings import read_file, read_settings
 from herd.tokenizer.special import RANKS
 from herd.tokenizer.tokenizer import Family, Tokenizer
 from herd.tokenizer.vocabulary import ByteVocabulary, PieceVocabulary, Settings, build_tokenizer
@@ -63,10 +64,7 @@ def read_vocabulary(path: str | os.PathLike[str], family: Family | None = None) 
     try:
         if head.lstrip().startswith(b"{"):
             return open_tokenizer_json(path, family)
-        size = path.stat().st_size
-        if size > MAX_MODEL:
-            raise CheckpointError(f"{size:,} bytes; a tokenizer.model has at most {MAX_MODEL:,}", path=path)
-        data = path.read_bytes()
+        data = read_file(path, MAX_MODEL)
         if all(byte in b"\t\n\r" or 0x20 <= byte < 0x7F for byte in head):
             return _native_ranks(parse_ranks(data, path), path, family)
         return PieceVocabulary(model=PieceModel.parse(data, path))
@@ -153,21 +151,22 @@ def _difference(first: ByteVocabulary | PieceVocabulary, second: ByteVocabulary 
             return f"id {at} is {b.pieces[at]!r}, not {a.pieces[at]!r}"
         if a.dummy_prefix != b.dummy_prefix:
             return f"it puts {'a' if b.dummy_prefix else 'no'} space before the text"
-        if _merge_order(a) != _merge_order(b):
+        if _order(a) != _order(b) and _order(a, formed_only=True) != _order(b, formed_only=True):
             return "it merges in another order"
         return None
     return "one is a byte-BPE vocabulary, the other a SentencePiece one"
 
 
-def _merge_order(model: PieceModel) -> list[int]:
-    """Ids of the pieces that a merge can form, best first."""
-    known = set(model.pieces)
-    formed = [
-        i
-        for i, (piece, kind) in enumerate(zip(model.pieces, model.types, strict=True))
-        if kind == 1 and any(piece[:cut] in known and piece[cut:] in known for cut in range(1, len(piece)))
-    ]
-    return sorted(formed, key=lambda i: -model.scores[i])
+def _order(model: PieceModel, *, formed_only: bool = False) -> list[int]:
+    """Ids of the longer pieces, best score first; `formed_only`: only those that a merge of two others gives."""
+    longer = [id for id, piece in enumerate(model.pieces) if len(piece) > 1 and model.types[id] == NORMAL]
+    if formed_only:
+        known = set(model.pieces)
+        splits = {id: range(1, len(model.pieces[id])) for id in longer}
+        longer = [
+            id for id in longer if any({model.pieces[id][:at], model.pieces[id][at:]} <= known for at in splits[id])
+        ]
+    return sorted(longer, key=lambda id: -model.scores[id])
 
 
 def _report_renamed(tokenizer: Tokenizer, added: Mapping[str, int], folder: Path, chosen: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from herd.errors import TokenizerError
 from herd.tokenizer.bytelevel import from_alphabet
-from herd.tokenizer.huggingface import check_byte_merges
+from herd.tokenizer.merges import check_byte_merges
 from herd.tokenizer.pieces import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, PieceModel, byte_piece
 from herd.tokenizer.released import is_llama2, llama2_scores, released_family
 from herd.tokenizer.special import RANKS

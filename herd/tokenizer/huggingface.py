@@ -1,41 +1,35 @@
-"""Reads Hugging Face's `tokenizer.json` and the small files beside it, and says which rule herd could not keep.
+"""Reads Hugging Face's `tokenizer.json`, and says which rule of it is not Llama's.
 
 Format: huggingface/tokenizers, src/models/bpe and src/pre_tokenizers. Two schemes belong to Llama: byte-level BPE with a regex
 split and `ignore_merges` (3, 4), and BPE over characters with byte fallback and "▁" for spaces (1, 2, Code). Anything that
 would change ids is a TokenizerError that names the JSON field; damage is a CheckpointError.
+
+Two things are read as Llama was trained, not as the file's own engine would: SentencePiece puts its space before every text,
+also before one that begins with a space (Metaspace does not), and no text becomes an added token.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from herd.errors import CheckpointError, TokenizerError
 from herd.tokenizer.bytelevel import from_alphabet
+from herd.tokenizer.merges import check_byte_merges, scores_of_merges
 from herd.tokenizer.pieces import BYTE, CONTROL, NORMAL, UNKNOWN, PieceModel, byte_piece
 from herd.tokenizer.released import is_llama2, llama2_scores, released_family
+from herd.tokenizer.settings import MAX_JSON, parse_json, read_file
 from herd.tokenizer.tokenizer import Family
-from herd.tokenizer.vocabulary import ByteVocabulary, PieceVocabulary, Settings
+from herd.tokenizer.vocabulary import ByteVocabulary, PieceVocabulary
 
-__all__ = [
-    "check_byte_merges",
-    "family_of_regex",
-    "open_tokenizer_json",
-    "parse_json",
-    "read_settings",
-    "read_tokenizer_json",
-]
-
-MAX_JSON = 256 * 2**20
-"""Larger files are refused: the released ones have 2 to 28 MB."""
+__all__ = ["open_tokenizer_json", "read_tokenizer_json"]
 
 _SPACE = "▁"
-_MERGES = re.compile(r'(?<!\\)"merges"\s*:\s*\[')
-_END_OF_MERGES = re.compile(r"\]\s*\}\s*\}\s*$")
+_MERGES = re.compile(rb'"merges"\s*:\s*\[')
+_END_OF_MERGES = re.compile(rb"\]\s*\}\s*\}\s*$")
 
 
 def open_tokenizer_json(path: str | os.PathLike[str], family: Family | None = None) -> ByteVocabulary | PieceVocabulary:
@@ -44,27 +38,41 @@ def open_tokenizer_json(path: str | os.PathLike[str], family: Family | None = No
     The merges are two thirds of a Llama 3 or 4 file and say nothing when the ranks are Meta's own, so they are parsed only
     when they are not. Raises CheckpointError for damage and TokenizerError for rules that are not Llama's.
     """
-    text = _read_text(Path(path))
-    merges = _MERGES.search(text)
-    if merges and _END_OF_MERGES.search(text, len(text) - 64):
+    path = Path(path)
+    data = read_file(path, MAX_JSON)
+    if head := _without_merges(data):
         try:
-            vocabulary = read_tokenizer_json(json.loads(text[: merges.end()] + "]}}"), family)
-        except (TokenizerError, ValueError, RecursionError):
-            pass  # the whole file is read below, and says what is wrong with it
-        else:
+            content = parse_json(head, path)
+        except CheckpointError:
+            content = {}  # the whole file is read below, and says what is wrong with it
+        if _has_byte_level(content):
+            vocabulary = read_tokenizer_json(content, family, check_merges=False)
             if isinstance(vocabulary, ByteVocabulary) and released_family(vocabulary.ranks):
                 return vocabulary
-    return read_tokenizer_json(_parse(text, Path(path)), family)
+    return read_tokenizer_json(parse_json(data, path), family)
 
 
-def read_tokenizer_json(content: Mapping[str, Any], family: Family | None = None) -> ByteVocabulary | PieceVocabulary:
-    """The vocabulary of a parsed `tokenizer.json`. `family` overrides what the regex says."""
+def _without_merges(data: bytes) -> bytes | None:
+    """A `tokenizer.json` with an empty merge list, when the list stands at its end as `tokenizers` writes it."""
+    at = data.find(b'"merges"')
+    while at >= 0:
+        found = _MERGES.match(data, at)
+        if found and data[at - 1 : at] != b"\\" and _END_OF_MERGES.search(data, max(0, len(data) - 64)):
+            return data[: found.end()] + b"]}}"
+        at = data.find(b'"merges"', at + 1)
+    return None
+
+
+def read_tokenizer_json(
+    content: Mapping[str, Any], family: Family | None = None, *, check_merges: bool = True
+) -> ByteVocabulary | PieceVocabulary:
+    """The vocabulary of a parsed `tokenizer.json`: see `open_tokenizer_json`."""
     model = _mapping(content, "model")
     kind = model.get("type", "BPE")
     if kind != "BPE":
         raise TokenizerError(f"model.type is {kind!r}; Llama tokenizers are 'BPE'")
     vocab = _mapping(model, "vocab")
-    if not all(isinstance(id, int) for id in vocab.values()):
+    if not set(map(type, vocab.values())) <= {int}:
         raise TokenizerError("model.vocab has ids that are not integers")
     added: dict[str, int] = {}
     visible: set[int] = set()
@@ -82,17 +90,10 @@ def read_tokenizer_json(content: Mapping[str, Any], family: Family | None = None
         if model.get(key):
             raise TokenizerError(f"model.{key} is {model[key]!r}; Llama tokenizers have none")
     if _has_byte_level(content):
-        return _byte_vocabulary(content, model, vocab, added, frozenset(visible), family)
+        return _byte_vocabulary(content, model, vocab, added, frozenset(visible), family, check_merges)
     if model.get("byte_fallback"):
         return _piece_vocabulary(content, model, vocab, added, frozenset(visible))
     raise TokenizerError("neither a ByteLevel pre_tokenizer (Llama 3, 4) nor model.byte_fallback (Llama 1, 2) is there")
-
-
-def family_of_regex(pattern: str) -> Family | None:
-    """Which Llama family cuts text with this regex."""
-    from herd.tokenizer.tiktoken import REGEX
-
-    return next((family for family, regex in REGEX.items() if regex == pattern), None)
 
 
 # -- byte level: Llama 3 and 4
@@ -124,7 +125,10 @@ def _byte_vocabulary(
     added: Mapping[str, int],
     visible: frozenset[int],
     family: Family | None,
+    check_merges: bool,
 ) -> ByteVocabulary:
+    from herd.tokenizer.tiktoken import REGEX
+
     if normalizers := _steps(content, "normalizer", "normalizers"):
         raise TokenizerError(f"normalizer is {normalizers[0].get('type')!r}; Llama 3 and 4 have none")
     if model.get("ignore_merges") is not True:
@@ -147,54 +151,21 @@ def _byte_vocabulary(
         )
     pattern = split.get("pattern")
     regex = pattern.get("Regex") if isinstance(pattern, Mapping) else None
-    found = family_of_regex(regex) if isinstance(regex, str) else None
+    found: Family | None = next((name for name, known in REGEX.items() if known == regex), None)
     if found is None and family is None:
         raise TokenizerError(
             f"pre_tokenizer Split has the pattern {regex!r}, which is neither Llama 3's nor Llama 4's; pass family='llama3' or "
             "family='llama4' to cut text with one of theirs"
         )
-    names = sorted((name for name in vocab if added.get(name) != vocab[name]), key=vocab.__getitem__)
+    listed_twice = {name for name, id in added.items() if vocab.get(name) == id}
+    names = sorted(vocab.keys() - listed_twice if listed_twice else vocab, key=vocab.__getitem__)
     if [vocab[name] for name in names] != list(range(len(names))):
         gap = next(i for i, name in enumerate(names) if vocab[name] != i)
         raise TokenizerError(f"model.vocab has no single token with id {gap}; ids must count up from 0")
     ranks = from_alphabet(names)
-    if released_family(ranks) is None:  # the merges of the released ranks are known: by rank
+    if check_merges and released_family(ranks) is None:  # the merges of the released ranks are known: by rank
         check_byte_merges(names, model.get("merges") or ())
     return ByteVocabulary(ranks=ranks, family=family or found or "llama3", added=added, visible=visible)
-
-
-def check_byte_merges(names: Sequence[str], merges: Iterable[str | Sequence[str]]) -> None:
-    """Raise TokenizerError unless merging by rank and merging by this list are the same thing.
-
-    The list must form tokens in rank order, and form every token that two others could form. (One split of each token is
-    enough: a piece merges the same way inside a longer text as on its own, up to where a longer token takes part of it.)
-    """
-    ids = {name: id for id, name in enumerate(names)}
-    formed = [ids.get(left + right, -1) for left, right in split_merges(merges)]
-    if formed and min(formed) < 0:
-        left, right = list(split_merges(merges))[formed.index(-1)]
-        raise TokenizerError(f"model.merges joins {left!r} and {right!r} to a token that is not in the vocabulary")
-    if formed != sorted(formed):
-        at = next(i for i in range(1, len(formed)) if formed[i] < formed[i - 1])
-        raise TokenizerError(
-            f"model.merges is not in rank order: entry {at} forms token {formed[at]} after {formed[at - 1]}"
-        )
-    for id in sorted(set(range(len(names))).difference(formed)):
-        name = names[id]
-        for cut in range(1, len(name)):
-            if name[:cut] in ids and name[cut:] in ids:
-                raise TokenizerError(
-                    f"model.merges never forms token {id}, {name!r}, though {name[:cut]!r} and the rest could"
-                )
-
-
-def split_merges(merges: Iterable[str | Sequence[str]]) -> Iterator[tuple[str, str]]:
-    """The two halves of each merge: written "a b" in older files, ["a", "b"] in newer ones."""
-    for merge in merges:
-        parts = merge.split(" ") if isinstance(merge, str) else merge
-        if len(parts) != 2:
-            raise TokenizerError(f"model.merges has the entry {merge!r}, which is not a pair")
-        yield parts[0], parts[1]
 
 
 # -- pieces: Llama 1, 2 and Code Llama
@@ -215,7 +186,7 @@ def _piece_vocabulary(
         raise TokenizerError("model.vocab has a gap or a double id; ids must count up from 0")
     control = {name for name, id in added.items() if vocab.get(name) == id and id not in visible} | {"<s>", "</s>"}
     types = [_piece_type(name, unk, control) for name in names]
-    formed = _scores_of_merges(names, types, model.get("merges") or ())
+    formed = scores_of_merges(names, types, model.get("merges") or ())
     # Pieces that nothing forms (single characters) never win a merge; their score only has to be low.
     scores = [formed.get(name, -float(len(names))) for name in names]
     notes: tuple[str, ...] = ()
@@ -247,45 +218,6 @@ def _piece_type(name: str, unk: str, control: set[str]) -> int:
     return CONTROL if name in control else NORMAL
 
 
-def _scores_of_merges(
-    names: Sequence[str], types: Sequence[int], merges: Iterable[str | Sequence[str]]
-) -> dict[str, float]:
-    """SentencePiece scores that merge in the order of `merges`: 0, -1, -2, ... by first appearance.
-
-    Runs of spaces may take turns in the list; they have equal scores in Llama's own file. Raises TokenizerError for any other
-    list that no scores reproduce, and for one that leaves out a pair which SentencePiece would join.
-    """
-    ids = {name: id for id, name in enumerate(names) if types[id] == NORMAL}
-    first: dict[str, int] = {}
-    last: dict[str, int] = {}
-    listed: dict[str, int] = {}
-    for at, (left, right) in enumerate(split_merges(merges)):
-        piece = left + right
-        if piece in ids and left in ids and right in ids:
-            first.setdefault(piece, at)
-            last[piece] = at
-            listed[piece] = listed.get(piece, 0) + 1
-        elif piece not in names or left not in names or right not in names:
-            raise TokenizerError(f"model.merges joins {left!r} and {right!r}, but not all three are in the vocabulary")
-    for piece in ids:
-        pairs = sum(piece[:cut] in ids and piece[cut:] in ids for cut in range(1, len(piece)))
-        if pairs != listed.get(piece, 0):
-            raise TokenizerError(f"model.merges lists {listed.get(piece, 0)} of the {pairs} pairs that form {piece!r}")
-    scores: dict[str, float] = {}
-    rank, until, group = 0, -1, ""
-    for piece, begin in first.items():  # in order of first appearance
-        spaces = bool(group) and not (piece + group).strip(_SPACE)
-        if begin < until and not spaces:
-            raise TokenizerError(
-                f"model.merges returns to {group!r} after {piece!r}: no order of scores merges that way"
-            )
-        if not spaces:
-            rank, group = rank + 1, piece
-        until = max(until, last[piece])
-        scores[piece] = 1.0 - rank
-    return scores
-
-
 def _dummy_prefix(content: Mapping[str, Any]) -> bool:
     """Whether text gets a leading space; raises TokenizerError when spaces are treated in another way than Llama's."""
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
@@ -303,94 +235,6 @@ def _dummy_prefix(content: Mapping[str, Any]) -> bool:
         "normalizer and pre_tokenizer do not write spaces as Llama 1 and 2 do: either Prepend('▁') + Replace(' ', '▁') and no "
         "pre_tokenizer, or Metaspace with split false and no normalizer"
     )
-
-
-# -- the files beside it
-
-
-def parse_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The object in a JSON file. Raises CheckpointError naming the file and, for broken JSON, the byte offset."""
-    return _parse(_read_text(Path(path)), Path(path))
-
-
-def _read_text(path: Path) -> str:
-    try:
-        size = path.stat().st_size
-        if size > MAX_JSON:
-            raise CheckpointError(f"{size:,} bytes; a JSON file of a tokenizer has at most {MAX_JSON:,}", path=path)
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise CheckpointError("is not UTF-8", path=path, offset=error.start) from None
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", path=path) from None
-
-
-def _parse(text: str, path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        offset = len(text[: error.pos].encode())
-        raise CheckpointError(f"line {error.lineno}: broken JSON ({error.msg})", path=path, offset=offset) from None
-    except (RecursionError, ValueError) as error:
-        raise CheckpointError(f"broken JSON ({type(error).__name__}: {error})", path=path) from None
-    if not isinstance(content, dict):
-        raise CheckpointError("is not a JSON object", path=path)
-    return content
-
-
-def read_settings(folder: str | os.PathLike[str]) -> Settings:
-    """What tokenizer_config.json, chat_template.jinja, chat_template.json and generation_config.json of a folder say."""
-    folder = Path(folder)
-    config = _optional(folder / "tokenizer_config.json")
-    generation = _optional(folder / "generation_config.json")
-    added: dict[str, int] = {}
-    visible: set[int] = set()
-    decoder = config.get("added_tokens_decoder")
-    for id, entry in (decoder if isinstance(decoder, Mapping) else {}).items():
-        if not str(id).isdecimal() or not isinstance(entry, Mapping) or not isinstance(entry.get("content"), str):
-            raise CheckpointError(
-                f"added_tokens_decoder has a broken entry {id!r}", path=folder / "tokenizer_config.json"
-            )
-        added[entry["content"]] = int(id)
-        if not entry.get("special", False):
-            visible.add(int(id))
-    ends = generation.get("eos_token_id")
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    if not all(type(id) is int and id >= 0 for id in ends):
-        raise CheckpointError(f"eos_token_id is {ends!r}, not token ids", path=folder / "generation_config.json")
-    eos = config.get("eos_token")
-    eos = eos.get("content") if isinstance(eos, Mapping) else eos
-    chat_format = config.get("chat_format")
-    return Settings(
-        template=_template(folder, config),
-        chat_format=chat_format if isinstance(chat_format, str) else None,
-        stop_ids=frozenset(ends),
-        stop_names=frozenset([eos] if isinstance(eos, str) else []),
-        added=added,
-        visible=frozenset(visible),
-    )
-
-
-def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """The chat template, where transformers looks for it: its own files first, then tokenizer_config.json."""
-    jinja = folder / "chat_template.jinja"
-    if jinja.is_file():
-        try:
-            return jinja.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise CheckpointError("is not UTF-8", path=jinja, offset=error.start) from None
-    for source in (_optional(folder / "chat_template.json"), config):
-        found = source.get("chat_template")
-        if isinstance(found, list):  # several named templates; "default" is the one for chat
-            named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, Mapping)}
-            found = named.get("default")
-        if isinstance(found, str):
-            return found
-    return None
-
-
-def _optional(path: Path) -> dict[str, Any]:
-    return parse_json(path) if path.is_file() else {}
 
 
 def _mapping(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:

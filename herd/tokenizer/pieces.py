@@ -27,13 +27,15 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 class PieceModel:
     """A SentencePiece BPE vocabulary with Llama's rules: no normalisation, spaces as U+2581, byte fallback.
 
-    `pieces[i]`, `scores[i]` and `types[i]` describe id i. `dummy_prefix`: one space is put before the text.
+    `pieces[i]`, `scores[i]` and `types[i]` describe id i. `dummy_prefix`: one space is put before the text. `source` is the
+    file that says exactly this, when there is one.
     """
 
     pieces: Sequence[str]
     scores: Sequence[float]
     types: Sequence[int]
     dummy_prefix: bool = True
+    source: bytes | None = None
 
     def __post_init__(self) -> None:
         n = len(self.pieces)
@@ -54,7 +56,7 @@ class PieceModel:
 
     def with_types(self, types: Sequence[int]) -> PieceModel:
         """The same vocabulary with other piece types."""
-        return replace(self, types=types)
+        return replace(self, types=types, source=None)
 
     def with_added(self, added: Sequence[tuple[str, int]]) -> PieceModel:
         """The same vocabulary with control pieces appended; the ids must follow the last piece without a gap."""
@@ -67,10 +69,13 @@ class PieceModel:
             pieces=[*self.pieces, *(name for name, _ in added)],
             scores=[*self.scores, *([0.0] * len(added))],
             types=[*self.types, *([CONTROL] * len(added))],
+            source=None,
         )
 
     def serialize(self) -> bytes:
         """The file as the sentencepiece library reads it."""
+        if self.source is not None:
+            return self.source
         out = bytearray()
         for piece, score, kind in zip(self.pieces, self.scores, self.types, strict=True):
             body = _field(1, piece.encode()) + b"\x15" + struct.pack("<f", score)
@@ -124,7 +129,7 @@ class PieceModel:
                 "not a complete SentencePiece model: no pieces, or no normaliser at the end", path=path
             )
         _require_llama_rules(trainer, normalizer)
-        return cls(pieces=pieces, scores=scores, types=types, dummy_prefix=normalizer.get(3, 1) == 1)
+        return cls(pieces=pieces, scores=scores, types=types, dummy_prefix=normalizer.get(3, 1) == 1, source=data)
 
 
 def byte_piece(piece: str) -> int | None:
