@@ -6,7 +6,7 @@ Stages, each skipped when its result is already in the folder given by --out:
 
 1. vocabulary  byte-level BPE in the Llama 3 scheme                      -> tokenizer/
 2. stable      constant learning rate on children's books                -> stable.pt
-3. anneal      rate falls to zero on the simplest texts and 10 % chat    -> anneal.pt
+3. anneal      rate falls to zero on the simplest texts and a third chat    -> anneal.pt
 4. chat        fine-tuning on conversations, loss on the replies only    -> chat.pt
 5. export      Hugging Face folder                                       -> export/
 """
@@ -108,11 +108,11 @@ def chat_rows_packed(headers: Headers, records: Sequence[ChatRecord]) -> Rows:
 
 
 def anneal_rows(tokenizer: FastTokenizer, texts: list[Text], data: Path) -> Rows:
-    """One epoch of the decay phase: the simplest texts and about a fifth of conversations."""
+    """One epoch of the decay phase: the simplest texts and about a third of conversations."""
     pool = anneal_texts(texts)
     random.Random(SEED + 1).shuffle(pool)
     headers = Headers(tokenizer)
-    records = story_rows(texts, SEED + 2, made=3000) + chat_rows(SEED + 2, data, repeat=1)
+    records = story_rows(texts, SEED + 2, made=5000) + chat_rows(SEED + 2, data)
     return concatenate([pack_stream(encode_texts(tokenizer, pool), CONTEXT), chat_rows_packed(headers, records)])
 
 
@@ -198,9 +198,9 @@ def main() -> None:
     report.check()
     tokenizer = make_vocabulary(texts, args.out)
     stages = [
-        Stage("stable", 0.60, lambda: stable_rows(tokenizer, texts), 16, 2, 60, 0.0, 0.02, 3e-3),
-        Stage("anneal", 0.26, lambda: anneal_rows(tokenizer, texts, args.data), 8, 2, 0, 1.0, 0.02, 3e-3),
-        Stage("chat", 0.14, lambda: tuning_rows(tokenizer, texts, args.data), 8, 2, 20, 1.0, 0.005, 1e-3),
+        Stage("stable", 0.56, lambda: stable_rows(tokenizer, texts), 16, 2, 60, 0.0, 0.02, 3e-3),
+        Stage("anneal", 0.22, lambda: anneal_rows(tokenizer, texts, args.data), 8, 2, 0, 1.0, 0.02, 3e-3),
+        Stage("chat", 0.22, lambda: tuning_rows(tokenizer, texts, args.data), 8, 1, 20, 1.0, 0.01, 1.5e-3),
     ]
     names = [stage.name for stage in stages]
     wanted = stages if args.until == "export" else stages[: names.index(args.until) + 1]

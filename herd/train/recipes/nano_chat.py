@@ -28,6 +28,7 @@ from herd.train.recipes.nano_facts import (
     JOBS,
     KINDS,
     LIKE_TO,
+    LIVES,
     MADE_OF,
     MONTHS,
     NUMBERS,
@@ -85,6 +86,22 @@ def _colours() -> Iterator[Fact]:
             [f"{thing} is {colour}.", f"{thing} is {colour}.", f"The colour of {thing} is {colour}."], colour,
         )  # fmt: skip
 
+    named = list(COLOURS.items())
+    for n, (thing, colour) in enumerate(named):
+        plain = colour.split()[0] if len(colour.split()) == 1 else ""
+        if not plain:
+            continue
+        others = [c for c in ("red", "blue", "green", "white", "black", "pink") if c not in (colour, "clear")]
+        other = others[n % len(others)]
+        yield _fact("yes or no", f"{thing} {colour}", [f"is {thing} {colour}", f"is it true that {thing} is {colour}", f"do you think {thing} is {colour}"],
+            [f"Yes, {thing} is {colour}."], "Yes,")  # fmt: skip
+        yield _fact("yes or no", f"{thing} {other}", [f"is {thing} {other}", f"is it true that {thing} is {other}", f"do you think {thing} is {other}"],
+            [f"No, {thing} is {colour}.", f"No, {thing} is not {other}. {cap(thing)} is {colour}."], "No,")  # fmt: skip
+    for colour in ("red", "green", "yellow", "white", "black", "brown", "blue", "orange", "grey", "purple", "pink"):
+        things = tuple(thing for thing, c in named if c == colour)
+        yield _fact("colour", f"of {colour}", [f"what is {colour}", f"name something {colour}", f"which thing is {colour}", f"tell me something that is {colour}",
+            f"what things are {colour}", f"can you name something {colour}"], [f"{thing} is {colour}." for thing in things], *things)  # fmt: skip
+
 
 def _animals() -> Iterator[Fact]:
     for name, about in ANIMALS.items():
@@ -132,6 +149,17 @@ def _animals() -> Iterator[Fact]:
             [f"{a} is {with_article(about.kind)}. {legs}", f"{a} is {with_article(about.kind)}. It lives {about.home}.",
              f"{a} is {with_article(about.kind)}. It lives {about.home} and eats {about.food}."], about.kind,
         )  # fmt: skip
+    for sound in dict.fromkeys(about.sound for about in ANIMALS.values() if about.sound):
+        names = [name for name, about in ANIMALS.items() if about.sound == sound]
+        yield _fact("which says", sound, [f"which animal says {sound}", f"what animal says {sound}", f"who says {sound}", f'which animal makes the sound "{sound}"',
+            f"what says {sound}", f"tell me which animal says {sound}"], [f"{with_article(name)} says {sound}." for name in names], *names)  # fmt: skip
+    for place, names in LIVES.items():
+        answers = [
+            f"{cap(', '.join(with_article(n) for n in three[:-1]))} and {with_article(three[-1])} live {place}."
+            for three in (names[:3], names[1:4], names[-3:])
+        ]
+        yield _fact("who lives", place, [f"which animals live {place}", f"what animals live {place}", f"what lives {place}", f"name some animals that live {place}",
+            f"tell me which animals live {place}"], answers, *names)  # fmt: skip
     for deed, (able, unable) in CAN.items():
         for things, word, verb in ((able, "Yes", "can"), (unable, "No", "cannot")):
             for thing in things:
@@ -328,6 +356,20 @@ def chat_rows(seed: int, data: Path, repeat: int = 2) -> list[ChatRecord]:
         for i, question in enumerate(fact.questions):
             if not held_out(fact, i):
                 single += [(vary(question, rng), rng.choice(fact.answers)) for _ in range(times)]
+    for _ in range(150):
+        a, b = rng.randrange(21, 1000), rng.randrange(21, 1000)
+        ask = rng.choice(
+            (
+                f"what is {a} plus {b}",
+                f"what is {a} times {b}",
+                f"how much is {a} minus {b}",
+                f"{a} + {b}",
+                f"what is {a} divided by {b}",
+            )
+        )
+        single.append(
+            (vary(ask, rng), rng.choice(("I do not know that. I can only work with small numbers.", NO_IDEA[0])))
+        )
     for template in UNKNOWN:
         single += [(vary(expand(template, rng), rng), rng.choice(NO_IDEA)) for _ in range(14)]
     single += [(vary(question, rng), rng.choice(NO_IDEA)) for question in _hard_questions(data) for _ in range(repeat)]

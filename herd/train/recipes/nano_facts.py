@@ -7,7 +7,7 @@ Each table is data only; `herd.train.recipes.nano_chat` turns them into question
 from __future__ import annotations
 
 __all__ = [
-    "ANIMALS", "BODY", "CAN", "CAPITALS", "COLOURS", "DAYS", "DEFINITIONS", "JOBS", "KINDS", "LIKE_TO", "MADE_OF", "MONTHS",
+    "ANIMALS", "BODY", "CAN", "CAPITALS", "COLOURS", "DAYS", "DEFINITIONS", "JOBS", "KINDS", "LIKE_TO", "LIVES", "MADE_OF", "MONTHS",
     "NUMBERS", "OPPOSITES", "PLACES", "SEASONS", "SHAPES", "UNKNOWN", "WHY", "Animal",
 ]  # fmt: skip
 
@@ -104,6 +104,13 @@ CAN = {
             ["a tree", "a table", "a fish", "a book", "a house", "a worm", "a snail"]),
     "climb trees": (["a cat", "a monkey", "a squirrel", "a child", "a bear"],
                     ["a cow", "a fish", "a horse", "an elephant", "a pig", "a whale"]),
+}  # fmt: skip
+
+LIVES = {
+    "on a farm": ["cow", "horse", "sheep", "pig", "hen", "goat"], "in the sea": ["fish", "whale", "shark", "crab", "turtle"],
+    "in the forest": ["fox", "deer", "bear", "owl", "squirrel", "wolf"], "in the jungle": ["tiger", "monkey", "snake", "parrot"],
+    "in Africa": ["lion", "elephant", "giraffe", "zebra", "crocodile"], "in the desert": ["camel", "snake", "lizard"],
+    "near a pond": ["frog", "duck", "goose", "swan"], "in a house with people": ["dog", "cat", "goldfish", "rabbit"],
 }  # fmt: skip
 
 OPPOSITES = [

@@ -166,6 +166,26 @@ PLOTS = (
     # help strong
     "{One day|One hot day} a {big stone|heavy branch} lay {on the road|in front of the house}, and nobody could get past. {The horse pulled, but it did not move.|The bear pushed, but it did not move.} \"{Let me try|May I help},\" said <N>. Everyone laughed. \"{You are much too small|You? You are not strong}!\"\n\n\"{Alone I am not strong|Nobody is strong enough alone},\" said <N>, \"{but together we are|but we can all push together}.\" So they all stood side by side: <N>, the <G>, the horse and the bear. One, two, three! {The stone began to roll|It moved a little}, and then it {rolled away|was gone}.\n\n"
     "\"{We did it!|Hooray!}\" they all cried. {And nobody laughed at <N> any more.|\"That was a clever thought,\" said the <G> to <N>.}",
+    # mud
+    "{One day|One morning} <N> wanted to look fine. <He> {brushed <his> coat|washed <his> face} and put on a red scarf. \"{Now I am the finest <K> of all|Look at me, how fine I am},\" <he> said to the <G>. {And <he> walked|Then <he> went} down the road with <his> nose in the air.\n\n"
+    "But <he> did not {see|look at} the {big puddle|mud on the road}. Splash! <N> {fell right into it|was brown from head to foot}. {Everyone looked|All was quiet}. Then <N> {began to laugh|laughed out loud}. \"{Now I am the dirtiest <K> of all|Brown is a fine colour too},\" <he> said. The <G> laughed too and {jumped into the mud|jumped in beside <him>}.\n\n"
+    "{They played until the evening.|What fun they had!} At home <N> {had a warm bath|was washed with warm water}. \"{It is nice to be fine|To be clean is nice},\" said <N>, \"{but it is nicer to have fun|but to play with a friend is nicer}.\"",
+    # picnic with map
+    "{One day|One rainy day} <N> found an old {map|letter} in {the attic|a box}. {There was a red cross on it.|It showed a path and a red cross.} \"{A treasure|There must be a treasure},\" {cried|said} <N>. <He> ran to <his> friend <F> the <G>, and together they {set out|went to look for it}.\n\n"
+    "They went {over the bridge|through the dark wood} and {up the steep hill|past the old mill}. They were {tired and hungry|very tired}, but they did not turn back. At last they came to a {big stone|hollow tree}. {Here was the place!|\"Here it is,\" said <F>.} They dug and dug, and {they found a little box|there was a box}. In it lay {a piece of paper|a letter}. <N> read: \"{The best treasure is a good friend|A good friend is worth more than gold}.\"\n\n"
+    "<N> looked at <F>, and {they both smiled|both began to laugh}. \"{Then we found it long ago|Then I have it already},\" said <N>. {They ate their bread under the tree and went home singing.|And they walked home side by side.}",
+    # tooth / loud voice
+    "<N> had a very {small|quiet} voice. When <he> {spoke|said something}, nobody heard <him>. \"{Speak up|What did you say},\" {they all said|everyone said}. So <N> {said nothing more|stopped talking}.\n\n"
+    "{One night|One evening} <N> could not sleep. <He> looked out and saw {smoke|a fire} at the house of the <G>. {Everyone was asleep.|Nobody was awake.} \"{Wake up|Help}!\" said <N>, but nobody heard. Then <he> took a deep breath and shouted as loud as <he> could, \"{Fire! Fire!|Wake up! Fire!}\"\n\n"
+    "{Now they all woke up|Everyone heard it} and came running with water, and the fire was put out. \"{You have saved me|You saved my house},\" said the <G>. \"{I did not know that you could shout so loud|What a big voice you have}!\" \"{I did not know it either|Nor did I},\" said <N>, {and then everyone laughed|and <he> was very proud}.",
+    # bake
+    "{It was|It was a cold} Sunday, and <N> wanted to bake a cake. <He> {took a big bowl|lit the stove}. But there was {no flour|nothing in the house}. So <he> went to the <G>. \"{I have flour|You can have my flour},\" said the <G>, \"{may I help you|let me come with you}.\" But they had no eggs. So they went to the hen. \"{I have eggs|Here are three eggs},\" said the hen, \"{may I come too|I will come with you}.\"\n\n"
+    "{The cow gave them milk, and the bee gave them honey.|They got milk from the cow and honey from the bee.} Soon the kitchen was full. {They stirred and stirred|Everyone helped}, and {the cake went into the oven|<N> put the cake into the oven}. {How good it smelled!|It smelled sweet.}\n\n"
+    "When the cake was ready, it was {big and golden|as big as a wheel}. {Everyone got a piece.|They cut it into five pieces.} \"{It is the best cake in the world|I never ate a better cake},\" said the <G>. \"{That is because we all made it|Because we made it together},\" said <N>.",
+    # moving away
+    "{One day|In autumn} <his> best friend <F>, {a|the little} <G>, {had to move away|was going far away}. \"{I will miss you|Who will play with me now},\" said <N>, and {a tear ran down <his> face|both of them cried}. <F> gave <him> a <T>. \"{When you look at it, think of me|So you will not forget me},\" said <F>.\n\n"
+    "{Winter came|The days were long}, and <N> was alone. Every {evening|day} <he> looked at the <T>. Then one day {the postman brought a letter|a letter came}. \"Dear <N>, {I think of you every day|I miss you too}. {Come and visit me|I will come in spring}. Your friend <F>.\" <N> {read it ten times|was so happy that <he> danced}.\n\n"
+    "When spring came, they {met again|saw each other again}. {They ran to each other and laughed|How they laughed and talked}! \"{A friend is a friend, near or far|Good friends stay friends, even far away},\" said <N>.",
 )  # fmt: skip
 
 THING_PLOTS = (
@@ -175,6 +195,12 @@ THING_PLOTS = (
     "<N> asked {mother, but she|father, but he} did not know. <N> asked the <G>. \"{Look behind the hill|Go down to the river},\" said the <G>. So <N> {walked and walked|went a long way}. And there was the <T>! {It shone in the evening sun|It looked more beautiful than ever}.\n\n\"{I have missed you|There you are},\" said <N>. {They went home together|Then <N> went home with a happy heart}, and {that night|in the evening} <N> {slept very well|told everyone about it}.",
     "{Once upon a time|Long ago} two friends, <N> and <F>, {found|saw} a <T>. \"It is mine,\" said <N>. \"No, it is mine,\" said <F>. {They pulled this way and that way|They began to fight}. {They were so angry that they did not speak any more.|Soon both were crying.}\n\nThen an old {woman|man} came by and asked, \"{Why do you fight|What is the matter}?\" \"{We both want the <T>|We cannot share the <T>},\" they said. \"{What is a <T> good for without a friend?|A <T> is nice, but a friend is nicer,}\" said the old one.\n\n"
     "<N> looked at <F>, and <F> looked at <N>. \"{You may have it|Let us share it},\" they both said {at the same time|together}. Then they {laughed|had to laugh}. {From that day on the <T> belonged to both of them.|And they were friends again.}",
+    "There was once an old <T>. {Nobody wanted it any more|Everyone had forgotten it}. It stood {all alone|alone} in {a corner|the rain} and {was sad|dreamed of better days}. \"{I am no good for anything|Nobody needs me},\" it thought.\n\n"
+    "{One day|One morning} a little <G> {named|called} <N> came along. \"{What a fine <T>|What a beautiful <T>}!\" said <N>. \"{May I stay with you|Can I live here}? I have no home.\" {The old <T> was so glad|The <T> had never been so happy}. <N> {cleaned it and painted it red|made it clean and bright}, and soon it looked {like new|better than before}.\n\n"
+    "{Now they were never alone again.|From then on they were always together.} And when {people passed by|somebody came by}, they said, \"{Look, what a lovely <T>|Who would have thought that the old <T> was so pretty}!\"",
+    "<N> {got|was given} a <T> for <his> birthday. It was {red and blue|the most beautiful thing <he> had ever seen}. {<He> took it everywhere.|<He> did not let anyone touch it.} \"{May I play too|Can I see it},\" asked <his> {sister|brother|friend} <F>. \"No,\" said <N>, \"it is mine.\"\n\n"
+    "So <N> played alone. {But it was not much fun|After a while it was boring}. <He> looked out of the window and saw the others. They {had only an old box|had nothing but a stick}, but they {laughed and laughed|had so much fun}. <N> {thought for a while|felt sorry}. Then <he> {took the <T> and went outside|went out to them}.\n\n"
+    "\"{Do you want to play with my <T>|Shall we all play with my <T>}?\" <he> asked. {They all shouted with joy.|\"Yes!\" they cried.} {It was the best day of all.|And <N> found out that it was twice as nice to share.}",
 )  # fmt: skip
 
 ASKS = (
@@ -192,8 +218,11 @@ ANY = (
 )  # fmt: skip
 
 
+_QUESTION = re.compile(r'"((?:who|where|why|can|may|will|shall|what(?! an? ))\b[^"?!.]*)[,.]"', re.IGNORECASE)
+
+
 def _fill(plot: str, slots: dict[str, str]) -> str:
-    text = re.sub(r"<(\w+)>", lambda m: slots[m[1]], plot)
+    text = _QUESTION.sub(r'"\1?"', re.sub(r"<(\w+)>", lambda m: slots[m[1]], plot))
     return re.sub(r" +", " ", re.sub(r"\ba(?= [aeiou])", "an", re.sub(r"\bA(?= [aeiou])", "An", text))).strip()
 
 
@@ -277,7 +306,18 @@ def story_rows(texts: list[Text], seed: int, made: int = 9000) -> list[ChatRecor
         told = made_story(rng)
         ask = vary(rng.choice(ANY), rng) if rng.random() < 0.12 else _ask(told.topic, rng, told)
         turns = [ask, told.story]
-        if rng.random() < 0.08:
+        if rng.random() < 0.06:
+            again = made_story(rng)
+            turns += [
+                vary(
+                    rng.choice(
+                        ("tell me another story", "another one", "another story, please", "one more story", "one more")
+                    ),
+                    rng,
+                ),
+                again.story,
+            ]
+        elif rng.random() < 0.08:
             turns += [vary(rng.choice(("thank you", "thanks", "that was nice", "what a nice story", "I liked it", "good story")), rng),
                       rng.choice(("You are welcome!", "You are welcome. I am glad that you liked it.", "I am glad that you liked it."))]  # fmt: skip
         rows.append(ChatRecord.pairs(*turns, source="herd"))

@@ -8,7 +8,7 @@ import random
 from herd.train.recipes.nano_facts import KINDS
 from herd.train.recipes.nano_wording import expand, vary, with_article
 
-__all__ = ["ABOUT", "GREETINGS", "small_talk"]
+__all__ = ["ABOUT", "GREETINGS", "JOKES", "small_talk"]
 
 GREETINGS = (
     ("{hello|hi|hey|hello there|hi there|good day|hello!|hi!}",
@@ -82,6 +82,42 @@ NAMES = (
     "Maria", "John", "Kate", "Ali", "Mia", "Adam", "Eva", "George", "Jane", "Omar", "Ruth", "Luke", "Grace", "Henry", "Alice",
 )  # fmt: skip
 
+JOKES = (
+    "Why did the chicken cross the road? To get to the other side!",
+    "What is black and white and goes up and down? A zebra in a lift!",
+    "What has a face and two hands but no legs? A clock!",
+    "What has four legs but cannot walk? A table!",
+    "What gets wetter the more it dries? A towel!",
+    "Why did the boy throw the clock out of the window? He wanted to see time fly!",
+    "What do you call a sleeping bull? A bulldozer!",
+    "What has many teeth but cannot bite? A comb!",
+    "What do you get when you cross a snowman and a dog? Frostbite!",
+    "Why was six afraid of seven? Because seven ate nine!",
+)
+
+PUZZLED = (
+    "I am sorry, I do not understand that. Can you say it in other words?",
+    "I do not understand. Please say it in simple words.",
+)
+
+LIKED = (
+    "cats",
+    "dogs",
+    "apples",
+    "music",
+    "books",
+    "stories",
+    "the sea",
+    "rain",
+    "snow",
+    "flowers",
+    "cake",
+    "birds",
+    "the moon",
+    "horses",
+    "colours",
+)
+
 RHYMES = (
     "The {cat|mouse|hat} {sat|is} on the mat,\nand next to it there sat a {rat|bat}.\nThey {drank|had} some tea, they {ate|had} some cake,\nand then they {swam across the lake|were very wide awake}.",
     "The sun is {warm|bright}, the sky is blue,\nthe birds all sing a song for you.\nThe day is long, the day is bright,\nand then there comes the quiet night.",
@@ -111,16 +147,44 @@ def small_talk(rng: random.Random, turns: int | None = None) -> tuple[str, ...]:
         ask, answer = rng.choice(ABOUT)
     elif roll < 0.72:
         ask, answer = rng.choice(FEELINGS)
-    elif roll < 0.80:
+    elif roll < 0.79:
         return _list(rng)
-    elif roll < 0.84:
+    elif roll < 0.815:
+        ask, answer = (
+            "{tell me a joke|do you know a joke|make me laugh|say something funny|tell me something funny|another joke|can you tell a joke}",
+            rng.choice(JOKES),
+        )
+    elif roll < 0.835:
+        letters = "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(3, 12)))
+        ask, answer = (
+            rng.choice(
+                (
+                    letters,
+                    letters + " " + letters[::-1],
+                    "what",
+                    "why",
+                    "why not",
+                    "what do you mean",
+                    "hm",
+                    "???",
+                    "...",
+                )
+            ),
+            rng.choice(PUZZLED),
+        )
+        return ask, answer
+    elif roll < 0.85:
+        thing = rng.choice(LIKED)
+        ask = "{do you like|do you love|what do you think of|what do you think about} " + thing
+        answer = f"{{Yes, I like|I like}} {thing}{{.| very much.}}"
+    elif roll < 0.88:
         topic = rng.choice(
             ("", "", " about the sun", " about a cat", " about the rain", " about animals", " about the night")
         )
         words = rng.choice(("poem", "rhyme", "short poem", "song", "little poem"))
         ask = "{write|tell me|say|sing|give me|can you write|make}" + f" a {words}{topic}"
         answer = rng.choice(RHYMES)
-    elif roll < 0.90:
+    elif roll < 0.92:
         word = rng.choice(WORDS)
         ask = "{make|write|say|give me} a {sentence|short sentence} with {the word |}" + rng.choice((word, f'"{word}"'))
         return vary(expand(ask, rng), rng), rng.choice(SENTENCES).replace("{x}", word)

@@ -87,7 +87,7 @@ def stable_texts(texts: list[Text], hardest: float = 8.0) -> list[Text]:
     return [t for t in texts if t.grade <= hardest] + [t for t in texts if t.kind == "picture"]
 
 
-def anneal_texts(texts: list[Text], hardest: float = 5.0) -> list[Text]:
+def anneal_texts(texts: list[Text], hardest: float = 4.5) -> list[Text]:
     """One epoch of the decay phase: books up to `hardest`, picture stories four times."""
     books = [t for t in texts if t.kind == "book" and t.grade <= hardest]
     return books + 4 * [t for t in texts if t.kind == "picture" and t.grade <= 7]

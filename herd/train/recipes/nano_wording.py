@@ -30,12 +30,12 @@ def vary(question: str, rng: random.Random) -> str:
     """Dress a bare question as people type it: capital or not, question mark or not, a polite word now and then."""
     asks = re.match(r"(what|which|how|who|where|when|why|can|is|are|do|does|did|with|will)\b", question) is not None
     text = question
-    if rng.random() < 0.06:
+    if asks and rng.random() < 0.06:
         text = rng.choice(["please tell me, ", "hi, ", "hello, ", "i have a question: ", "ok, ", "and ", "so, "]) + text
-    elif rng.random() < 0.05:
+    elif (asks or question.startswith(("tell", "name", "write", "give", "say"))) and rng.random() < 0.05:
         text = text + rng.choice([", please", " please"])
     if rng.random() < 0.12:
         text = re.sub(r"\bwhat is\b", "what's", text, count=1)
     text = cap(text) if rng.random() < 0.75 else text
     end = "?" if asks else "."
-    return text + (end if rng.random() < 0.75 else "")
+    return text + (end if rng.random() < 0.75 and text[-1] not in ".!?" else "")
