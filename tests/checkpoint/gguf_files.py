@@ -20,29 +20,25 @@ from herd.checkpoint.gguf_store import GGUFStore
 from herd.checkpoint.names import homes, shapes
 from herd.model.config import ModelConfig, MoEConfig, Temper, irope
 from herd.model.llama import Llama
-from tests.build import DENSE, LLAMA4, build
+from tests.build import DENSE, LLAMA4, TINY, build
 from tests.parity.oracles import hf_dense, hf_llama4
 
 __all__ = ["EXPERTS", "GGML", "MODELS", "WIDE", "loaded", "oracle", "transformers_model", "write_gguf", "write_noise"]
 
 GGML = GGMLQuantizationType
 
-_FAR = {"temper": Temper()}  # GGUF knows Llama 4's constants only, see herd.checkpoint.gguf_config
-_SCOUT = replace(LLAMA4["llama-4-scout"], layers=irope(4, moe_layers=range(4)), **_FAR)
-MODELS: dict[str, ModelConfig] = {
-    **DENSE,
-    "llama-4-scout": _SCOUT,
-    "llama-4-interleaved": replace(_SCOUT, layers=irope(4, moe_layers=(1, 3)), rope_scaling=None),
-    "llama-4-maverick": replace(
+_SCOUT = replace(LLAMA4["llama-4-scout"], layers=irope(4, moe_layers=range(4)), temper=Temper())
+LLAMA_CPP: dict[str, ModelConfig] = {
+    "llama-4-scout as llama.cpp has it": _SCOUT,
+    "llama-4-maverick as llama.cpp has it": replace(
         _SCOUT,
         layers=irope(4, moe_layers=(1, 3), qk_norm=False),
         rope_scaling=None,
         moe=MoEConfig(n_experts=128, hidden_dim=32),
     ),
-    "llama-4-top-2": replace(_SCOUT, moe=MoEConfig(n_experts=4, top_k=2, hidden_dim=96)),
-    "llama-guard-4": replace(LLAMA4["llama-guard-4"], **_FAR),
 }
-"""Tiny members of every generation, as far as GGUF can express them."""
+"""Tiny Llama 4 models with the constants of llama.cpp, which its files do not hold; those of `TINY` need keys for theirs."""
+MODELS = TINY | LLAMA_CPP
 WIDE = replace(DENSE["llama-3"], dim=256, n_heads=4, n_kv_heads=2, head_dim=64, hidden_dim=512, vocab_size=260)
 """Rows of whole super-blocks, for K-quants."""
 EXPERTS = replace(
@@ -86,7 +82,9 @@ def write_gguf(
 ) -> Path:
     """`model` (transformers' Llama or Llama 4) as a GGUF file, matrices in type `kind`, vectors in F32.
 
-    `metadata` adds keys (or replaces them), `without` leaves keys and tensors out, `parts` tensors per file splits it.
+    What llama.cpp keeps constant in Llama 4 is written only where it differs, in the keys that Ollama and other
+    architectures have for it. `metadata` adds keys (or replaces them), `without` leaves keys and tensors out, `parts` tensors
+    per file splits it.
     """
     config = model.config
     arch = "llama4" if config.model_type == "llama4_text" else "llama"
@@ -157,6 +155,12 @@ def _metadata(config: Any, arch: str) -> dict[str, Any]:
         keys[f"{arch}.expert_count"] = config.num_local_experts if moe else 0
         keys[f"{arch}.expert_used_count"] = config.num_experts_per_tok
         keys[f"{arch}.interleave_moe_layer_step"] = moe[0] + 1 if moe else 0
+        if config.attention_chunk_size != 8192 and "chunked_attention" in config.layer_types:
+            keys[f"{arch}.attention.chunk_size"] = config.attention_chunk_size
+        if config.floor_scale != 8192:
+            keys[f"{arch}.attention.temperature_length"] = config.floor_scale
+        if config.use_qk_norm != (keys[f"{arch}.expert_count"] != 128):
+            keys[f"{arch}.use_qk_norm"] = config.use_qk_norm
     return keys
 
 

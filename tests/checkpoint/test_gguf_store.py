@@ -168,14 +168,13 @@ def test_a_split_model_with_a_missing_renamed_or_swapped_part(tmp_path: Path) ->
 
 
 def test_ollama_keys_of_llama_4(tmp_path: Path) -> None:
-    config = MODELS["llama-4-interleaved"]
+    config = MODELS["llama-4-maverick"]
     hf = transformers_model(config)
     keys = {
         "llama4.feed_forward_length": 96,
         "llama4.intermediate_size": config.hidden_dim,
         "llama4.intermediate_size_moe": 96,
         "llama4.use_qk_norm": False,
-        "llama4.attention.chunk_size": 16,
     }
     path = write_gguf(tmp_path / "tiny.gguf", hf, metadata=keys, without=["llama4.expert_feed_forward_length"])
     config = GGUFStore(path).config
