@@ -6,8 +6,10 @@ tensor that is missing, extra, listed twice or of the wrong shape, is a Checkpoi
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +65,16 @@ class HFStore:
         """Shape and dtype from the headers."""
         foreign, home = self._home(name)
         stored = self._files[foreign].describe(foreign)
-        shape = tuple(self._read(home, foreign, torch.empty(stored.shape, dtype=stored.dtype, device="meta")).shape)
-        return TensorInfo(shape, stored.dtype, stored.stored, stored.dtype.itemsize * torch.Size(shape).numel())
+        with self._blame(foreign, home, stored.shape):
+            shape = home.read_shape(stored.shape, self.config)
+        return TensorInfo(shape, stored.dtype, stored.stored, stored.dtype.itemsize * math.prod(shape))
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor in canonical layout; a view of the file except for the re-paired q and k rows."""
         foreign, home = self._home(name)
-        return self._read(home, foreign, self._files[foreign].tensor(foreign))
+        tensor = self._files[foreign].tensor(foreign)
+        with self._blame(foreign, home, tuple(tensor.shape)):
+            return home.read(tensor, self.config)
 
     def release(self, name: str) -> None:
         """Let go of the file pages behind `name`."""
@@ -91,13 +96,14 @@ class HFStore:
         except KeyError:
             raise CheckpointError("there is no such parameter in this model", path=self.path, tensor=name) from None
 
-    def _read(self, home: Home, foreign: str, tensor: torch.Tensor) -> torch.Tensor:
+    @contextmanager
+    def _blame(self, foreign: str, home: Home, shape: tuple[int, ...]) -> Iterator[None]:
+        """Name file and tensor when a shape does not fit."""
         try:
-            return home.read(tensor, self.config)
+            yield
         except CheckpointError as error:
-            shape = tuple(tensor.shape)
             raise CheckpointError(
-                f"shape {shape} does not fit {home.canonical} of the model in {self._config_path.name}",
+                f"shape {short(shape)} does not fit {home.canonical} of the model in {self._config_path.name}",
                 path=self._files[foreign].path,
                 tensor=foreign,
             ) from error

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from herd.checkpoint.files import short
 from herd.errors import CheckpointError
 
 __all__ = ["MappedFile", "sampled_equal"]
@@ -56,11 +57,17 @@ class MappedFile:
                 offset=offset,
             )
         if count == 0:
-            return torch.empty(shape, dtype=dtype)
+            return self._empty(offset, dtype, shape)
         if offset % dtype.itemsize:  # kernels may assume natural alignment
             raw = bytearray(self._map[offset : offset + nbytes])
             return torch.frombuffer(raw, dtype=dtype).view(shape)
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset).view(shape)
+
+    def _empty(self, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+        try:
+            return torch.empty(shape, dtype=dtype)
+        except (RuntimeError, OverflowError):  # sizes beside the zero may be absurd
+            raise CheckpointError(f"shape {short(shape)} overflows", path=self.path, offset=offset) from None
 
     def release(self, offset: int, nbytes: int) -> None:
         """Let go of the memory behind a range that has been copied; it is read again from the file when touched."""

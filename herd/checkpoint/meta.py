@@ -6,9 +6,11 @@ when the tensor is read and not before. With a single file every tensor is a vie
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -73,20 +75,20 @@ class MetaStore:
         """Shape and dtype of the joined tensor, from the headers."""
         home = self._home(name)
         stored = self._ranks[0].describe(home.name)
-        piece = self._canonical(home, 0, torch.empty(stored.shape, dtype=stored.dtype, device="meta"))
-        shape, dim = list(piece.shape), self._dim(home, piece)
+        with self._blame(home, 0, stored.shape):
+            shape = list(home.read_shape(stored.shape, self.config))
+        dim = self._dim(home, shape)
         if dim is not None and len(shape) > dim:
             shape[dim] *= len(self._ranks)
         if _KV.fullmatch(name):
             shape[0] //= self._copies
-        nbytes = stored.dtype.itemsize * torch.Size(shape).numel()
-        return TensorInfo(tuple(shape), stored.dtype, stored.stored, nbytes)
+        return TensorInfo(tuple(shape), stored.dtype, stored.stored, stored.dtype.itemsize * math.prod(shape))
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor in canonical layout: a view with one rank, joined anew with several."""
         home = self._home(name)
         first = self._piece(home, 0)
-        dim = self._dim(home, first)
+        dim = self._dim(home, first.shape)
         others = range(1, len(self._ranks))
         if dim is None:
             for rank in others:
@@ -120,22 +122,25 @@ class MetaStore:
         return home
 
     def _piece(self, home: Home, rank: int) -> torch.Tensor:
-        return self._canonical(home, rank, self._ranks[rank].tensor(home.name))
-
-    def _canonical(self, home: Home, rank: int, tensor: torch.Tensor) -> torch.Tensor:
-        try:
+        tensor = self._ranks[rank].tensor(home.name)
+        with self._blame(home, rank, tuple(tensor.shape)):
             return home.read(tensor, self.config)
+
+    @contextmanager
+    def _blame(self, home: Home, rank: int, shape: tuple[int, ...]) -> Iterator[None]:
+        """Name file and tensor when a shape does not fit."""
+        try:
+            yield
         except CheckpointError as error:
-            shape = tuple(tensor.shape)
             raise CheckpointError(
-                f"shape {shape} does not fit {home.canonical} of the model in params.json",
+                f"shape {short(shape)} does not fit {home.canonical} of the model in params.json",
                 path=self._ranks[rank].path,
                 tensor=home.name,
             ) from error
 
-    def _dim(self, home: Home, piece: torch.Tensor) -> int | None:
+    def _dim(self, home: Home, shape: Sequence[int]) -> int | None:
         """The dimension to join along; embeddings are cut in columns up to Llama 2 and in rows since Llama 3."""
-        if home.canonical == _EMBEDDING and piece.shape[-1] != self.config.dim:
+        if home.canonical == _EMBEDDING and len(shape) == 2 and shape[1] != self.config.dim:
             return 1
         return home.shard
 

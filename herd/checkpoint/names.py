@@ -24,8 +24,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
+from herd.checkpoint.files import short
 from herd.checkpoint.layout import Fused, Interleave, Stack, Step, Transpose
 from herd.errors import CheckpointError
 from herd.model.config import ModelConfig
@@ -323,6 +325,14 @@ class Home:
     name: str
     cell: Cell
     shard: int | None
+
+    def read_shape(self, shape: tuple[int, ...], config: ModelConfig) -> tuple[int, ...]:
+        """Shape of what `read` makes of a foreign tensor of `shape`, without data. Raises CheckpointError as `read` does."""
+        try:
+            outline = torch.empty(shape, device="meta")
+        except (RuntimeError, OverflowError) as error:
+            raise CheckpointError(f"shape {short(shape)} overflows", tensor=self.name) from error
+        return tuple(self.read(outline, config).shape)
 
     def read(self, tensor: Tensor, config: ModelConfig) -> Tensor:
         """Foreign tensor (or one rank's piece of it) -> canonical; a view wherever torch can make one.

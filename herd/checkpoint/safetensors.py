@@ -1,7 +1,8 @@
 """Reader for safetensors files: 8 bytes of header length, a JSON header, then raw little-endian data.
 
 The rules are those of the format's own implementation (github.com/huggingface/safetensors): a header of at most 100 MB,
-offsets that tile the data exactly, sizes that follow from dtype and shape. Nothing is allocated before they hold.
+offsets that tile the data exactly, sizes that follow from dtype and shape. Nothing is allocated before they hold. One rule is
+stricter: a name given twice is refused, where that implementation keeps the last.
 """
 
 from __future__ import annotations
@@ -94,10 +95,7 @@ class SafetensorsFile:
             self._fail(f"header length {length} is above the format's limit of {MAX_HEADER}", 0)
         if 8 + length > size:
             self._fail(f"header length {length} reaches past the end of the file ({size} bytes): is it truncated?", 0)
-        raw = self.map.bytes(8, length)
-        if not raw.startswith(b"{"):
-            self._fail("the header does not start with '{'", 8)
-        return parse_json(raw, self.path, 8), 8 + length
+        return parse_json(self.map.bytes(8, length), self.path, 8), 8 + length
 
     def _metadata(self, header: dict[str, Any]) -> dict[str, str]:
         metadata = header.pop("__metadata__", None)
@@ -130,9 +128,12 @@ class SafetensorsFile:
 
     def _one(self, name: str, info: Any) -> tuple[str, tuple[int, ...], int, int]:
         """(dtype, shape, start, stop) of one header entry, relative to the data."""
-        if not isinstance(info, dict):
+        if isinstance(info, list) and len(info) == 3:  # the format's own reader takes the three fields in order, too
+            dtype, shape, offsets = info
+        elif isinstance(info, dict):
+            dtype, shape, offsets = info.get("dtype"), info.get("shape"), info.get("data_offsets")
+        else:
             self._fail("header entry is not an object", 8, name)
-        dtype, shape, offsets = info.get("dtype"), info.get("shape"), info.get("data_offsets")
         if not isinstance(dtype, str) or dtype not in BITS:
             self._fail(f"unknown dtype {short(dtype)}", 8, name)
         if not isinstance(shape, list) or not all(map(_size, shape)):

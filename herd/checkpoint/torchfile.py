@@ -71,7 +71,10 @@ class TorchFile:
         spec = self.specs[name]
         span = self._place(name, spec)
         flat = self.map.tensor(span.start, spec.dtype, (spec.storage.nbytes // spec.dtype.itemsize,))
-        return flat.as_strided(spec.shape, spec.strides, flat.storage_offset() + spec.offset)
+        try:
+            return flat.as_strided(spec.shape, spec.strides, flat.storage_offset() + spec.offset)
+        except (RuntimeError, OverflowError) as error:  # empty, with absurd sizes beside the zero
+            raise CheckpointError(f"shape {spec.shape} overflows", path=self.path, tensor=name[:200]) from error
 
     def release(self, name: str) -> None:
         """Drop the memory behind a tensor that has been copied."""

@@ -244,7 +244,7 @@ class _Machine:
             count *= n
             last += max(n - 1, 0) * stride
         held = storage.nbytes // dtype.itemsize
-        if count and (last >= held or count > held):
+        if any(n >= 1 << 48 for n in shape) or (count and (last >= held or count > held)):
             self.fail(
                 f"a tensor of shape {shape} and strides {strides} at {offset} leaves its storage of {held} elements"
             )
