@@ -90,8 +90,8 @@ def parse_verdict(text: str, codes: Collection[str]) -> Verdict:
 class GuardFormat:
     """One Guard over one tokenizer.
 
-    `categories` (code to name or text) replaces the built-in list, `exclude` leaves codes out. `policy` chooses the text
-    under each name. Custom categories far from the built-in ones need fine-tuning to work.
+    `categories` (code to text, written as it is) replaces the built-in list, `exclude` leaves codes out. `policy` chooses
+    the text under each name. Custom categories far from the built-in ones need fine-tuning to work.
     """
 
     def __init__(
@@ -110,7 +110,9 @@ class GuardFormat:
         self.name = name
         self.tokenizer = tokenizer
         self._wrapper = _WRAPPERS[name]
-        names = CATEGORIES[name] if categories is None else categories
+        names = categories
+        if names is None:
+            names = {code: f"{title}." for code, title in CATEGORIES[name].items()}
         if unknown := sorted(set(exclude) - set(names)):
             raise PromptError(f"{name} has no category {unknown[0]!r} to leave out; it has {', '.join(names)}")
         self.categories = {code: text for code, text in names.items() if code not in exclude}
@@ -127,7 +129,9 @@ class GuardFormat:
     def _choose_policy(self, policy: GuardPolicy, *, custom: bool) -> tuple[dict[str, str], str]:
         """Policy text by code, and the note that says where it is from."""
         if policy == "own":
-            known = {code: OWN_POLICY[name] for code, name in self.categories.items() if name in OWN_POLICY}
+            known = {
+                code: OWN_POLICY[n] for code, name in self.categories.items() if (n := name.rstrip(".")) in OWN_POLICY
+            }
             return known, "category policies: herd's own short wording, not Meta's"
         if custom:
             return {}, "category policies: as given by the caller"
@@ -205,5 +209,5 @@ class GuardFormat:
         )
 
     def _listed(self, code: str, name: str) -> str:
-        line = f"{code}: {name}" + ("" if name.rstrip().endswith((".", "\n")) else ".")
+        line = f"{code}: {name}"
         return f"{line}\n{self._policies[code]}" if code in self._policies else line
