@@ -122,7 +122,7 @@ def tool_from_function(function: Callable[..., Any]) -> ToolSpec:
     name = getattr(function, "__name__", type(function).__name__)
     summary, about = _docstring(inspect.getdoc(function) or "")
     try:
-        hints = typing.get_type_hints(function)
+        hints = typing.get_type_hints(function, include_extras=True)
     except (NameError, TypeError) as error:
         raise PromptError(f"{name}: its type hints cannot be resolved ({error})") from error
     properties: dict[str, Any] = {}
