@@ -167,18 +167,16 @@ def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int | tuple[i
         begin = at
         key, at = _varint(data, at, end)
         number, wire = key >> 3, key & 7
+        if number == 0 or wire not in (_VARINT, _FIXED64, _BYTES, _FIXED32):
+            raise _Damage("not a SentencePiece model (protobuf) at this point", begin)
         if wire == _VARINT:
             value, at = _varint(data, at, end)
             yield number, value, begin
             continue
         if wire == _BYTES:
             size, at = _varint(data, at, end)
-        elif wire in (_FIXED32, _FIXED64):
-            size = 4 if wire == _FIXED32 else 8
         else:
-            raise _Damage("not a SentencePiece model (protobuf) at this point", begin)
-        if number == 0:
-            raise _Damage("not a SentencePiece model (protobuf) at this point", begin)
+            size = 4 if wire == _FIXED32 else 8
         if at + size > end:
             raise _Damage(f"the file is cut off: {size} bytes announced, {end - at} there", begin)
         yield number, (at, at + size), begin

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -20,7 +21,27 @@ VECTORS = {
     "Hi!": [6324, 29991],
     "[INST] 123 [/INST]": [518, 25580, 29962, 29871, 29896, 29906, 29941, 518, 29914, 25580, 29962],
     INST: [
-        *[518, 25580, 29962, 3532, 14816, 29903, 6778, 13, 9675, 3888, 13, 29966, 829, 14816, 29903, 6778, 13, 13, 10994],
+        *[
+            518,
+            25580,
+            29962,
+            3532,
+            14816,
+            29903,
+            6778,
+            13,
+            9675,
+            3888,
+            13,
+            29966,
+            829,
+            14816,
+            29903,
+            6778,
+            13,
+            13,
+            10994,
+        ],
         *[518, 29914, 25580, 29962],
     ],
 }
@@ -43,7 +64,7 @@ def test_vectors(llama2: SentencePieceTokenizer) -> None:
     assert llama2.encode(INST, bos=True) == [1, *VECTORS[INST]]
 
 
-def test_llama2_ids_equal_the_library(llama2: SentencePieceTokenizer, llama2_path) -> None:  # noqa: ANN001
+def test_llama2_ids_equal_the_library(llama2: SentencePieceTokenizer, llama2_path: Path) -> None:
     processor = library(llama2_path.read_bytes())
     assert list(map(llama2.encode, MANY)) == processor.encode(MANY)
     assert llama2.encode_batch(MANY, threads=1) == processor.encode(MANY)
@@ -62,7 +83,7 @@ def test_decoding_equals_the_library(tiny_sp: SentencePieceTokenizer, tiny_piece
         assert tiny_sp.decode(ids) == processor.decode(ids), ids
 
 
-def test_llama2_decoding_equals_the_library(llama2: SentencePieceTokenizer, llama2_path) -> None:  # noqa: ANN001
+def test_llama2_decoding_equals_the_library(llama2: SentencePieceTokenizer, llama2_path: Path) -> None:
     processor = library(llama2_path.read_bytes())
     rng = random.Random(2)
     for _ in range(3_000):
@@ -124,7 +145,7 @@ def test_infill_text_has_no_prefix_space(infill_sp: SentencePieceTokenizer, tiny
     assert infill_sp.decode(infill_sp.encode_infilling(" x")) == "x"  # which is why decode_infilling exists
 
 
-def test_llama2_infill_as_in_metas_code(llama2: SentencePieceTokenizer, llama2_path) -> None:  # noqa: ANN001
+def test_llama2_infill_as_in_metas_code(llama2: SentencePieceTokenizer, llama2_path: Path) -> None:
     processor = library(llama2_path.read_bytes())
     for text in MANY[:2_000]:
         ids = llama2.encode_infilling(text)

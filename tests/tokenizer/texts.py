@@ -28,8 +28,8 @@ CODE = [
     "if (a && b || !c) { x->y = *p++; } // done\n/* block */\n#define N 0x1F\n",
     "\tfor (int i = 0; i < n; ++i)\r\n\t\tsum += a[i];\r\n",
     "SELECT * FROM t WHERE a='b' AND c<>\"d\"; -- x",
-    "<html><body class=\"x\">&nbsp;&amp;</body></html>",
-    "{\"a\": [1, 2.5e-10, null, true], \"b\": {\"c\": \"\\u00e9\\n\"}}",
+    '<html><body class="x">&nbsp;&amp;</body></html>',
+    '{"a": [1, 2.5e-10, null, true], "b": {"c": "\\u00e9\\n"}}',
     "print(f'{x!r:>{w}}')  # it's  we'll  I'd  they've  you're  I'm  can't  CAN'T  don’t",
     "x = lambda *a, **k: [i for i in range(10**6) if i % 3 == 0 and i & 1]",
     "https://example.com/a/b/?q=1&r=%20#frag user@example.org C:\\Users\\x\\y.txt /usr/bin/env",
@@ -99,7 +99,8 @@ NAUGHTY = [
     "<|eot_id|", "|eot_id|>", "<|eot_id|>>", "<<|eot_id|>", "<|<|eot_id|>|>", "<|eot_id|><|eot_id|>", "<|EOT_ID|>",
     "ﬁ ﬂ ﬀ ﬃ", "İstanbul ıİiI", "ǅ ǈ ǋ", "ß ẞ SS", "'ſ it'ſ 'S 'ſtory", "K’s k's", "Ω≈ç√∫˜µ≤≥÷", "åß∂ƒ©˙∆˚¬…æ", "⁰⁴⁵₀₁₂",
     "ด้้้้้็็็็็้้้้้็็็็็", "﷽﷽", "(╯°□°）╯︵ ┻━┻)", "¯\\_(ツ)_/¯", "˙ɐnbᴉlɐ", "Ｔｈｅ ｑｕｉｃｋ", "𝐓𝐡𝐞 𝓺𝓾𝓲𝓬𝓴", "⒯⒣⒠",
-    "田中さんにあげて下さい", "和製漢語", "사회과학원", "𠜎𠜱𠝹𠱓", "表ポあA鷗ŒéＢ逍Üßªąñ丂㐀𠀀", "Ⱥ Ⱦ", "ⰀⰁ", "\u0e33\u0eb3", "a\u0000b",
+    "田中さんにあげて下さい", "和製漢語", "사회과학원", "𠜎𠜱𠝹𠱓", "表ポあA鷗ŒéＢ逍Üßªąñ丂㐀𠀀", "Ⱥ Ⱦ", "ⰀⰁ",
+    "\u0e33\u0eb3", "a\u0000b",
     "a" * 300, "Ab" * 200, "0" * 200, "-" * 200, "=" * 130, "ha" * 150, "é" * 99, "漢" * 99, "🙂" * 40, "'s" * 50, "!?" * 77,
     "the the  the   the\tthe\nthe\r\nthe", "MiXeD CaSe wOrDs HTTPServer XMLHttpRequest iPhone eBay McDonald's O'Neill's",
 ]  # fmt: skip
@@ -124,11 +125,11 @@ _ALPHABETS = [
     "▁\u00a0\u2003\u3000\u200b\u2028\u0085\x00\x1c\x1f",
     "<|>eot_idbegin_of_texthsr/SYSINT[]",
 ]
-_WORDS = (
-    "the of and to in is that it was for on are with as his they at be this from I have or by one had not but what all were "
-    "when we there can an your which their said if do will each about how up out them then she many some so these would "
-    "don't I'm we've it's THE And They'll function return import class static void int float string const let var"
-).split(" ")
+_WORDS = """
+the of and to in is that it was for on are with as his they at be this from I have or by one had not but what all were when we
+there can an your which their said if do will each about how up out them then she many some so these would don't I'm we've it's
+THE And They'll function return import class static void int float string const let var
+""".split()
 
 
 def generate(count: int, seed: int) -> list[str]:
