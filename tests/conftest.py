@@ -50,17 +50,18 @@ def measured(record_property: Callable[[str, object], None]) -> Callable[[str, s
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the largest figure of every row that tests reported through `measured`."""
-    largest: dict[tuple[str, str], float] = {}
+    """Print the largest figure of every table that tests reported through `measured`; of every row with -v."""
+    largest: dict[str, dict[str, float]] = {}
     for outcome in ("passed", "failed"):
         for report in terminalreporter.stats.get(outcome, []):
             for name, value in getattr(report, "user_properties", ()):
                 if name == "measured":
                     table, row, figure = value
-                    largest[table, row] = max(figure, largest.get((table, row), 0.0))
-    shown = None
-    for (table, row), figure in sorted(largest.items()):
-        if table != shown:
-            terminalreporter.section(table)
-            shown = table
-        terminalreporter.write_line(f"{row:<40} {figure:.2e}")
+                    rows = largest.setdefault(table, {})
+                    rows[row] = max(figure, rows.get(row, 0.0))
+    for table, rows in sorted(largest.items()):
+        row = max(rows, key=rows.__getitem__)
+        terminalreporter.write_line(f"{table}: at most {rows[row]:.2e} ({row})")
+        if terminalreporter.config.get_verbosity() >= 0:  # pyproject asks for -q: -v brings it to 0
+            for row, figure in sorted(rows.items()):
+                terminalreporter.write_line(f"  {row:<40} {figure:.2e}")
