@@ -114,7 +114,8 @@ def run(args: Sequence[str]) -> int:
     warnings.showwarning = _show_warning
     try:
         status = herd.main(list(args), prog_name="herd", standalone_mode=False)
-        sys.stdout.flush()  # here, where a broken pipe can still be handled, and not while python shuts down
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a broken pipe can still be handled, and not while python shuts down
         return status if isinstance(status, int) else 0
     except (click.Abort, KeyboardInterrupt):
         return 130
