@@ -125,11 +125,12 @@ _ALPHABETS = [
     "▁\u00a0\u2003\u3000\u200b\u2028\u0085\x00\x1c\x1f",
     "<|>eot_idbegin_of_texthsr/SYSINT[]",
 ]
-_WORDS = """
+_PROSE = """
 the of and to in is that it was for on are with as his they at be this from I have or by one had not but what all were when we
 there can an your which their said if do will each about how up out them then she many some so these would don't I'm we've it's
 THE And They'll function return import class static void int float string const let var
-""".split()
+"""
+_WORDS = _PROSE.split()
 
 
 def generate(count: int, seed: int) -> list[str]:
