@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from herd.chat.format import Rendered, ToolSpec
 from herd.chat.messages import Message
-from herd.chat.reply import ReplyParser, StopNames
+from herd.chat.reply import ReplyParser, Stops
 from herd.chat.writer import TokenWriter
 from herd.errors import PromptError
 from herd.tokenizer.tokenizer import Tokenizer
@@ -38,4 +38,4 @@ class BaseFormat:
 
     def parser(self, tools: Sequence[ToolSpec] | None = ()) -> ReplyParser:
         """A parser that passes text on until a stop id."""
-        return ReplyParser(self.tokenizer, StopNames(turn=self.stop_ids), follows_text=True)
+        return ReplyParser(self.tokenizer, Stops(turn=self.stop_ids), follows_text=True)

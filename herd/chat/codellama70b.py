@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from herd.chat.format import Rendered, ToolSpec
 from herd.chat.messages import Message
-from herd.chat.reply import ReplyParser, StopNames
+from herd.chat.reply import ReplyParser, Stops
 from herd.chat.turns import check_turns, shared_prefix
 from herd.chat.writer import TokenWriter, special_id
 from herd.tokenizer.tokenizer import Tokenizer
@@ -50,7 +50,7 @@ class CodeLlama70BFormat:
 
     def parser(self, tools: Sequence[ToolSpec] | None = ()) -> ReplyParser:
         """A parser for one reply; white space around the reply belongs to the format. There are no tool calls."""
-        return ReplyParser(self.tokenizer, StopNames(turn=self.stop_ids), strip=True)
+        return ReplyParser(self.tokenizer, Stops(turn=self.stop_ids), strip=True)
 
     def _write_content(self, writer: TokenWriter, message: Message) -> None:
         content = message.text.strip()

@@ -194,6 +194,9 @@ def _tag_description(tool: ToolSpec) -> str:
 
 
 def _print_tags(calls: Sequence[ToolCall]) -> str:
+    for call in calls:
+        if ">" in call.name or "<" in call.name:
+            raise PromptError(f"tool name {call.name!r} cannot stand in a function tag: rename the tool")
     return "\n".join(f"<function={call.name}>{_dump(_arguments(call), ascii=True)}</function>" for call in calls)
 
 

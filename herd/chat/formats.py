@@ -76,7 +76,8 @@ def _name_from_template(template: str, tokenizer: Tokenizer) -> str | None:
         # The template of 3 8B has a fixed list; those of 3 1B and 11B Vision take other categories.
         return "llama-guard-3-1b" if "excluded_category_keys" in template else "llama-guard-3"
     if "<|start_header_id|>" in template:
-        # Only the templates of 3.2 and 3.3 ask for today's date; 3.1 has a fixed one, and Llama 3 knows no tools.
+        # The template of 3.2 asks for today's date, that of 3.1 has a fixed one, and Llama 3 knows no tools. 3.3 comes with
+        # either; where its date is fixed and its files give no name, it speaks JSON as its template does.
         if "strftime_now" in template:
             return "llama3.2"
         return "llama3.1" if "ipython" in template else "llama3"

@@ -22,7 +22,7 @@ from typing import Literal, get_args
 from herd.chat.format import Rendered, ToolSpec
 from herd.chat.guard_categories import CATEGORIES, OWN_POLICY, template_policies
 from herd.chat.messages import Message
-from herd.chat.reply import ReplyParser, StopNames
+from herd.chat.reply import ReplyParser, Stops
 from herd.chat.turns import check_turns
 from herd.chat.writer import TokenWriter, special_id
 from herd.errors import PromptError
@@ -178,7 +178,7 @@ class GuardFormat:
 
     def parser(self, tools: Sequence[ToolSpec] | None = ()) -> ReplyParser:
         """A parser for the answer's text; `verdict` reads it."""
-        return ReplyParser(self.tokenizer, StopNames(turn=self.stop_ids), strip=True)
+        return ReplyParser(self.tokenizer, Stops(turn=self.stop_ids), strip=True)
 
     def verdict(self, text: str) -> Verdict:
         """What an answer says about the categories asked for."""

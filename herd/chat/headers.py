@@ -16,7 +16,7 @@ from typing import ClassVar
 from herd.chat.dialects import Dialect, dialect_named
 from herd.chat.format import Rendered, ToolSpec
 from herd.chat.messages import Message, StopReason, Text, ToolCall
-from herd.chat.reply import ReplyParser, StopNames
+from herd.chat.reply import ReplyParser, Stops
 from herd.chat.toolspec import check_tools
 from herd.chat.writer import TokenWriter, special_id
 from herd.errors import PromptError
@@ -85,7 +85,7 @@ class HeaderFormat:
     def parser(self, tools: Sequence[ToolSpec] | None = ()) -> ReplyParser:
         """A fresh parser for one reply. Calls of `tools` are looked for in its text (None: of any name)."""
         waiting = frozenset() if self._message is None else frozenset({self._message})
-        stops = StopNames(turn=self.stop_ids - waiting, message=waiting)
+        stops = Stops(turn=self.stop_ids - waiting, message=waiting)
         return ReplyParser(self.tokenizer, stops, tools, code_start=self._code_start, code_end=self._code_end)
 
     def prepared(self, messages: tuple[Message, ...], tools: tuple[ToolSpec, ...]) -> tuple[Message, ...]:
@@ -137,6 +137,10 @@ class HeaderFormat:
         return self._message
 
     def _write_calls(self, writer: TokenWriter, calls: Sequence[ToolCall], tools: tuple[ToolSpec, ...]) -> None:
+        if self.dialect is None:
+            raise PromptError(
+                f"{self.name} was trained without tools and cannot write calls: name a dialect (dialect='json')"
+            )
         code = [call for call in calls if call.name == "code_interpreter" and set(call.arguments) == {"code"}]
         if code and self._code_start is not None:
             if len(calls) > 1:
@@ -154,10 +158,6 @@ class HeaderFormat:
         if builtin:
             self._write_builtin(writer, builtin)
             return
-        if self.dialect is None:
-            raise PromptError(
-                f"{self.name} was trained without tools and cannot write calls: name a dialect (dialect='json')"
-            )
         writer.text(self.dialect.print(calls), learn=True)
 
     def _write_builtin(self, writer: TokenWriter, calls: Sequence[ToolCall]) -> None:

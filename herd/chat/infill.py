@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Literal, Protocol, get_args, runtime_checkable
 
 from herd.chat.format import Rendered
+from herd.chat.reply import ReplyParser, Stops
 from herd.chat.writer import TokenWriter
 from herd.errors import PromptError
 from herd.tokenizer.tokenizer import Tokenizer
@@ -59,6 +60,10 @@ class Infill:
         if order == "spm":
             writer.text(prefix)
         return writer.rendered()
+
+    def parser(self) -> ReplyParser:
+        """A parser that passes the middle on as it is written; its stop reason is end_of_turn at EOT."""
+        return ReplyParser(self._tokenizer, Stops(turn=self.stop_ids), follows_text=True)
 
     def middle(self, ids: Sequence[int]) -> str:
         """The text of generated ids, up to the first stop id."""

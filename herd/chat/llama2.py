@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from herd.chat.format import Rendered, ToolSpec
 from herd.chat.messages import Message
-from herd.chat.reply import ReplyParser, StopNames
+from herd.chat.reply import ReplyParser, Stops
 from herd.chat.turns import check_turns, shared_prefix
 from herd.chat.writer import TokenWriter
 from herd.errors import PromptError
@@ -68,4 +68,4 @@ class Llama2Format:
 
     def parser(self, tools: Sequence[ToolSpec] | None = ()) -> ReplyParser:
         """A parser for one reply; white space around the reply belongs to the format. There are no tool calls."""
-        return ReplyParser(self.tokenizer, StopNames(turn=self.stop_ids), strip=True)
+        return ReplyParser(self.tokenizer, Stops(turn=self.stop_ids), strip=True)

@@ -107,6 +107,5 @@ class Llama3Format(HeaderFormat):
 
 
 def _quoted(message: Message) -> Message:
-    """A result as JSON: the templates dump strings with quotes; text that already is a JSON object stays."""
-    text = message.text
-    return replace(message, content=json.dumps(text, ensure_ascii=False))
+    """A result as a JSON string, which is what the templates make of text."""
+    return replace(message, content=json.dumps(message.text, ensure_ascii=False))

@@ -22,7 +22,7 @@ __all__ = ["MAX_DEPTH", "parse_dotted_call", "parse_python_calls", "print_dotted
 MAX_DEPTH = 64
 """Deepest nesting of lists and dicts that is read as arguments; deeper text is not a call."""
 
-FUNCTION_NAME = re.compile(r"[A-Za-z_][\w-]*(?:\.[A-Za-z_][\w-]*)*")
+FUNCTION_NAME = re.compile(r"\w[\w-]*(?:\.\w[\w-]*)*")
 ARGUMENT_NAME = re.compile(r"[^\W\d][\w-]*")
 _SPACE = re.compile(r"\s*")
 _NUMBER = re.compile(r"[+-]?(?:0[xX][0-9a-fA-F]+|(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(?:[eE][+-]?\d+)?)")

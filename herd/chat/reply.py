@@ -17,11 +17,11 @@ from herd.chat.toolcalls import CallScanner, parse_calls
 from herd.tokenizer.stream import Detokenizer
 from herd.tokenizer.tokenizer import Tokenizer
 
-__all__ = ["ReplyParser", "StopNames"]
+__all__ = ["ReplyParser", "Stops"]
 
 
 @dataclass(frozen=True, slots=True)
-class StopNames:
+class Stops:
     """Which ids end a turn, and which end a message that waits for a tool."""
 
     turn: Collection[int]
@@ -39,7 +39,7 @@ class ReplyParser:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        stops: StopNames,
+        stops: Stops,
         tools: Sequence[ToolSpec] | None = (),
         *,
         code_start: int | None = None,

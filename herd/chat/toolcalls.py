@@ -34,7 +34,7 @@ _CLOSING = {"{": "}", "[": "]", "(": ")"}
 _SPACE = " \t\r\n"
 _PIECE = 4096
 _HEAD = 512  # a call says what it is within this many characters, so endless white space does not hold text back
-_NAME = re.compile(r"[A-Za-z_][\w.-]*")
+_NAME = re.compile(r"\w[\w.-]*")
 
 
 def parse_calls(text: str) -> list[ToolCall] | None:

@@ -15,7 +15,7 @@ from herd.errors import PromptError
 
 __all__ = ["BUILTIN_TOOLS", "check_tools", "is_builtin", "parameters_of", "tool_from_function", "tools_from"]
 
-TOOL_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
+TOOL_NAME = re.compile(r"(?=.{1,64}\Z)[A-Za-z0-9_][A-Za-z0-9_-]*(?:\.[A-Za-z0-9_][A-Za-z0-9_-]*)*")
 
 
 def _one_string(name: str, description: str) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def check_tools(tools: Sequence[ToolSpec]) -> tuple[ToolSpec, ...]:
             )
         where = f"tool {i} ({tool.name!r})"
         if not TOOL_NAME.fullmatch(tool.name):
-            raise PromptError(f"{where}: a name starts with a letter and has up to 64 letters, digits, _ - and .")
+            raise PromptError(f"{where}: a name has 1 to 64 letters, digits, _ - and .")
         if tool.name in seen:
             raise PromptError(f"{where}: the name is given twice")
         seen.add(tool.name)

@@ -251,6 +251,10 @@ def test_refusals() -> None:
         old.render([Message("user", "x")], [BUILTIN_TOOLS["brave_search"]])
     with pytest.raises(PromptError, match="trained without tools"):
         old.render([Message("assistant", tool_calls=(ToolCall("f"),))])
+    with pytest.raises(PromptError, match="trained without tools"):
+        old.render([Message("assistant", tool_calls=(ToolCall("brave_search", {"query": "x"}),))])
+    with pytest.raises(PromptError, match="cannot stand in a function tag"):
+        Llama3Format(llama3(), dialect="function_tag").render([Message("assistant", tool_calls=(ToolCall("a>b"),))])
     with pytest.raises(PromptError, match="no tool dialect 'yaml'"):
         Llama3Format(llama3(), dialect="yaml")
     with pytest.raises(PromptError, match=r"<\|start_header_id\|>"):

@@ -200,6 +200,10 @@ def test_infill_prompts() -> None:
         ids = encode("☺" + middle)[2:]
         assert infill.middle([*ids, eot, 5, 6]) == middle
         assert infill.middle(ids) == middle
+        parser = infill.parser()
+        for id in [*ids, eot]:
+            parser.push(id)
+        assert parser.message() == Message("assistant", middle, (), "end_of_turn")
 
 
 def test_infill_needs_the_pieces() -> None:

@@ -113,7 +113,7 @@ def test_dotted_calls() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (ToolCall("2fast"), "2fast"),
+        (ToolCall("too fast"), "too fast"),
         (ToolCall("f", {"a b": 1}), "a b"),
         (ToolCall("f", {"a": float("nan")}), "JSON values"),
         (ToolCall("f", {"a": {1}}), "JSON values"),
