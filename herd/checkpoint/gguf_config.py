@@ -33,8 +33,9 @@ from herd.checkpoint.limits import plausible
 from herd.checkpoint.store import GenerationDefaults
 from herd.errors import CheckpointError, ConfigError
 from herd.model.config import MAX_LAYERS, LayerSpec, ModelConfig, MoEConfig, RopeScaling, Temper, irope, plain
+from herd.quant.scheme import QuantTensor
 
-__all__ = ["ROPE_TABLE", "Shapes", "read_config", "read_sampling"]
+__all__ = ["ROPE_TABLE", "Tensors", "read_config", "read_sampling"]
 
 ROPE_TABLE = "rope_freqs.weight"
 
@@ -49,19 +50,19 @@ _VISION = {
     "mllama": "Llama 3.2 Vision, which is not runnable yet: herd reads text models",
 }
 
-Shapes = Mapping[str, tuple[int, ...]]
-"""Tensor name -> shape, as in the file."""
+Tensors = Mapping[str, torch.Tensor | QuantTensor]
+"""Tensor name -> what the file holds, as a view. Only the table of divisors is looked at beyond its shape."""
 
 
-def read_config(metadata: Metadata, shapes: Shapes, rope_table: torch.Tensor | None, path: str) -> ModelConfig:
-    """The model that the metadata of the file `path` describes; `rope_table` is the tensor ROPE_TABLE, if it is there.
+def read_config(metadata: Metadata, tensors: Tensors) -> ModelConfig:
+    """The model that a file with this metadata and these tensors holds.
 
-    Raises CheckpointError naming the key that is missing, damaged, or says something that herd's Llama cannot do.
+    Raises CheckpointError naming the key or tensor that is missing, damaged, or says something that herd's Llama cannot do.
     """
     arch = _architecture(metadata)
     keys = _Keys(metadata, f"{arch}.")
     try:
-        config = (_llama if arch == "llama" else _llama4)(keys, shapes, rope_table, path)
+        config = (_llama if arch == "llama" else _llama4)(keys, tensors)
         return plausible(config, f"{arch}.* keys")
     except ConfigError as error:
         metadata.fail("general.architecture", f"is {arch!r}, but its keys describe no model: {error}")
@@ -78,7 +79,7 @@ def read_sampling(metadata: Metadata) -> GenerationDefaults:
 
 
 def _architecture(metadata: Metadata) -> str:
-    """ "llama" or "llama4"."""
+    """Either of the two that herd reads."""
     for key, known in (("general.type", _NO_MODEL), ("general.architecture", _VISION)):
         value = metadata.get(key)
         if isinstance(value, str) and value in known:
@@ -139,13 +140,13 @@ def _decimal(value: float) -> float:
     return next(d for n in range(1, 18) if np.float32(d := float(f"{value:.{n}g}")) == np.float32(value))
 
 
-def _llama(keys: _Keys, shapes: Shapes, rope_table: torch.Tensor | None, path: str) -> ModelConfig:
+def _llama(keys: _Keys, tensors: Tensors) -> ModelConfig:
     if keys.whole("expert_count", 0, least=0):
         keys.fail("expert_count", "is set in a file of architecture 'llama': a Mixtral model is not a Llama")
-    return _decoder(keys, shapes, rope_table, path, layers=plain(_layer_count(keys)))
+    return _decoder(keys, tensors, layers=plain(_layer_count(keys)))
 
 
-def _llama4(keys: _Keys, shapes: Shapes, rope_table: torch.Tensor | None, path: str) -> ModelConfig:
+def _llama4(keys: _Keys, tensors: Tensors) -> ModelConfig:
     experts = keys.whole("expert_count", 0, least=0)
     moe = None
     if experts:
@@ -158,7 +159,7 @@ def _llama4(keys: _Keys, shapes: Shapes, rope_table: torch.Tensor | None, path: 
         attn_scale=keys.number("attention.temperature_scale", 0.1),
     )
     layers = _llama4_layers(keys, experts, tempered=temper.attn_scale > 0)
-    return _decoder(keys, shapes, rope_table, path, layers=layers, moe=moe, temper=temper)
+    return _decoder(keys, tensors, layers=layers, moe=moe, temper=temper)
 
 
 def _llama4_layers(keys: _Keys, experts: int, *, tempered: bool) -> tuple[LayerSpec, ...]:
@@ -188,9 +189,7 @@ def _layer_count(keys: _Keys) -> int:
 
 def _decoder(
     keys: _Keys,
-    shapes: Shapes,
-    rope_table: torch.Tensor | None,
-    path: str,
+    tensors: Tensors,
     *,
     layers: tuple[LayerSpec, ...],
     moe: MoEConfig | None = None,
@@ -205,13 +204,13 @@ def _decoder(
         n_kv_heads=keys.whole("attention.head_count_kv", heads),
         head_dim=head_dim,
         hidden_dim=keys.whole("intermediate_size" if keys.has("intermediate_size") else "feed_forward_length"),
-        vocab_size=_vocab_size(keys, shapes, path),
+        vocab_size=_vocab_size(keys, tensors),
         layers=layers,
         norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
         rope_theta=theta,
-        rope_scaling=_scaling(keys, rope_table, head_dim, theta, path),
+        rope_scaling=_scaling(keys, tensors.get(ROPE_TABLE), head_dim, theta),
         max_seq_len=keys.whole("context_length"),
-        tie_embeddings="output.weight" not in shapes,
+        tie_embeddings="output.weight" not in tensors,
         moe=moe,
         temper=temper,
     )
@@ -229,13 +228,13 @@ def _head_dim(keys: _Keys, dim: int, heads: int) -> int:
     return head_dim
 
 
-def _vocab_size(keys: _Keys, shapes: Shapes, path: str) -> int:
+def _vocab_size(keys: _Keys, tensors: Tensors) -> int:
     """Rows of the embedding, which the keys and the tokenizer must agree with."""
-    embedding = shapes.get("token_embd.weight", ())
-    if len(embedding) != 2:
-        why = f"has shape {embedding}: expected two dimensions" if embedding else "is missing"
-        raise CheckpointError(why, path=path, tensor="token_embd.weight")
-    rows = embedding[0]
+    embedding = tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        why = "is missing" if embedding is None else f"has shape {tuple(embedding.shape)}: expected two dimensions"
+        raise CheckpointError(why, path=keys.metadata.path, tensor="token_embd.weight")
+    rows = embedding.shape[0]
     if keys.whole("vocab_size", rows) != rows:
         keys.fail("vocab_size", f"is {keys.whole('vocab_size')}, but token_embd.weight has {rows} rows")
     tokens = "tokenizer.ggml.tokens"
@@ -247,20 +246,17 @@ def _vocab_size(keys: _Keys, shapes: Shapes, path: str) -> int:
     return rows
 
 
-def _scaling(
-    keys: _Keys, rope_table: torch.Tensor | None, head_dim: int, theta: float, path: str
-) -> RopeScaling | None:
+def _scaling(keys: _Keys, table: torch.Tensor | QuantTensor | None, head_dim: int, theta: float) -> RopeScaling | None:
     kind = keys.metadata.get(keys.prefix + "rope.scaling.type", "none")
     if kind != "none" and not (kind == "linear" and keys.number("rope.scaling.factor", 1.0) == 1.0):
         keys.fail("rope.scaling.type", f"is {short(kind)}: herd has the scaling of Llama 3.1 only ('none' and a table)")
     if keys.number("rope.scale_linear", 1.0) != 1.0:  # how the first GGUF files said it
         keys.fail("rope.scale_linear", "is not 1: herd has the scaling of Llama 3.1 only")
-    if rope_table is None:
+    if table is None:
         return None
-    if rope_table.dtype != torch.float32 or tuple(rope_table.shape) != (head_dim // 2,):
-        found = f"shape {tuple(rope_table.shape)} and type {rope_table.dtype}"
-        raise CheckpointError(f"{found}: expected ({head_dim // 2},) float32", path=path, tensor=ROPE_TABLE)
     try:
-        return recover(rope_table, theta, keys.whole("rope.scaling.original_context_length", 8192))
+        if not isinstance(table, torch.Tensor) or table.dtype != torch.float32 or table.shape != (head_dim // 2,):
+            raise ConfigError(f"shape {tuple(table.shape)}: expected ({head_dim // 2},) of type F32")
+        return recover(table, theta, keys.whole("rope.scaling.original_context_length", 8192))
     except ConfigError as error:
-        raise CheckpointError(str(error), path=path, tensor=ROPE_TABLE) from error
+        raise CheckpointError(str(error), path=keys.metadata.path, tensor=ROPE_TABLE) from error

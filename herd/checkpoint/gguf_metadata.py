@@ -94,7 +94,7 @@ class Metadata(Mapping[str, Any]):
     """Key -> int, float, bool, str or list of those, in file order. Reading a damaged string raises CheckpointError."""
 
     def __init__(self, cursor: Cursor, count: int, max_key: int) -> None:
-        self._data, self._path = cursor.data, cursor.path
+        self._data, self.path = cursor.data, cursor.path
         self._places: dict[str, _Place] = {}
         self._keys_at: dict[str, int] = {}
         self._values: dict[str, Any] = {}
@@ -131,7 +131,7 @@ class Metadata(Mapping[str, Any]):
 
     def fail(self, key: str, why: str) -> NoReturn:
         """Raise a CheckpointError about `key`, at its place in the file when it is there."""
-        raise CheckpointError(f"{key!r} {why}", path=self._path, offset=self._keys_at.get(key, HEADER))
+        raise CheckpointError(f"{key!r} {why}", path=self.path, offset=self._keys_at.get(key, HEADER))
 
     def _walk(self, cursor: Cursor, field: str) -> _Place:
         """Step over one value."""
@@ -179,7 +179,7 @@ class Metadata(Mapping[str, Any]):
 
     def _decode(self, place: _Place, key: str) -> Any:
         if place.kind == STRING:
-            return Cursor(self._data, self._path, place.at).text(repr(key))
+            return Cursor(self._data, self.path, place.at).text(repr(key))
         if place.kind != ARRAY:
             value = np.frombuffer(self._data, _NUMBERS[place.kind], 1, place.at)[0].item()
             return bool(value) if place.kind == BOOL else value
@@ -200,7 +200,7 @@ class Metadata(Mapping[str, Any]):
                 found.append(str(data[at + 8 : at + 8 + length], "utf-8"))
                 at += 8 + length
         except UnicodeDecodeError:
-            Cursor(data, self._path, at).text(f"element {len(found)} of {key!r}")  # raises with the exact byte
+            Cursor(data, self.path, at).text(f"element {len(found)} of {key!r}")  # raises with the exact byte
         return found
 
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from herd.errors import ConfigError
 from herd.model.config import RopeScaling
-from herd.model.rope import frequencies, scale_frequencies
+from herd.model.rope import frequencies
 
 __all__ = ["divisors", "recover"]
 
@@ -23,9 +24,15 @@ TOLERANCE = 1e-5
 
 
 def divisors(head_dim: int, theta: float, scaling: RopeScaling) -> Tensor:
-    """The table of `scaling` [head_dim / 2] float32."""
-    plain = frequencies(head_dim, theta)
-    return plain / scale_frequencies(plain, scaling)
+    """The table of `scaling` [head_dim / 2] float32, in llama.cpp's order of operations."""
+    low, high, context = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_seq_len
+    wavelength = 2 * math.pi / frequencies(head_dim, theta)
+    table = torch.where(wavelength > context / low, scaling.factor, 1.0)
+    if high == low:  # Llama 4 Scout: a hard step
+        return table
+    blend = (context / wavelength - low) / (high - low)
+    between = (wavelength >= context / high) & (wavelength <= context / low)
+    return torch.where(between, 1 / ((1 - blend) / scaling.factor + blend), table)
 
 
 def recover(table: Tensor, theta: float, original: int = 8192) -> RopeScaling | None:
@@ -39,9 +46,9 @@ def recover(table: Tensor, theta: float, original: int = 8192) -> RopeScaling | 
         raise ConfigError("a divisor is not a positive number")
     if bool((table == 1).all()):
         return None
-    head_dim = 2 * len(table)
+    wanted = frequencies(2 * len(table), theta) / table
     for scaling in _candidates(table, theta, original):
-        error = (divisors(head_dim, theta, scaling) / table - 1).abs().max()
+        error = (frequencies(2 * len(table), theta, scaling) / wanted - 1).abs().max()
         if float(error) <= TOLERANCE:
             return scaling
     raise ConfigError("these divisors are not a Llama 3.1 frequency scaling, the only one that herd's RoPE has")
@@ -68,21 +75,26 @@ def _unreached_factor(stored: list[float], turns: list[float]) -> float:
     if not 0 < blend < 1 or rest <= 0:
         return math.nan
     factor = (1 - blend) / rest
-    return round(factor) if abs(factor / max(round(factor), 1) - 1) < TOLERANCE else factor
+    nearest = max(round(factor), 1) if math.isfinite(factor) else 1
+    return nearest if abs(factor / nearest - 1) < TOLERANCE else factor
 
 
 def _fit(stored: list[float], turns: list[float], factor: float) -> tuple[float, float] | None:
-    """(low, high) from the blended divisors, whose inverses lie on a line over `turns`; None with fewer than two."""
+    """(low, high) from the blended divisors, whose inverses lie on a line over `turns`; None when they do not say."""
+    least, most = 1 + TOLERANCE, factor * (1 - TOLERANCE)
     blended = [
         (turn, (1 / value - 1 / factor) / (1 - 1 / factor))
         for turn, value in zip(turns, stored, strict=True)
-        if 1 < value < factor
+        if least < value < most
     ]
-    if len(blended) < 2:
-        return None
+    if not blended:  # a hard step, anywhere between two frequencies
+        kept = [turn for turn, value in zip(turns, stored, strict=True) if value <= least]
+        scaled = [turn for turn, value in zip(turns, stored, strict=True) if value >= most]
+        step = math.sqrt(min(kept, default=4 * max(scaled)) * max(scaled))
+        return step, step
     (x0, y0), (x1, y1) = blended[0], blended[-1]
-    slope = (y1 - y0) / (x1 - x0)
-    if slope <= 0:
+    slope = (y1 - y0) / (x1 - x0) if x1 != x0 else 0.0
+    if not slope > 0:
         return None
     low = x0 - y0 / slope
     return low, low + 1 / slope

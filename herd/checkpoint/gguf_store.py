@@ -17,7 +17,7 @@ import torch
 
 from herd.checkpoint.files import short
 from herd.checkpoint.gguf import GGUFFile
-from herd.checkpoint.gguf_config import ROPE_TABLE, read_config, read_sampling
+from herd.checkpoint.gguf_config import read_config, read_sampling
 from herd.checkpoint.names import homes, ignored, shapes
 from herd.checkpoint.store import TensorInfo
 from herd.errors import CheckpointError
@@ -46,9 +46,8 @@ class GGUFStore:
         self._parts = _open_parts(Path(path))
         self._files = {name: part for part in self._parts for name in part.entries}
         self._metadata = self._parts[0].metadata
-        found = {name: part.entries[name].shape for name, part in self._files.items()}
-        table = self._files[ROPE_TABLE].tensor(ROPE_TABLE) if ROPE_TABLE in self._files else None
-        self.config = read_config(self._metadata, found, table, str(self._parts[0].path))
+        found = {name: part.raw(name) for name, part in self._files.items()}
+        self.config = read_config(self._metadata, found)
         self._homes = {name: home.name for name, home in homes(self.config, "gguf").items()}
         early_fusion = self._metadata["general.architecture"] == "llama4"
         self.skipped = tuple(name for name in found if early_fusion and name.startswith(_VISION))

@@ -23,7 +23,18 @@ from herd.model.llama import Llama
 from tests.build import DENSE, LLAMA4, TINY, build
 from tests.parity.oracles import hf_dense, hf_llama4
 
-__all__ = ["EXPERTS", "GGML", "MODELS", "WIDE", "loaded", "oracle", "transformers_model", "write_gguf", "write_noise"]
+__all__ = [
+    "EXPERTS",
+    "GGML",
+    "MODELS",
+    "WIDE",
+    "loaded",
+    "oracle",
+    "rope_table",
+    "transformers_model",
+    "write_gguf",
+    "write_noise",
+]
 
 GGML = GGMLQuantizationType
 

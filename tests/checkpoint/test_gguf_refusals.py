@@ -87,7 +87,7 @@ def test_a_missing_tensor_is_named(name: str, tmp_path: Path) -> None:
         ("blk.0.attn_q.bias", (64,), "has no such parameter"),
         ("blk.2.attn_norm.weight", (64,), "has no such parameter"),
         ("v.patch_embd.weight", (4, 4), "has no such parameter"),
-        ("rope_freqs.weight", (7,), "expected (8,) float32"),
+        ("rope_freqs.weight", (7,), "expected (8,) of type F32"),
     ],
 )
 def test_an_extra_tensor_is_named(name: str, shape: tuple[int, ...], words: str, tmp_path: Path) -> None:
