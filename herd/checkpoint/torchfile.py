@@ -16,7 +16,7 @@ import torch
 from herd.checkpoint.archive import Span, read_archive
 from herd.checkpoint.mapped import MappedFile
 from herd.checkpoint.store import TensorInfo
-from herd.checkpoint.unpickle import TensorSpec, unpickle
+from herd.checkpoint.unpickle import ForbiddenGlobalError, TensorSpec, unpickle
 from herd.errors import CheckpointError
 
 __all__ = ["TorchFile"]
@@ -85,15 +85,18 @@ class TorchFile:
         head = self.map.bytes(0, min(4, self.map.size))
         if head == b"PK\x03\x04":
             return read_archive(self.map)
-        if head[:1] == b"\x80":
-            # Say what a bare pickle asks for, then refuse it in any case.
+        try:  # refused in any case, but people should know what a bare pickle asks for
             unpickle(self.map.bytes(0, min(self.map.size, MAX_PICKLE)), self.path)
-            raise CheckpointError(
-                "a torch file in the format of before 2020 (or another bare pickle); "
-                "save it again with torch.save, or better as safetensors",
-                path=self.path,
-            )
-        raise CheckpointError("not a torch.save file: it is no zip archive", path=self.path, offset=0)
+        except ForbiddenGlobalError:
+            raise
+        except CheckpointError:
+            if head[:1] != b"\x80":
+                raise CheckpointError("not a torch.save file: it is no zip archive", path=self.path, offset=0) from None
+        raise CheckpointError(
+            "a torch file in the format of before 2020, or another bare pickle: "
+            "save it again with torch.save, or better as safetensors",
+            path=self.path,
+        )
 
     def _program(self) -> tuple[str, Any]:
         """(folder inside the archive, the interpreted data.pkl)."""

@@ -17,10 +17,10 @@ import torch
 from herd.checkpoint.files import short
 from herd.errors import CheckpointError
 
-__all__ = ["Storage", "TensorSpec", "unpickle"]
+__all__ = ["ForbiddenGlobalError", "Storage", "TensorSpec", "unpickle"]
 
-MAX_OPCODES = 2_000_000
-"""About thirty per tensor: enough for 60,000 tensors, and a bound on the time a hostile file can take."""
+MAX_OPCODES = 250_000
+"""About thirty per tensor: enough for 8,000 tensors in one file, and a bound on the time a hostile one can take."""
 
 STORAGES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
@@ -34,6 +34,10 @@ DTYPES = {
     "int16": torch.int16, "int8": torch.int8, "uint8": torch.uint8, "uint16": torch.uint16, "uint32": torch.uint32,
     "uint64": torch.uint64, "bool": torch.bool,
 }  # fmt: skip
+
+
+class ForbiddenGlobalError(CheckpointError):
+    """The pickle names a global that is not needed for tensors; the message says which."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +114,8 @@ class _Machine:
             self.fail(f"more than {MAX_OPCODES} pickle opcodes")
         return self.pop()
 
-    def fail(self, why: str) -> NoReturn:
-        raise CheckpointError(f"{why}; nothing in this file was executed", path=self.path, offset=self.start + self.at)
+    def fail(self, why: str, error: type[CheckpointError] = CheckpointError) -> NoReturn:
+        raise error(f"{why}; nothing in this file was executed", path=self.path, offset=self.start + self.at)
 
     def take(self, count: int) -> bytes:
         piece = self.data[self.at : self.at + count]
@@ -153,8 +157,13 @@ class _Machine:
     def symbol(self, module: object, name: object) -> None:
         found = GLOBALS.get((module, name)) if isinstance(module, str) and isinstance(name, str) else None
         if found is None:
-            self.fail(f"refused: it asks for {str(module)[:80]}.{str(name)[:80]}, which no tensor needs")
+            self.forbid(module, name)
         self.stack.append(found)
+
+    def forbid(self, module: object, name: object) -> NoReturn:
+        self.fail(
+            f"refused: it asks for {str(module)[:80]}.{str(name)[:80]}, which no tensor needs", ForbiddenGlobalError
+        )
 
     # Opcodes
 
@@ -163,8 +172,7 @@ class _Machine:
         self.symbol(module, name)
 
     def inst(self) -> None:
-        module, name = self.line(), self.line()
-        self.fail(f"refused: it builds an object of {module[:80]}.{name[:80]}, which no tensor needs")
+        self.forbid(self.line(), self.line())
 
     def text(self, form: str) -> None:
         try:
@@ -173,8 +181,10 @@ class _Machine:
             self.fail("a pickled string is not UTF-8")
 
     def tuple_of(self, count: int) -> None:
-        items = [self.pop() for _ in range(count)]
-        self.stack.append(tuple(reversed(items)))
+        items = self.stack[-count:]
+        if len(items) < count or any(item is _MARK for item in items):
+            self.fail("the pickle takes from an empty stack")
+        self.stack[-count:] = [tuple(items)]
 
     def get(self, index: int) -> None:
         if index not in self.memo:

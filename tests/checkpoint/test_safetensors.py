@@ -144,14 +144,14 @@ def theirs(path: Path) -> dict[str, tuple[str, list[int]]] | None:
 
 def ours(path: Path) -> dict[str, tuple[str, list[int]]] | None:
     """What herd sees; None when it refuses, which must be a CheckpointError that names the file, in well under a second."""
-    began = time.perf_counter()
+    began = time.process_time()
     try:
         file = SafetensorsFile(path)
         return {name: (entry.dtype, list(entry.shape)) for name, entry in file.entries.items()}
     except CheckpointError as error:
         refusal = str(error)
     finally:
-        assert time.perf_counter() - began < 1
+        assert time.process_time() - began < 1
     assert str(path) in refusal
     assert len(refusal) < 2000
     return None
