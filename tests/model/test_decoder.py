@@ -74,6 +74,19 @@ def test_grouped_heads_and_leading_dims(kv_heads: int, batch: tuple[int, ...]) -
     assert (masked_attention(q, k, v, mask) - by_definition(q, k, v, mask)).abs().max() <= ATTEND_BOUND
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+@pytest.mark.parametrize("batch", [(), (3,), (2, 2)])
+def test_one_query(kv_heads: int, batch: tuple[int, ...]) -> None:
+    """A decode step over 40 keys, some masked; also with a mask per sequence."""
+    q, k, v = qkv(40, kv_heads=kv_heads, batch=batch)
+    mask = torch.arange(40)[None] % 3 > 0
+    expected = by_definition(q[..., -1:, :, :], k, v, mask)
+    for given in (mask, mask.expand(*batch, 1, 1, 40)):
+        out = masked_attention(q[..., -1:, :, :], k, v, given)
+        assert out.shape == expected.shape
+        assert (out - expected).abs().max() <= ATTEND_BOUND
+
+
 @pytest.mark.parametrize("chunk", [None, 4])
 def test_packed_equals_separate_documents(chunk: int | None) -> None:
     """Each row has its own borders."""
