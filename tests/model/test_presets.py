@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from herd.chat.formats import FORMATS
 from herd.errors import UnknownModelError
 from herd.model.accounting import active_parameters, parameters
 from herd.model.config import RopeScaling, hidden_dim_of
@@ -150,6 +151,14 @@ def test_text_runs_and_the_rest_says_why_not() -> None:
         "prompt-guard-2-86m",
         "prompt-guard-2-22m",
     }
+
+
+def test_prompt_formats_exist() -> None:
+    """A tuned model names the format it was trained with; a model without tuned variants names none."""
+    for release in RELEASES:
+        tuned = set(release.variants) - {"base", "python"}
+        assert (release.chat_format is not None) == (bool(tuned) and release.tokenizer is not None)
+        assert release.chat_format is None or release.chat_format in FORMATS
 
 
 @pytest.mark.parametrize(
