@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from herd.cli.options import model_options, sampling, sampling_options
+from herd.cli.options import model_options, opened_from, sampling, sampling_options
 
 if TYPE_CHECKING:
     from herd.cli.opened import Opened
@@ -36,11 +36,8 @@ In the chat, /? lists the commands, Ctrl-C stops a reply, Ctrl-D leaves.
 @click.option("--verbose", is_flag=True, help="Rates and context after each reply, also when not at a terminal.")
 def command(model: str, system: str, verbose: bool, **options: Any) -> int:
     """Talk with a model, turn by turn. MODEL is a name (herd models), a folder or a file; nano is the default."""
-    chosen = sampling(options)
-    from herd.cli.opened import open_model
-
-    opened = open_model(model, **{name: options[name] for name in ("dtype", "device", "max_len", "format_name")})
-    return talk(opened, chosen, system, verbose=verbose)
+    chosen = sampling(options)  # checked before a model is loaded
+    return talk(opened_from(model, options), chosen, system, verbose=verbose)
 
 
 def talk(opened: Opened, chosen: dict[str, Any], system: str, *, verbose: bool) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-__all__ = ["Tick", "coloured", "is_interactive", "is_terminal", "note", "progress", "safe", "styled", "write"]
+__all__ = ["Tick", "busy", "coloured", "is_interactive", "is_terminal", "note", "progress", "safe", "styled", "write"]
 
 PATIENCE = 2.0
 """Seconds that a piece of work may take before a progress bar is drawn."""
@@ -97,6 +98,36 @@ def progress(label: str, unit: str = "") -> Iterator[Tick]:
     finally:
         if bar is not None:
             bar[0].stop()
+
+
+@contextlib.contextmanager
+def busy(label: str) -> Iterator[None]:
+    """A spinner with the time gone by on stderr, for work of unknown length that takes more than PATIENCE seconds."""
+    if not is_terminal(sys.stderr):
+        yield
+        return
+    shown: list[Progress] = []
+    timer = threading.Timer(PATIENCE, lambda: shown.append(_spin(label)))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()  # it may be drawing at this moment
+        for spinner in shown:
+            spinner.stop()
+
+
+def _spin(label: str) -> Progress:
+    from rich import progress as parts
+    from rich.console import Console
+
+    columns = (parts.SpinnerColumn(), parts.TextColumn("{task.description}"), parts.TimeElapsedColumn())
+    drawn = parts.Progress(*columns, console=Console(stderr=True), transient=True)
+    drawn.add_task(label, total=None)
+    drawn.start()
+    return drawn
 
 
 def _draw(label: str, unit: str, total: int) -> tuple[Progress, TaskID]:

@@ -18,6 +18,8 @@ __all__ = ["FENCE", "Lines", "PlainLines", "TerminalLines", "read_all", "state_d
 
 FENCE = '"""'
 """Begins and ends a message of several lines."""
+PATIENCE = 2.0
+"""Seconds without input before that is said."""
 
 
 class Lines(Protocol):
@@ -100,12 +102,12 @@ def state_dir() -> Path:
 
 
 def read_all(stream: TextIO | None, waiting: Callable[[], None]) -> str:
-    """The whole of `stream` as text; `waiting` is called once when nothing has come for two seconds."""
+    """The whole of `stream` as text; `waiting` is called once when it has not ended after PATIENCE seconds."""
     if stream is None:  # closed before herd began
         return ""
     import threading
 
-    timer = threading.Timer(2.0, waiting)
+    timer = threading.Timer(PATIENCE, waiting)
     timer.daemon = True
     timer.start()
     try:

@@ -124,7 +124,7 @@ def run(args: Sequence[str]) -> int:
     except HerdError as error:
         return _fail(error, str(error), 1)
     except OSError as error:
-        if error.errno != errno.EPIPE:
+        if error.errno != errno.EPIPE or sys.stdout is None:
             return _bug(error)
         # The reader has gone: say nothing, and let the flush at exit write into the void.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

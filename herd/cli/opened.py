@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,12 +19,11 @@ __all__ = ["Opened", "open_model"]
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A model in memory. `name` is what the user called it; `seconds` is how long opening took."""
+    """A model in memory. `name` is what the user called it."""
 
     name: str
     checkpoint: Checkpoint
     chat: LocalChat
-    seconds: float
 
     def params(self, chosen: Mapping[str, Any]) -> SamplingParams:
         """The user's choices over the checkpoint's own defaults over Meta's."""
@@ -66,13 +64,12 @@ def open_model(
     format_name: str | None = None,
 ) -> Opened:
     """Find and load `name` (a catalog name, a folder or a file). Raises a HerdError that says what to change."""
-    began = time.perf_counter()
     if format_name is not None and format_name not in FORMATS:  # before gigabytes are read
         raise PromptError(f"there is no prompt format {format_name!r}; choose one of {', '.join(FORMATS)}")
     checkpoint = open_checkpoint(name, None if dtype == "auto" else getattr(torch, dtype), _device(device))
     format = None if format_name is None else format_named(format_name, checkpoint.tokenizer)
     chat = LocalChat(checkpoint.model, checkpoint.tokenizer, format=format, max_len=max_len)
-    return Opened(name, checkpoint, chat, time.perf_counter() - began)
+    return Opened(name, checkpoint, chat)
 
 
 def short_count(count: int) -> str:

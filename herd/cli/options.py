@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -11,7 +11,10 @@ from herd.chat.params import SamplingParams
 from herd.cli.conversation import stop_string
 from herd.errors import ConfigError
 
-__all__ = ["DTYPES", "model_options", "sampling", "sampling_options"]
+if TYPE_CHECKING:
+    from herd.cli.opened import Opened
+
+__all__ = ["DTYPES", "model_options", "opened_from", "sampling", "sampling_options"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -82,3 +85,13 @@ def sampling(options: Mapping[str, Any]) -> dict[str, Any]:
     except ConfigError as error:
         raise click.UsageError(str(error), click.get_current_context(silent=True)) from None
     return given
+
+
+def opened_from(model: str, options: Mapping[str, Any]) -> Opened:
+    """The model of the command line, opened as --dtype, --device, -c and --format say. Raises HerdError."""
+    from herd.cli.console import busy
+
+    with busy(f"loading {model}"):
+        from herd.cli.opened import open_model
+
+        return open_model(model, **{name: options[name] for name in ("dtype", "device", "max_len", "format_name")})

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from herd.cli.options import model_options, sampling, sampling_options
+from herd.cli.console import is_terminal, note, progress, write
+from herd.cli.options import model_options, opened_from, sampling, sampling_options
+from herd.cli.reply import called
 
 if TYPE_CHECKING:
     from herd.chat.format import Delta
@@ -50,63 +53,61 @@ def command(
     chosen = sampling(options)
     if raw and (system or options["format_name"]):
         raise click.UsageError("--raw uses no prompt format, so --system and --format have no meaning with it")
-    asked = _prompt(prompt)
+    asked = _prompt(prompt, raw=raw)
     if asked is None and (as_json or raw):
         raise click.UsageError("--json and --raw answer one prompt: give a PROMPT, or pipe it in")
-    from herd.cli.opened import open_model
-
-    opened = open_model(model, **{name: options[name] for name in ("dtype", "device", "max_len", "format_name")})
+    began = time.perf_counter()
+    opened = opened_from(model, options)
+    loading = time.perf_counter() - began
     if asked is None:
         from herd.cli.chat import talk
 
         return talk(opened, chosen, system, verbose=verbose)
-    _answer(opened, opened.params(chosen), asked, system, raw=raw, as_json=as_json, verbose=verbose)
-    return 0
-
-
-def _prompt(given: str | None) -> str | None:
-    """The prompt: the argument, then what is piped in; None when there is neither and a person sits at the terminal."""
-    from herd.cli.console import is_terminal, note
-    from herd.cli.lines import read_all
-
-    if given == "-" or not is_terminal(sys.stdin):
-        piped = read_all(
-            sys.stdin, lambda: note("reading the prompt from standard input (end it with Ctrl-D) ...")
-        ).strip()
-        parts = [part for part in (None if given == "-" else given, piped) if part]
-        if not parts:
-            raise click.UsageError("the prompt is empty: give a PROMPT, or pipe one in")
-        return "\n\n".join(parts)
-    if given is not None and not given.strip():
-        raise click.UsageError("the prompt is empty: give a PROMPT, or pipe one in")
-    return given
-
-
-def _answer(
-    opened: Opened, params: SamplingParams, prompt: str, system: str, *, raw: bool, as_json: bool, verbose: bool
-) -> None:
-    from herd.cli.console import note, progress, write
-
-    with progress("reading", "tokens") as tick:
-        for delta in _deltas(opened, params, prompt, system, raw, tick):
-            if delta.text is not None and not as_json:
-                write(delta.text)
-    reply = opened.chat.last
-    assert reply is not None  # the stream is exhausted
+    params = opened.params(chosen)
+    reply = _answer(opened, params, asked, system, raw=raw, quiet=as_json)
     if as_json:
-        print(json.dumps(_as_json(opened, reply), ensure_ascii=False))
-    else:
-        from herd.cli.reply import called
-
-        write("" if reply.text.endswith("\n") else "\n")
-        for call in reply.message.tool_calls:
-            note(called(call))
+        print(json.dumps(_as_json(opened, reply, loading), ensure_ascii=False))
     if reply.finish_reason == "length":
         note(f"[cut at {params.max_tokens} tokens: --max-tokens allows more]")
     if reply.finish_reason == "context_full":
         note(f"[cut: the context of {opened.chat.max_len:,} tokens is full]")
     if verbose:
-        note(_durations(opened, reply))
+        note(_durations(reply, loading))
+    return 0
+
+
+def _prompt(given: str | None, *, raw: bool) -> str | None:
+    """The prompt: the argument, then what is piped in; None when there is neither and a person sits at the terminal.
+
+    White space around what is piped in is dropped; with `raw`, where it counts, only the last line end is.
+    """
+    from herd.cli.lines import read_all
+
+    text = "" if given is None or given == "-" else given
+    if given == "-" or not is_terminal(sys.stdin):
+        piped = read_all(sys.stdin, lambda: note("reading the prompt from standard input (end it with Ctrl-D) ..."))
+        piped = piped.removesuffix("\n") if raw else piped.strip()
+        text = f"{text}\n\n{piped}" if text and piped else text or piped
+    elif given is None:
+        return None
+    if not text.strip():
+        raise click.UsageError("the prompt is empty: give a PROMPT, or pipe one in")
+    return text
+
+
+def _answer(opened: Opened, params: SamplingParams, prompt: str, system: str, *, raw: bool, quiet: bool) -> Reply:
+    """Show the answer as it is made, unless `quiet`."""
+    with progress("reading", "tokens") as tick:
+        for delta in _deltas(opened, params, prompt, system, raw, tick):
+            if delta.text is not None and not quiet:
+                write(delta.text)
+    reply = opened.chat.last
+    assert reply is not None  # the stream is exhausted
+    if not quiet:
+        write("" if reply.text.endswith("\n") else "\n")
+        for call in reply.message.tool_calls:
+            note(called(call))
+    return reply
 
 
 def _deltas(
@@ -121,7 +122,7 @@ def _deltas(
     return opened.chat.stream(messages, params=params, on_prefill=tick)
 
 
-def _as_json(opened: Opened, reply: Reply) -> dict[str, Any]:
+def _as_json(opened: Opened, reply: Reply, loading: float) -> dict[str, Any]:
     usage = reply.usage
     answer: dict[str, Any] = {
         "model": opened.name,
@@ -134,7 +135,7 @@ def _as_json(opened: Opened, reply: Reply) -> dict[str, Any]:
             "cached_tokens": usage.cached_tokens,
         },
         "timings": {
-            "load_seconds": opened.seconds,
+            "load_seconds": loading,
             "prompt_seconds": usage.prefill_seconds,
             "eval_seconds": usage.decode_seconds,
             "tokens_per_second": usage.decode_rate,
@@ -145,14 +146,14 @@ def _as_json(opened: Opened, reply: Reply) -> dict[str, Any]:
     return answer
 
 
-def _durations(opened: Opened, reply: Reply) -> str:
+def _durations(reply: Reply, loading: float) -> str:
     """Ollama's --verbose lines."""
     usage = reply.usage
     fresh = usage.prompt_tokens - usage.cached_tokens
-    total = opened.seconds + usage.prefill_seconds + usage.decode_seconds
+    total = loading + usage.prefill_seconds + usage.decode_seconds
     rows = {
         "total duration": f"{total:.3f} s",
-        "load duration": f"{opened.seconds:.3f} s",
+        "load duration": f"{loading:.3f} s",
         "prompt eval count": f"{fresh} tokens",
         "prompt eval duration": f"{usage.prefill_seconds:.3f} s",
         "prompt eval rate": f"{fresh / usage.prefill_seconds if usage.prefill_seconds else 0:.2f} tokens/s",
