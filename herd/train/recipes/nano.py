@@ -118,7 +118,7 @@ def anneal_rows(tokenizer: FastTokenizer, texts: list[Text], data: Path) -> Rows
 
 def tuning_rows(tokenizer: FastTokenizer, texts: list[Text], data: Path) -> Rows:
     """One epoch of the fine-tune: stories and questions."""
-    records = story_rows(texts, SEED + 3, made=6000) + chat_rows(SEED + 3, data)
+    records = story_rows(texts, SEED + 3, made=4500) + chat_rows(SEED + 3, data, repeat=3)
     return chat_rows_packed(Headers(tokenizer), records)
 
 
@@ -176,8 +176,11 @@ def export(model: Llama, tokenizer: FastTokenizer, args: argparse.Namespace) -> 
     export_folder(model, folder, DTYPE, bos=bos, stop=stop, pad=pad, sampling=SAMPLING)
     write_tokenizer(tokenizer, folder, CONTEXT)
     shipped = fill(open_store(folder), dtype=torch.float32)
-    figures = make_evaluation(tokenizer, args.data)(shipped)
-    write_card(folder, shipped, check(shipped, headers), figures["bits_per_byte"], args.out)
+    evaluate = make_evaluation(tokenizer, args.data)
+    base = Llama(CONFIG)
+    base.load_state_dict(torch.load(args.out / "anneal.pt", weights_only=True)["model"])
+    bits = (evaluate(base)["bits_per_byte"], evaluate(shipped)["bits_per_byte"])
+    write_card(folder, shipped, check(shipped, headers), bits, args.out)
 
 
 def main() -> None:

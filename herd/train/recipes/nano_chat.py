@@ -214,9 +214,9 @@ def _calendar() -> Iterator[Fact]:
 def _numbers() -> Iterator[Fact]:
     for a in range(21):
         for b in range(21):
-            if a + b <= 20:
+            if a <= 10 and b <= 10:
                 yield _sum(a, b, a + b, "plus", "and", "+")
-            if b <= a:
+            if b <= 10 and 0 <= a - b <= 10:
                 yield _fact("minus", f"{a}-{b}",
                     [f"what is {a} minus {b}", f"what is {a} - {b}", f"how much is {a} minus {b}", f"{a} - {b}", f"what is {a} take away {b}",
                      f"what do you get when you take {b} from {a}"],
@@ -224,6 +224,11 @@ def _numbers() -> Iterator[Fact]:
             if 0 < a <= 5 and 0 < b <= 5:
                 yield _fact("times", f"{a}*{b}", [f"what is {a} times {b}", f"how much is {a} times {b}", f"{a} times {b}"],
                     [f"{a} times {b} is {a * b}."], f"is {a * b}.")  # fmt: skip
+    for a in range(1, 7):
+        for b in range(1, 7):
+            one, two, result = NUMBERS[a], NUMBERS[b], NUMBERS[a + b]
+            yield _fact("plus", f"{one}+{two}", [f"what is {one} plus {two}", f"how much is {one} plus {two}", f"what is {one} and {two}", f"add {one} and {two}"],
+                [f"{one} plus {two} is {result}."], f"is {result}.")  # fmt: skip
     for a in range(20):
         yield _fact("count", f"after {a}",
             [f"what number comes after {a}", f"which number comes after {a}", f"what comes after {a}", f"what is the number after {a}"],
