@@ -66,7 +66,7 @@ def _from_catalog(name: str) -> Path:
 
 
 def _find(name: str) -> Release | None:
-    from herd.model.aliases import find
+    from herd.model.presets import find
 
     try:
         return find(name)
@@ -78,7 +78,7 @@ def _unknown(name: str) -> UnknownModelError:
     """The error for a name that is neither a path nor in the catalog, with the catalog's nearest names."""
     near: tuple[str, ...] = ()
     try:
-        from herd.model.aliases import find
+        from herd.model.presets import find
 
         find(name)
     except UnknownModelError as error:
