@@ -9,6 +9,7 @@ the rules for closing a message.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -22,7 +23,7 @@ from herd.chat.writer import TokenWriter, special_id
 from herd.errors import PromptError
 from herd.tokenizer.tokenizer import Tokenizer
 
-__all__ = ["HeaderFormat", "HeaderTokens"]
+__all__ = ["HeaderFormat", "HeaderTokens", "quoted"]
 
 HEADER_ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "ipython"}
 """Header text of every role: tool results stand behind `ipython` (models/llama3/chat_format.py)."""
@@ -111,20 +112,26 @@ class HeaderFormat:
         writer.text("\n\n")
 
     def _write(self, writer: TokenWriter, message: Message, tools: tuple[ToolSpec, ...]) -> None:
-        learn = message.role == "assistant"
         self._write_header(writer, message.role)
+        self._write_body(writer, message, tools)
+        stop: StopReason | None = message.stop_reason
+        waits = stop == "end_of_message" or (stop is None and self.waits(message, tools))
+        # A reply that was cut off is closed so that the next turn is well formed, but nobody shall learn to stop there.
+        learn = message.role == "assistant" and stop != "out_of_tokens"
+        writer.special(self._close_id(waits), learn=learn)
+
+    def _write_body(self, writer: TokenWriter, message: Message, tools: tuple[ToolSpec, ...]) -> None:
+        self._write_content(writer, message)
+        if message.tool_calls:
+            self._write_calls(writer, message.tool_calls, tools)
+
+    def _write_content(self, writer: TokenWriter, message: Message) -> None:
         for part in message.parts:
             if not isinstance(part, Text):
                 raise PromptError(
                     f"the {self.name} format takes text only, and a {message.role} message holds an image"
                 )
-            writer.text(part.text, learn=learn)
-        if message.tool_calls:
-            self._write_calls(writer, message.tool_calls, tools)
-        stop: StopReason | None = message.stop_reason
-        waits = stop == "end_of_message" or (stop is None and self.waits(message, tools))
-        # A reply that was cut off is closed so that the next turn is well formed, but nobody shall learn to stop there.
-        writer.special(self._close_id(waits), learn=learn and stop != "out_of_tokens")
+            writer.text(part.text, learn=message.role == "assistant")
 
     def _close_id(self, waits: bool) -> int:
         if not waits:
@@ -163,3 +170,8 @@ class HeaderFormat:
     def _write_builtin(self, writer: TokenWriter, calls: Sequence[ToolCall]) -> None:
         """Calls for which `is_builtin_call` holds; formats without built-in tools never get here."""
         raise NotImplementedError
+
+
+def quoted(message: Message) -> Message:
+    """A tool result as a JSON string, which is what the HF templates make of text."""
+    return replace(message, content=json.dumps(message.text, ensure_ascii=False))

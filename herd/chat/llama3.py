@@ -13,13 +13,11 @@ Where Meta's chat_format.py and Meta's documents disagree, the documents win: ca
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import replace
 
 from herd.chat.dialects import with_system_text
 from herd.chat.format import ToolSpec
-from herd.chat.headers import HeaderFormat, HeaderTokens
+from herd.chat.headers import HeaderFormat, HeaderTokens, quoted
 from herd.chat.messages import Message, ToolCall
 from herd.chat.pycalls import print_dotted_call
 from herd.chat.toolspec import BUILTIN_TOOLS, is_builtin
@@ -83,7 +81,7 @@ class Llama3Format(HeaderFormat):
             messages = with_system_text(messages, "\n".join(lines), "\n\n")
         if not self.quote_results:
             return messages
-        return tuple(_quoted(message) if message.role == "tool" else message for message in messages)
+        return tuple(quoted(message) if message.role == "tool" else message for message in messages)
 
     def is_builtin_call(self, call: ToolCall, tools: Sequence[ToolSpec]) -> bool:
         """`brave_search` and `wolfram_alpha` with a query, unless the conversation has its own tool of that name."""
@@ -104,8 +102,3 @@ class Llama3Format(HeaderFormat):
             raise PromptError(f"{self.name}: this tokenizer has no {self.tokens.code_start}, which built-in tools need")
         writer.special(self._code_start, learn=True)
         writer.text("\n".join(print_dotted_call(call) for call in calls), learn=True)
-
-
-def _quoted(message: Message) -> Message:
-    """A result as a JSON string, which is what the templates make of text."""
-    return replace(message, content=json.dumps(message.text, ensure_ascii=False))

@@ -53,6 +53,7 @@ class ReplyParser:
         self._names = None if tools is None else [tool.name for tool in tools]
         self._scanner = CallScanner(self._names)
         self._code: list[str] | None = None  # source since the code marker; None outside
+        self._source = ""  # a closed code segment: what follows decides whether it is code or words before a call
         self._strip = strip
         self._held = ""  # white space that may turn out to be the end of the text
         self._content: list[str] = []
@@ -99,22 +100,34 @@ class ReplyParser:
         if self._code is not None:
             out += self._close_code(complete=reason != "out_of_tokens")
         out += self._emit(self._scanner.finish())
+        out += self._settle(words=False)
         self._stop = reason
         return [*out, Delta(stop_reason=reason)]
 
     def _close_code(self, *, complete: bool) -> list[Delta]:
-        """What stood behind the code marker."""
+        """What stood behind the code marker: calls, else source that waits for what follows, else text cut short."""
         assert self._code is not None
         source, self._code = "".join(self._code), None
+        out = self._settle(words=False)
         self._scanner = CallScanner(self._names)
-        calls: list[str | ToolCall] = [*(parse_calls(source) or [])]
-        if not calls and source.strip():
-            calls = [ToolCall("code_interpreter", {"code": source}) if complete else source]
-        return self._emit(calls)
+        calls = parse_calls(source)
+        if calls is None and complete:
+            self._source = source
+            return out
+        return out + self._emit([source] if calls is None else calls)
+
+    def _settle(self, *, words: bool) -> list[Delta]:
+        """Pass on a closed code segment: as `words` (Llama 4's template puts the content there before a call) or as code."""
+        source, self._source = self._source, ""
+        if not source.strip():
+            return []
+        return self._emit([source if words else ToolCall("code_interpreter", {"code": source})])
 
     def _emit(self, found: Sequence[str | ToolCall]) -> list[Delta]:
         out: list[Delta] = []
         for item in found:
+            if self._source:
+                out += self._settle(words=isinstance(item, ToolCall))
             if isinstance(item, ToolCall):
                 self._calls.append(item)
                 out.append(Delta(tool_call=item))
