@@ -70,7 +70,8 @@ class Llama(nn.Module):
     def hidden(self, x: Tensor, positions: Tensor | None = None, attend: Sequence[Attend] | None = None) -> Tensor:
         """x [..., S, D] -> final normalised states [..., S, D].
 
-        `positions` [S] or [..., S] default to 0..S-1; `attend` has one function per layer and defaults to plain causal.
+        `positions` [S] or [..., S] default to 0..S-1; `attend` has one function per layer and defaults to plain causal,
+        which takes chunks to begin at the first row: other starts need an `attend` that knows them (a cache, `packed`).
         """
         positions = torch.arange(x.shape[-2], device=x.device) if positions is None else positions
         rotary = self.rope(positions)
