@@ -35,7 +35,7 @@ from herd.model.llama import Llama
 from herd.train.config import Budget, OptimConfig, ScheduleConfig, TrainConfig
 from herd.train.export import export_folder
 from herd.train.measure import bits_per_byte
-from herd.train.recipes.nano_card import write_card
+from herd.train.recipes.nano_card import write_card, write_credits
 from herd.train.recipes.nano_chat import chat_rows
 from herd.train.recipes.nano_check import SAMPLING, check
 from herd.train.recipes.nano_format import Headers
@@ -176,6 +176,7 @@ def export(model: Llama, tokenizer: FastTokenizer, args: argparse.Namespace) -> 
     export_folder(model, folder, DTYPE, bos=bos, stop=stop, pad=pad, sampling=SAMPLING)
     write_tokenizer(tokenizer, folder, CONTEXT)
     shipped = fill(open_store(folder), dtype=torch.float32)
+    write_credits(folder, args.data)
     evaluate = make_evaluation(tokenizer, args.data)
     base = Llama(CONFIG)
     base.load_state_dict(torch.load(args.out / "anneal.pt", weights_only=True)["model"])

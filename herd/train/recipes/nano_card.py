@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from herd.data.read import read_rows
 from herd.model.llama import Llama
 from herd.train.recipes.nano_check import Checked
 
-__all__ = ["write_card"]
+__all__ = ["write_card", "write_credits"]
 
 CARD = """\
 ---
@@ -70,6 +71,9 @@ Since some of it is CC BY-SA 4.0, these weights are given under CC BY-SA 4.0 too
 | OneStopEnglish corpus (Vajjala and Lucic, 2018), elementary and intermediate level | CC BY-SA 4.0 | stable |
 | Questions (not answers) of databricks-dolly-15k, to practise saying "I do not know" | CC BY-SA 3.0 | anneal, chat |
 | Facts, small talk and story plots written for herd-nano: `herd/train/recipes/nano_*.py`, told in many wordings by rules | Apache-2.0 | anneal, chat |
+
+Titles and authors of the openly licensed stories are in ATTRIBUTION.md. Changes: headings and credits removed, quotation marks unified, and, for chat, cut to
+complete short stories with a request in front.
 
 Left out on purpose: Dolly's answers and the multiple-choice sets, since a model of this size can only learn to make such answers up.
 
@@ -138,3 +142,33 @@ def write_card(folder: Path, model: Llama, checked: Checked, bits: tuple[float, 
         ),
         encoding="utf-8",
     )  # fmt: skip
+
+
+SERIES = {
+    "global-asp/asp-source": "African Storybook (africanstorybook.org), CC BY 4.0, from github.com/global-asp/asp-source",
+    "global-asp/pb-source": "Pratham Books StoryWeaver (storyweaver.org.in), CC BY 4.0, from github.com/global-asp/pb-source",
+    "nishkalavallabhi/OneStopEnglishCorpus": (
+        "OneStopEnglish corpus, Sowmya Vajjala and Ivana Lucic 2018, CC BY-SA 4.0, from "
+        "github.com/nishkalavallabhi/OneStopEnglishCorpus; articles at elementary and intermediate level"
+    ),
+}
+"""Where the openly licensed texts come from, and under which licence."""
+
+
+def write_credits(folder: Path, data: Path) -> None:
+    """Write ATTRIBUTION.md: every CC BY and CC BY-SA text that the model may have read, with its author."""
+    works: dict[str, set[str]] = {source: set() for source in SERIES}
+    for row in read_rows(data / "pretrain/en_children.jsonl.zst", require=("source", "license", "title")):
+        if row["license"].startswith("CC") and row.get("level") != "Adv":
+            author = row.get("author")
+            works[row["source"]].add(f"{row['title'].strip()}, by {author.strip()}" if author else row["title"].strip())
+    lines = [
+        "# Attribution",
+        "",
+        "herd-nano learned from these openly licensed texts, among others in the public domain (see README.md).",
+        "",
+    ]
+    for source, title in SERIES.items():
+        lines += [f"## {title}", "", *(f"- {work}" for work in sorted(works[source])), ""]
+    lines += ["## databricks-dolly-15k, Databricks 2023, CC BY-SA 3.0 (questions only)", ""]
+    (folder / "ATTRIBUTION.md").write_text("\n".join(lines), encoding="utf-8")

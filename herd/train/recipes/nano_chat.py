@@ -377,9 +377,9 @@ def chat_rows(seed: int, data: Path, repeat: int = 2) -> list[ChatRecord]:
         )
     for template in UNKNOWN:
         single += [(vary(expand(template, rng), rng), rng.choice(NO_IDEA)) for _ in range(14)]
-    single += [(vary(question, rng), rng.choice(NO_IDEA)) for question in _hard_questions(data) for _ in range(repeat)]
+    single += [(vary(question, rng), rng.choice(NO_IDEA)) for question in _hard_questions(data)]
     rows = [ChatRecord.pairs(q, a, source="herd") for q, a in single]
-    talk = [small_talk(rng) for _ in range(3500)]
+    talk = [small_talk(rng) for _ in range(1800 * repeat)]
     rows += [ChatRecord.pairs(*texts, source="herd") for texts in talk]
     for _ in range(2500):
         parts = [rng.choice(single) for _ in range(rng.choice((2, 2, 3)))]
