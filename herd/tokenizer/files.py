@@ -20,7 +20,7 @@ from herd.tokenizer.ranks import parse_ranks
 from herd.tokenizer.settings import read_file, read_settings
 from herd.tokenizer.special import RANKS
 from herd.tokenizer.tokenizer import Family, Tokenizer
-from herd.tokenizer.vocabulary import ByteVocabulary, PieceVocabulary, Settings, build_tokenizer
+from herd.tokenizer.vocabulary import ByteVocabulary, PieceVocabulary, Settings, TokenizerFilesWarning, build_tokenizer
 
 __all__ = ["TokenizerFilesWarning", "load_tokenizer", "read_vocabulary", "tokenizer_from_gguf"]
 
@@ -29,10 +29,6 @@ MAX_MODEL = 64 * 2**20
 
 _NATIVE = ("tokenizer.model", "original/tokenizer.model")
 _RENUMBERED = re.compile(r"<\|(\w*reserved_special_token_\d+|image)\|>")  # names that move between releases
-
-
-class TokenizerFilesWarning(UserWarning):
-    """Two tokenizer files of one folder disagree; the message says which one is used."""
 
 
 def load_tokenizer(path: str | os.PathLike[str], *, family: Family | None = None) -> Tokenizer:
@@ -102,7 +98,7 @@ def _load_folder(folder: Path, family: Family | None) -> Tokenizer:
             _warn(f"{error}. Using {chosen}")
             continue
         if difference := _difference(vocabulary, second):
-            _warn(f"{other} disagrees with {chosen}: {difference}. Using {chosen.name}")
+            _warn(f"{other} disagrees with {chosen}: {difference}. Using {chosen}")
             continue
         settings = _merge(settings, second)
     tokenizer = _build(chosen, vocabulary, settings)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from herd.tokenizer.pieces import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_D
 from herd.tokenizer.released import is_llama2, llama2_scores, released_family
 from herd.tokenizer.special import RANKS
 from herd.tokenizer.tokenizer import Family, Tokenizer
-from herd.tokenizer.vocabulary import ByteVocabulary, PieceVocabulary, Settings, build_tokenizer
+from herd.tokenizer.vocabulary import ByteVocabulary, PieceVocabulary, Settings, TokenizerFilesWarning, build_tokenizer
 
 __all__ = ["tokenizer_from_gguf"]
 
@@ -39,6 +40,8 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], *, family: Family | None = 
             f"tokenizer.ggml.model is {kind!r}; Llama models have 'llama' (SentencePiece) or 'gpt2' (byte BPE)"
         )
     template = metadata.get("tokenizer.chat_template")
+    for note in vocabulary.notes:
+        warnings.warn(f"GGUF vocabulary: {note}", TokenizerFilesWarning, stacklevel=2)
     size = len(metadata["tokenizer.ggml.tokens"])
     ends = (metadata.get(f"tokenizer.ggml.{key}") for key in _STOP_KEYS)
     return build_tokenizer(

@@ -13,7 +13,11 @@ from herd.tokenizer.pieces import PieceModel
 from herd.tokenizer.special import byte_bpe_specials, with_added, with_stop
 from herd.tokenizer.tokenizer import Family, SpecialTokens, Tokenizer
 
-__all__ = ["ByteVocabulary", "PieceVocabulary", "Settings", "build_tokenizer"]
+__all__ = ["ByteVocabulary", "PieceVocabulary", "Settings", "TokenizerFilesWarning", "build_tokenizer"]
+
+
+class TokenizerFilesWarning(UserWarning):
+    """Tokenizer files disagree, or one was put right; the message says what is used."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
