@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +12,17 @@ import torch
 from herd.chat.formats import FORMATS, format_named
 from herd.chat.params import SamplingParams
 from herd.checkpoint.load import Checkpoint, open_checkpoint
+from herd.checkpoint.open import open_store
+from herd.checkpoint.resolve import resolve
 from herd.engine.local import LocalChat
 from herd.errors import ConfigError, PromptError
+from herd.model.accounting import parameters
 
 __all__ = ["Opened", "open_model"]
+
+SMALL = 50_000_000
+"""Parameters of a model that a CPU runs best in float32 on one thread: its matrices are so small that threads wait for each
+other longer than they work (with another process on the same cores, 50 times longer), and casting costs more than reading."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +57,7 @@ class Opened:
         return {
             "model": self.name,
             "path": str(self.checkpoint.path),
-            "parameters": short_count(sum(p.numel() for p in model.parameters())),
+            "parameters": short_count(parameters(model.config)),
             "numbers": f"{str(weight.dtype).removeprefix('torch.')} on {weight.device}",
             "format": self.chat.format.name,
         }
@@ -66,7 +74,13 @@ def open_model(
     """Find and load `name` (a catalog name, a folder or a file). Raises a HerdError that says what to change."""
     if format_name is not None and format_name not in FORMATS:  # before gigabytes are read
         raise PromptError(f"there is no prompt format {format_name!r}; choose one of {', '.join(FORMATS)}")
-    checkpoint = open_checkpoint(name, None if dtype == "auto" else getattr(torch, dtype), _device(device))
+    where = _device(device)
+    store = open_store(resolve(name))  # headers only
+    small = where.type == "cpu" and parameters(store.config) <= SMALL
+    if small and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    wanted = getattr(torch, dtype) if dtype != "auto" else torch.float32 if small else None
+    checkpoint = open_checkpoint(name, wanted, where)
     format = None if format_name is None else format_named(format_name, checkpoint.tokenizer)
     chat = LocalChat(checkpoint.model, checkpoint.tokenizer, format=format, max_len=max_len)
     return Opened(name, checkpoint, chat)
