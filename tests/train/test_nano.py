@@ -10,7 +10,7 @@ from herd.chat.llama3 import Llama3Format
 from herd.chat.messages import Message
 from herd.data.encode import IGNORE, encode_chat
 from herd.data.records import ChatRecord
-from herd.train.recipes.nano_chat import all_facts, held_out
+from herd.train.recipes.nano_questions import all_facts, held_out
 from herd.train.recipes.nano_stories import HEROES, THINGS, made_story
 from herd.train.recipes.nano_talk import small_talk
 from herd.train.recipes.nano_texts import clean, readability

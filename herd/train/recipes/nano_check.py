@@ -11,8 +11,8 @@ from herd.chat.params import SamplingParams
 from herd.data.records import Turn
 from herd.engine.session import Session
 from herd.model.llama import Llama
-from herd.train.recipes.nano_chat import all_facts, held_out
 from herd.train.recipes.nano_format import Headers
+from herd.train.recipes.nano_questions import all_facts, held_out
 from herd.train.recipes.nano_stories import HEROES
 from herd.train.recipes.nano_wording import vary, with_article
 
@@ -53,15 +53,15 @@ class Checked:
 
 
 class Speaker:
-    """Replies of one model, with a fixed seed and at most `limit` tokens."""
+    """Replies of one model from the export's own settings: top-p 0.9, a fixed seed."""
 
-    def __init__(self, model: Llama, headers: Headers, limit: int = 400) -> None:
-        self.session, self.headers, self.limit = Session(model), headers, limit
+    def __init__(self, model: Llama, headers: Headers) -> None:
+        self.session, self.headers = Session(model), headers
 
-    def reply(self, text: str, temperature: float, seed: int) -> tuple[str, bool]:
+    def reply(self, text: str, temperature: float, seed: int, limit: int = 400) -> tuple[str, bool]:
         """The reply to one user text, and whether it ended by itself."""
         prompt = self.headers.prompt([Turn("user", text)])
-        params = SamplingParams(temperature=temperature, top_p=0.9, seed=seed, max_tokens=self.limit)
+        params = SamplingParams(temperature=temperature, top_p=0.9, seed=seed, max_tokens=limit)
         stop = self.headers.special["<|eot_id|>"]
         ids = list(self.session.generate(prompt, params, frozenset({stop})))
         ended = bool(ids) and ids[-1] == stop
@@ -83,7 +83,7 @@ def check(model: Llama, headers: Headers, questions: int = 500, stories: int = 4
     stopped = right = on_topic = 0
     asked = rng.sample(kept, min(questions, len(kept)))
     for fact, i in asked:
-        text, ended = speaker.reply(vary(fact.questions[i], rng), 0.0, seed)
+        text, ended = speaker.reply(vary(fact.questions[i], rng), 0.0, seed, limit=80)
         good = any(key.lower() in text.lower() for key in fact.keys)
         by_kind[fact.kind][0] += good
         by_kind[fact.kind][1] += 1
