@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from herd.chat.format import ChatFormat, Delta, StreamParser, ToolSpec
 from herd.chat.formats import detect
 from herd.chat.messages import Message
 from herd.chat.model import FinishReason, Reply, Usage
 from herd.chat.params import SamplingParams
+from herd.chat.render import messages_from
+from herd.chat.toolspec import tools_from
 from herd.engine.session import Session
 from herd.engine.stop import StopMatcher
 from herd.model.llama import Llama
@@ -186,18 +189,23 @@ class LocalChat:
 def generate(
     model: Llama,
     tokenizer: Tokenizer,
-    prompt: str | Sequence[Message],
+    prompt: str | Sequence[Message | Mapping[str, Any]],
     params: SamplingParams = SamplingParams(),
     *,
-    tools: Sequence[ToolSpec] = (),
+    tools: Sequence[ToolSpec | Any] = (),
     format: ChatFormat | None = None,
 ) -> Reply:
     """One reply. Messages are rendered in the checkpoint's prompt format; a string is continued as plain text.
 
+    Messages may be plain dictionaries and tools Python functions, see `herd.render`.
+
     Raises PromptError, ContextFullError or ConfigError before any token is made.
     """
     chat = LocalChat(model, tokenizer, format=format)
-    deltas = chat.complete(prompt, params) if isinstance(prompt, str) else chat.stream(prompt, tools, params)
+    if isinstance(prompt, str):
+        deltas = chat.complete(prompt, params)
+    else:
+        deltas = chat.stream(messages_from(prompt), tools_from(tools), params)
     for _ in deltas:
         pass
     assert chat.last is not None
