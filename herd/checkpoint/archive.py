@@ -46,7 +46,9 @@ def _directory(file: MappedFile) -> tuple[int, int, int]:
     at = file.find_last(b"PK\x05\x06", max(0, file.size - 65_557))
     if at < 0 or at + 22 > file.size:
         _fail(file, "the zip archive has no directory at its end: is the file truncated?", file.size)
-    _, _, _, count, size, offset = struct.unpack("<4HII", file.bytes(at + 4, 16))
+    _, _, _, count, size, offset, comment = struct.unpack("<4H2IH", file.bytes(at + 4, 18))
+    if at + 22 + comment != file.size:
+        _fail(file, f"{file.size - at - 22 - comment} bytes follow the end of the zip archive", at)
     if at >= 20 and file.bytes(at - 20, 4) == b"PK\x06\x07":  # zip64: the real numbers are elsewhere
         (where,) = struct.unpack("<Q", file.bytes(at - 12, 8))
         if where + 56 > file.size or file.bytes(where, 4) != b"PK\x06\x06":

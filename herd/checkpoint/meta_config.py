@@ -53,12 +53,12 @@ def read_params(data: Mapping[str, Any], where: str, *, fused: bool, rows: int, 
 
 def _dense(f: Fields, rows: int, output: bool) -> ModelConfig:
     dim, heads = f.whole("dim"), f.whole("n_heads")
-    scaled = f.flag("use_scaled_rope", False)
+    scaled, groups = f.flag("use_scaled_rope", False), f.whole("n_kv_heads", heads)
     theta, eps = f.number("rope_theta", 10_000.0), f.number("norm_eps", 1e-5)
     return ModelConfig(
         dim=dim,
         n_heads=heads,
-        n_kv_heads=f.whole("n_kv_heads", heads),
+        n_kv_heads=groups,
         head_dim=_head_dim(f, dim, heads),
         hidden_dim=_hidden_dim(f, dim),
         vocab_size=_vocab_size(f, rows),
@@ -66,7 +66,7 @@ def _dense(f: Fields, rows: int, output: bool) -> ModelConfig:
         norm_eps=eps,
         rope_theta=theta,
         rope_scaling=_scaling(f, 32.0 if dim in SMALL_DIMS else 8.0, 4.0) if scaled else None,
-        max_seq_len=f.whole("max_seq_len", _context(theta, eps, scaled)),
+        max_seq_len=f.whole("max_seq_len", _context(theta, eps, scaled, dim == 8192 and groups == heads)),
         tie_embeddings=f.flag("tie_embeddings", scaled and dim in SMALL_DIMS and not output),
     )
 
@@ -140,12 +140,15 @@ def _scaling(f: Fields, factor: float, high: float) -> RopeScaling:
     )
 
 
-def _context(theta: float, eps: float, scaled: bool) -> int:
-    """The trained context, which params.json does not say, from what sets the generations apart."""
+def _context(theta: float, eps: float, scaled: bool, largest: bool) -> int:
+    """The trained context, which params.json does not say, from what sets the generations apart.
+
+    `largest` is Llama 1 65B: the only one without grouped heads at its width, and with the epsilon of Llama 2.
+    """
     if scaled:
         return 131_072  # 3.1 and later
     if theta >= 1_000_000:
         return 16_384  # Code Llama
     if theta >= 500_000:
         return 8192  # Llama 3
-    return 2048 if eps < 5e-6 else 4096  # Llama 1, Llama 2
+    return 2048 if eps < 5e-6 or largest else 4096  # Llama 1, Llama 2

@@ -10,9 +10,8 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from herd.checkpoint.files import short
 from herd.errors import CheckpointError, ConfigError, UnknownModelError
-from herd.model.release import Release
+from herd.model.presets import find
 
 __all__ = ["resolve"]
 
@@ -22,20 +21,28 @@ _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf", "consolidated.*.pth
 
 
 def resolve(path_or_name: str | os.PathLike[str]) -> Path:
-    """The checkpoint folder or file that `path_or_name` means.
+    """The checkpoint folder or file that `path_or_name` means; something that exists under that path comes first.
 
     Raises CheckpointError when it is known but not on this machine, ConfigError when herd cannot run it yet, and
     UnknownModelError, with the nearest names, when nothing has that name.
     """
-    place = Path(path_or_name).expanduser()
-    if place.exists():
-        return place
     name = os.fspath(path_or_name)
+    place = _existing(name)
+    if place is not None:
+        return place
     if name in ("nano", "herd-nano"):
         return _embedded()
-    if name.endswith(_FILES) or place.is_absolute() or name.startswith((".", "~")):
-        raise CheckpointError("there is no such file or folder", path=path_or_name)
+    if name.endswith(_FILES) or name.startswith((".", "~", "/", "\\")):
+        raise CheckpointError("there is no such file or folder", path=name[:500])
     return _from_catalog(name)
+
+
+def _existing(name: str) -> Path | None:
+    try:
+        place = Path(name).expanduser()
+        return place if name and place.exists() else None
+    except (OSError, RuntimeError, ValueError):  # names that no file can have
+        return None
 
 
 def _embedded() -> Path:
@@ -46,18 +53,18 @@ def _embedded() -> Path:
 
 
 def _from_catalog(name: str) -> Path:
-    release = _find(name)
-    if release is not None and release.why_not is not None:
+    try:
+        release = find(name)
+    except UnknownModelError as unknown:
+        cached = _snapshots(hub_cache() / _folder(name)) if _REPO.fullmatch(name) else iter(())
+        for snapshot in cached:
+            return snapshot
+        raise UnknownModelError(f"{unknown}; there is no such file or folder either", near=unknown.near) from None
+    if release.why_not is not None:
         raise ConfigError(f"{release.name} cannot be run yet: {release.why_not}")
-    repos = _wanted(name, () if release is None else release.repos)
-    if release is None and _REPO.fullmatch(name):
-        repos = [name]
-    natives = _wanted(name, () if release is None else release.native)
-    found = next(_present(repos, natives), None)
-    if found is not None:
-        return found
-    if release is None:
-        raise _unknown(name)
+    repos, natives = _wanted(name, release.repos), _wanted(name, release.native)
+    for place in _present(repos, natives):
+        return place
     looked = ", ".join([str(hub_cache() / _folder(repo)) for repo in repos] + [str(p) for p in _meta_folders(natives)])
     raise CheckpointError(
         f"{release.name} is not on this machine, and herd cannot download yet. Looked in: {looked or 'no place'}. "
@@ -65,31 +72,10 @@ def _from_catalog(name: str) -> Path:
     )
 
 
-def _find(name: str) -> Release | None:
-    from herd.model.presets import find
-
-    try:
-        return find(name)
-    except UnknownModelError:
-        return None
-
-
-def _unknown(name: str) -> UnknownModelError:
-    """The error for a name that is neither a path nor in the catalog, with the catalog's nearest names."""
-    near: tuple[str, ...] = ()
-    try:
-        from herd.model.presets import find
-
-        find(name)
-    except UnknownModelError as error:
-        near = error.near
-    hint = f"; did you mean {', '.join(near)}?" if near else ""
-    return UnknownModelError(f"{short(name)} is no file or folder and no known model{hint}", near=near)
-
-
 def _wanted(name: str, names: Sequence[str]) -> list[str]:
     """The names to look for: exactly the one asked for when it is one of them, else all, tuned variants first."""
-    exact = [n for n in names if n.lower() == name.lower()]
+    asked = name.lower().rpartition("/")[2]
+    exact = [n for n in names if n.lower().rpartition("/")[2] == asked]
     return exact or sorted(names, key=lambda n: not re.search(r"instruct|chat|guard", n, re.IGNORECASE))
 
 

@@ -29,7 +29,7 @@ def tokenizer_at(path: Path, metadata: Mapping[str, Any] | None = None) -> Token
     if gguf is None:
         named = path.is_dir() or path.name.startswith("tokenizer") or path.suffix in (".model", ".tiktoken")
         return load_files(path if named else path.parent)
-    from herd.tokenizer.files import tokenizer_from_gguf
+    from herd.tokenizer.gguf import tokenizer_from_gguf
 
     if metadata is None:
         from herd.checkpoint.gguf import GGUFFile
