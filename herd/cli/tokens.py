@@ -101,16 +101,16 @@ def _as_json(rows: Sequence[Explained]) -> dict[str, Any]:
 
 def _show(facts: Mapping[str, Any], rows: Sequence[Explained]) -> None:
     """On a terminal the pieces in colour first; then, always, one line per token."""
-    from herd.cli.console import coloured, note, write
+    from herd.cli.console import coloured, note
 
     if coloured(sys.stdout) and rows:
-        write("".join(_inline(rows)).rstrip("\n") + "\n\n")
+        print("".join(_inline(rows)).rstrip("\n"), end="\n\n")
     wide = len(str(max((r.id for r in rows), default=0)))
     far = len(str(len(rows)))
     for at, row in enumerate(rows):
         mark = "" if row.learn is None else "* " if row.learn else "  "
         shown = _styled(row, "cyan") if row.special else f'"{row.piece}"'
-        write(f"{at:>{far}}  {row.id:>{wide}}  {mark}{shown}\n")
+        print(f"{at:>{far}}  {row.id:>{wide}}  {mark}{shown}")  # pieces are printable: nothing can steer the terminal
     counted = f"{len(rows)} tokens"
     if rows and rows[0].learn is not None:
         counted += f", {sum(bool(r.learn) for r in rows)} of them learnt (*), format {facts['format']}"

@@ -16,7 +16,7 @@ import sentencepiece
 from herd.errors import TokenizerError
 from herd.tokenizer.pieces import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, PieceModel, byte_piece
 from herd.tokenizer.special import INFILL_PIECES, STEP_PIECE, SpecialSplitter, piece_specials
-from herd.tokenizer.tokenizer import Family, check_text
+from herd.tokenizer.tokenizer import Family, check_text, printable
 
 __all__ = ["SentencePieceTokenizer"]
 
@@ -150,8 +150,8 @@ class SentencePieceTokenizer:
         return bool(self._bytes[self._check(id)])
 
     def piece(self, id: int) -> str:
-        """The piece as the vocabulary writes it: U+2581 for a space, `<0x0A>` for a byte."""
-        return self.model.pieces[self._check(id)]
+        """The piece as the vocabulary writes it (U+2581 for a space, `<0x0A>` for a byte), with control characters escaped."""
+        return printable(self.model.pieces[self._check(id)].encode())
 
     def _check(self, id: int) -> int:
         if not 0 <= id < self.vocab_size:
