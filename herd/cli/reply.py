@@ -3,71 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import TextIO
 
 from herd.chat.messages import ToolCall
-from herd.cli.console import coloured, is_terminal, note, progress, safe, styled
+from herd.cli.console import is_terminal, note, progress
 from herd.cli.conversation import Conversation, Outcome
+from herd.cli.screen import Screen
 
-__all__ = ["ReplyView", "Screen", "ending", "rates", "stoppable"]
+__all__ = ["ReplyView", "called", "ending", "rates", "stoppable"]
 
 REFRESH = 0.2
 """Seconds between two looks at the live rate."""
-
-
-class Screen:
-    """Text on a stream; on a terminal with `live`, a dim status stands behind the cursor until more text comes.
-
-    The status is only drawn where the rest of the line holds it, so it never wraps and never covers text.
-    """
-
-    def __init__(self, stream: TextIO, *, live: bool) -> None:
-        self.stream = stream
-        self.column = 0
-        self._live = live and coloured(stream)
-        self._terminal = is_terminal(stream)
-        self._shown = False
-
-    def text(self, piece: str) -> None:
-        """Write a piece of text."""
-        piece = safe(piece) if self._terminal else piece
-        self.stream.write("\x1b[K" + piece if self._shown else piece)
-        self._shown = False
-        self.stream.flush()
-        if self._live:
-            self._advance(piece)
-        elif piece:
-            self.column = 0 if piece.endswith("\n") else 1
-
-    def status(self, text: str) -> None:
-        """Show `text` behind the cursor, which stays where it is."""
-        room = shutil.get_terminal_size().columns - self.column
-        if not self._live or room < len(text) + 4:
-            return
-        self.stream.write(f"\x1b7\x1b[K  {styled(text, 'dim', self.stream)}\x1b8")
-        self.stream.flush()
-        self._shown = True
-
-    def end(self) -> None:
-        """Remove the status and begin a new line, unless the cursor is at the start of one."""
-        if self._shown or self.column:
-            self.text("\n" if self.column else "")
-
-    def _advance(self, piece: str) -> None:
-        from prompt_toolkit.utils import get_cwidth  # a terminal chat has it loaded already
-
-        width = shutil.get_terminal_size().columns
-        line = piece.rsplit("\n", 1)
-        if len(line) == 2:
-            self.column = 0
-        for char in line[-1]:
-            wide = 8 - self.column % 8 if char == "\t" else max(get_cwidth(char), 0)
-            self.column = self.column + wide if self.column + wide <= width else wide
 
 
 class ReplyView:

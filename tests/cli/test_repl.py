@@ -13,11 +13,8 @@ from herd.cli.commands import Commands
 from herd.cli.conversation import Conversation
 from herd.cli.lines import PlainLines
 from herd.cli.repl import Repl
-from herd.cli.reply import Screen
 from herd.errors import HerdError
 from tests.cli.doubles import INTERRUPT, ListedLines, ScriptedTalker
-
-CLEAR, SAVE, BACK = "\x1b[K", "\x1b7", "\x1b8"
 
 
 def chat(model: ScriptedTalker, *lines: str, system: str = "") -> tuple[Conversation, int]:
@@ -158,60 +155,3 @@ def test_input_that_is_not_text_is_an_error() -> None:
 
 def test_closed_input_is_the_end() -> None:
     assert PlainLines(None).read() is None
-
-
-class Terminal(io.StringIO):
-    """A text stream that says it is a terminal."""
-
-    def isatty(self) -> bool:
-        return True
-
-
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "40")
-    return Terminal()
-
-
-def test_the_live_rate_stands_behind_the_text_and_goes_away(terminal: Terminal) -> None:
-    screen = Screen(terminal, live=True)
-    screen.text("Hello")
-    screen.status("9.9 tokens/s")
-    screen.text(" you")
-    screen.end()
-    assert terminal.getvalue() == f"Hello{SAVE}{CLEAR}  \x1b[2m9.9 tokens/s\x1b[0m{BACK}{CLEAR} you\n"
-
-
-@pytest.mark.parametrize("text", ["x" * 30, "x" * 39, "x" * 40, "羊" * 15, "x" * 75, "\t" * 4, "one\n" + "x" * 30])
-def test_the_live_rate_is_not_drawn_where_it_would_wrap(terminal: Terminal, text: str) -> None:
-    screen = Screen(terminal, live=True)
-    screen.text(text)
-    screen.status("9.9 tokens/s")
-    assert terminal.getvalue() == text
-
-
-@pytest.mark.parametrize("text", ["x" * 10, "羊" * 10, "x" * 50, "x" * 30 + "\n", "e\u0301" * 20])
-def test_the_live_rate_is_drawn_where_there_is_room(terminal: Terminal, text: str) -> None:
-    screen = Screen(terminal, live=True)
-    screen.text(text)
-    screen.status("9.9 tokens/s")
-    assert "9.9 tokens/s" in terminal.getvalue()
-
-
-def test_no_live_rate_without_colours(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NO_COLOR", "1")
-    screen = Screen(terminal, live=True)
-    screen.text("Hello")
-    screen.status("9.9 tokens/s")
-    screen.end()
-    assert terminal.getvalue() == "Hello\n"
-
-
-def test_a_model_cannot_steer_the_terminal(terminal: Terminal) -> None:
-    Screen(terminal, live=False).text("a\x1b[2J\x07\x9b31m\tb\n")
-    assert terminal.getvalue() == "a\u241b[2J\u2407\ufffd31m\tb\n"
-    pipe = io.StringIO()
-    Screen(pipe, live=False).text("a\x1b[2J")
-    assert pipe.getvalue() == "a\x1b[2J"
