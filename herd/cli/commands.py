@@ -49,7 +49,10 @@ class Commands:
             Command("?", "", "this list (also /help)", self._help),
             Command("system", "[TEXT]", 'show or set the system prompt (/system "" removes it)', self._system),
             Command(
-                "set", "[NAME VALUE]", f"show or change settings: {', '.join(SETTINGS)}, verbose, quiet", self._set
+                "set",
+                "[NAME VALUE]",
+                "show or change settings; /set quiet hides the rates, /set verbose shows them",
+                self._set,
             ),
             Command("show", "", "the model, its settings and how full the context is", self._show),
             Command("save", "[-f] FILE", "write the conversation to a file (-f: replace one that exists)", self._save),

@@ -16,7 +16,19 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-__all__ = ["Tick", "busy", "coloured", "is_interactive", "is_terminal", "note", "progress", "safe", "styled", "write"]
+__all__ = [
+    "Tick",
+    "busy",
+    "coloured",
+    "is_interactive",
+    "is_terminal",
+    "note",
+    "progress",
+    "safe",
+    "silent_keys",
+    "styled",
+    "write",
+]
 
 PATIENCE = 2.0
 """Seconds that a piece of work may take before a progress bar is drawn."""
@@ -51,9 +63,9 @@ def styled(text: str, style: str, stream: TextIO) -> str:
     return f"\x1b[{CODES[style]}m{text}\x1b[0m" if coloured(stream) else text
 
 
-def note(text: str) -> None:
-    """One dim line beside the results, on stderr."""
-    print(styled(text, "dim", sys.stderr), file=sys.stderr, flush=True)
+def note(text: str, style: str = "dim") -> None:
+    """One line beside the results, on stderr."""
+    print(styled(text, style, sys.stderr), file=sys.stderr, flush=True)
 
 
 def write(text: str) -> None:
@@ -111,7 +123,8 @@ def busy(label: str) -> Iterator[None]:
     timer.daemon = True
     timer.start()
     try:
-        yield
+        with silent_keys():
+            yield
     finally:
         timer.cancel()
         timer.join()  # it may be drawing at this moment
@@ -155,3 +168,24 @@ def _draw(label: str, unit: str, total: int) -> tuple[Progress, TaskID]:
     )
     drawn.start()
     return drawn, drawn.add_task(label, total=total)
+
+
+@contextlib.contextmanager
+def silent_keys() -> Iterator[None]:
+    """Inside, the terminal does not echo keys into what is shown; what is typed waits for the next prompt."""
+    try:
+        import termios
+    except ImportError:  # not a Unix
+        yield
+        return
+    if not is_terminal(sys.stdin):
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin.fileno())
+    quiet = [*before]
+    quiet[3] &= ~termios.ECHO
+    termios.tcsetattr(sys.stdin.fileno(), termios.TCSANOW, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin.fileno(), termios.TCSANOW, before)

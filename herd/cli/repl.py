@@ -13,6 +13,9 @@ from herd.errors import ContextFullError, HerdError
 
 __all__ = ["Repl"]
 
+NEARLY_FULL = 0.15
+"""Share of the context below which what is left is shown as a warning."""
+
 
 class Repl:
     """A conversation, its commands and where its lines come from. `live` shows the rate while a reply is made."""
@@ -66,10 +69,14 @@ class Repl:
         if why := ending(outcome, self.conversation.params.max_tokens):
             note(why)
         if self.commands.show_rates:
-            note(rates(outcome, self.conversation.model.max_len))
+            total = self.conversation.model.max_len
+            note(rates(outcome, total), "yellow" if total - outcome.used < total * NEARLY_FULL else "dim")
 
     def _complain(self, error: HerdError) -> None:
         line = " ".join(str(error).split())
         if isinstance(error, ContextFullError):
-            line = f"{line} (/undo takes back the last exchange, /clear starts over, -c sets the context at the start)"
+            line = (
+                f"the context is full: with this message the conversation needs {error.needed:,} tokens, and there are "
+                f"{error.available:,}. /undo takes back the last exchange, /clear starts over"
+            )
         print(styled("herd:", "red", sys.stderr), line, file=sys.stderr, flush=True)

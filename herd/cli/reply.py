@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from herd.chat.messages import ToolCall
-from herd.cli.console import is_terminal, note, progress
+from herd.cli.console import note, progress, silent_keys
 from herd.cli.conversation import Conversation, Outcome
 from herd.cli.screen import Screen
 
@@ -98,24 +98,3 @@ def stoppable() -> Iterator[Callable[[], bool]]:
         yield lambda: asked
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-@contextlib.contextmanager
-def silent_keys() -> Iterator[None]:
-    """Inside, the terminal does not echo keys into the reply; what is typed waits for the next prompt."""
-    try:
-        import termios
-    except ImportError:  # not a Unix
-        yield
-        return
-    if not is_terminal(sys.stdin):
-        yield
-        return
-    before = termios.tcgetattr(sys.stdin.fileno())
-    quiet = [*before]
-    quiet[3] &= ~termios.ECHO
-    termios.tcsetattr(sys.stdin.fileno(), termios.TCSANOW, quiet)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(sys.stdin.fileno(), termios.TCSANOW, before)

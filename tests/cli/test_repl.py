@@ -89,7 +89,7 @@ def test_ctrl_c_at_the_prompt_does_not_leave(capsys: pytest.CaptureFixture[str])
 def test_a_full_context_is_said_with_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     talk, failures = chat(ScriptedTalker(["w " * 3], max_len=6), "one", "a b c d", "/clear", "ok?")
     out, err = capsys.readouterr()
-    assert "context holds 6 (/undo takes back the last exchange, /clear starts over" in err
+    assert "needs 9 tokens, and there are 6. /undo takes back the last exchange, /clear starts over" in err
     assert failures == 1
     assert out.endswith("ok\n")
     assert [m.text for m in talk.turns] == ["ok?", "ok"]
