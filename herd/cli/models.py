@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from herd.cli.console import styled
 
 if TYPE_CHECKING:
     from herd.model.release import Release
@@ -40,20 +43,21 @@ class Row:
 
 
 @click.command(epilog=EPILOG)
-@click.option("--all", "show_all", is_flag=True, help="Also models that herd cannot run yet, and all other names.")
+@click.option("--all", "show_all", is_flag=True, help="Also models that herd cannot run yet, and why.")
 @click.option("--json", "as_json", is_flag=True, help="A JSON list of all models, with everything that is known.")
 def command(show_all: bool, as_json: bool) -> None:
     """List the Llama models that herd knows.
 
-    Any of a model's names can be given to the other commands: NAME, the Ollama-style tags and the Hugging Face ids of --all,
-    or the path of a folder or file.
+    The other commands take any of a model's names (NAME, TAG, and the Hugging Face and Meta names of --json), or the path of
+    a folder or file. HERE is where its weights are on this machine.
     """
     listed = rows()
     if as_json:
         click.echo(json.dumps([_as_json(row) for row in listed], indent=1))
         return
     shown = [row for row in listed if show_all or row.why_not is None]
-    click.echo(_table(shown))
+    head, *lines = _table(shown)
+    click.echo("\n".join([styled(head, "bold", sys.stdout), *lines]))
     here = sum(row.path is not None for row in listed)
     hidden = len(listed) - len(shown)
     more = f" {hidden} more cannot be run yet: herd models --all says why." if hidden else ""
@@ -120,8 +124,8 @@ def _as_json(row: Row) -> dict[str, Any]:
     }
 
 
-def _table(listed: list[Row]) -> str:
-    """Aligned columns; the path comes last, where its length does no harm."""
+def _table(listed: list[Row]) -> list[str]:
+    """Lines of aligned columns; the path comes last, where its length does no harm."""
     head = ("NAME", "PARAMETERS", "CONTEXT", "FORMAT", "TAG", "HERE")
     body = [
         (
@@ -142,7 +146,7 @@ def _table(listed: list[Row]) -> str:
             cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
         ]
         lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    return lines
 
 
 def _short(count: int | None, step: int) -> str:
