@@ -39,16 +39,9 @@ def vocabulary(size: int) -> dict[str, object]:
 
 def their_logits(path: Path, ids: list[int], vocab: int) -> torch.Tensor:
     """llama.cpp's logits [S, V], with a KV cache in F32 and one thread."""
+    cache = {"type_k": 0, "type_v": 0, "swa_full": True}
     model = llama_cpp.Llama(
-        str(path),
-        n_ctx=256,
-        n_threads=1,
-        n_batch=256,
-        logits_all=True,
-        verbose=False,
-        type_k=0,
-        type_v=0,
-        use_mmap=False,
+        str(path), n_ctx=-(-len(ids) // 256) * 256, n_threads=1, logits_all=True, verbose=False, use_mmap=False, **cache
     )
     model.eval(ids)
     logits = np.array(model.scores[: len(ids)], dtype=np.float32)
@@ -76,10 +69,18 @@ def test_quantized_logits_are_near_llama_cpps(
     assert agree > 0.9
 
 
-def compare(config: ModelConfig, kind: GGML, folder: Path) -> tuple[float, float]:
+def test_fp32_logits_beyond_the_first_chunk(tmp_path: Path, measured: Callable[[str, str, float], None]) -> None:
+    """Llama 4's constants: the second chunk begins at 8192, and the query temperature rises there."""
+    difference, agree = compare(LLAMA_CPP["llama-4-scout as llama.cpp has it"], GGML.F32, tmp_path, length=8192 + 40)
+    measured("GGUF F32 file in llama.cpp, max abs logit difference", "llama-4-scout, 8232 tokens", difference)
+    assert difference < 1e-3
+    assert agree > 0.999
+
+
+def compare(config: ModelConfig, kind: GGML, folder: Path, length: int = 48) -> tuple[float, float]:
     """Largest difference of logits, and the share of positions with the same most likely token."""
     path = write_gguf(folder / "tiny.gguf", transformers_model(config), kind, metadata=vocabulary(config.vocab_size))
-    ids = tokens(config, 48)
+    ids = tokens(config, length)
     with torch.no_grad():
         ours = loaded(GGUFStore(path))(ids)[0]
     theirs = their_logits(path, ids[0].tolist(), config.vocab_size)
