@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from herd.checkpoint.names import shapes
 from herd.checkpoint.store import Releases, TensorStore
@@ -35,7 +37,7 @@ def fill(store: TensorStore, dtype: torch.dtype | None = None, device: str | tor
         raise CheckpointError(f"the model cannot run in {dtype}: choose float32, bfloat16 or float16", path=store.path)
     _say_skipped(store)
     device = torch.device(device)
-    with torch.device("meta"):
+    with _Unfilled(), torch.device("meta"):
         model = Llama(store.config)
     with torch.device(device):
         model.rope = Rope(store.config)
@@ -46,6 +48,17 @@ def fill(store: TensorStore, dtype: torch.dtype | None = None, device: str | tor
     if store.config.tie_embeddings:
         model.output.weight = model.tok_embeddings.weight
     return model
+
+
+class _Unfilled(TorchFunctionMode):
+    """Construct modules without drawing their first weights: on the meta device that means nothing, yet torch imports a
+    second's and 80 MB's worth of symbolic mathematics for it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def check_store(store: TensorStore) -> None:
@@ -80,8 +93,8 @@ def _read(store: TensorStore, name: str, dtype: torch.dtype, device: torch.devic
     if stored.dtype not in FLOATS:
         raise CheckpointError(f"is stored as {stored.dtype}, which has no meaning without scales", tensor=name)
     tensor = stored.to(device=device, dtype=dtype)
-    if tensor is not stored and isinstance(store, Releases):
-        store.release(name)
+    if isinstance(store, Releases):
+        store.release(name)  # what was copied is not needed again, and views bring their pages back when touched
     return tensor
 
 
