@@ -41,21 +41,21 @@ def command(model: str, system: str, verbose: bool, **options: Any) -> int:
 
 
 def talk(opened: Opened, chosen: dict[str, Any], system: str, *, verbose: bool) -> int:
-    """Hold a conversation until the input ends. Without a terminal the status is 1 when a turn or command failed."""
+    """Hold a conversation until the input ends. Where no person types, the status is 1 when a turn or command failed."""
     from herd.cli.commands import Commands
-    from herd.cli.console import is_interactive
+    from herd.cli.console import is_interactive, is_terminal
     from herd.cli.conversation import Conversation
-    from herd.cli.lines import PlainLines, TerminalLines
+    from herd.cli.lines import PROMPT, PlainLines, TerminalLines
     from herd.cli.repl import Repl
 
     opened.require_format()
     conversation = Conversation(opened.chat, opened.params(chosen), system)
     commands = Commands(conversation, opened.about())
-    interactive = is_interactive()
-    commands.show_rates = interactive or verbose
-    lines = TerminalLines(commands.names) if interactive else PlainLines(sys.stdin)
+    person, interactive = is_terminal(sys.stdin), is_interactive()
+    commands.show_rates = person or verbose
+    lines = TerminalLines(commands.names) if interactive else PlainLines(sys.stdin, PROMPT if person else "")
     repl = Repl(conversation, commands, lines, live=interactive)
-    if interactive:
+    if person:
         repl.greet()
     failures = repl.loop()
-    return 1 if failures and not interactive else 0
+    return 1 if failures and not person else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TextIO
@@ -14,10 +15,11 @@ if TYPE_CHECKING:
     from prompt_toolkit.history import History
     from prompt_toolkit.key_binding import KeyBindings
 
-__all__ = ["FENCE", "Lines", "PlainLines", "TerminalLines", "read_all", "state_dir"]
+__all__ = ["FENCE", "PROMPT", "Lines", "PlainLines", "TerminalLines", "read_all", "state_dir"]
 
 FENCE = '"""'
 """Begins and ends a message of several lines."""
+PROMPT = ">>> "
 PATIENCE = 2.0
 """Seconds without input before that is said."""
 
@@ -31,10 +33,13 @@ class Lines(Protocol):
 
 
 class PlainLines:
-    """Messages from a stream without a terminal: one per line, or several lines between fences."""
+    """Messages from a stream, without any editing: one per line, or several lines between fences.
 
-    def __init__(self, stream: TextIO | None) -> None:
-        self.stream = stream
+    `prompt` is written to stderr before each line, for a person at a terminal that can do no better.
+    """
+
+    def __init__(self, stream: TextIO | None, prompt: str = "") -> None:
+        self.stream, self.prompt = stream, prompt
 
     def read(self) -> str | None:
         line = self._line()
@@ -50,6 +55,8 @@ class PlainLines:
     def _line(self) -> str | None:
         if self.stream is None:  # closed before herd began
             return None
+        sys.stderr.write(self.prompt)
+        sys.stderr.flush()
         try:
             line = self.stream.readline()
         except UnicodeDecodeError as error:
@@ -77,7 +84,7 @@ class TerminalLines:
 
     def read(self) -> str | None:
         try:
-            return unfenced(self._session.prompt(">>> "))
+            return unfenced(self._session.prompt(PROMPT))
         except EOFError:
             return None
 

@@ -36,7 +36,7 @@ class ReplyView:
                 if stopped():
                     raise KeyboardInterrupt
 
-            began = looked = time.monotonic()
+            first = looked = 0.0
             try:
                 with contextlib.closing(talk.say(text, on_prefill)) as deltas:  # type: ignore[type-var]  # a generator
                     for delta in deltas:
@@ -46,9 +46,11 @@ class ReplyView:
                             screen.end()
                             note(called(delta.tool_call))
                         now = time.monotonic()
-                        if now - looked >= REFRESH:
+                        if not first:
+                            first = looked = now
+                        elif now - looked >= REFRESH:
                             looked = now
-                            screen.status(f"{talk.model.made / (now - began):.1f} tokens/s")
+                            screen.status(f"{(talk.model.made - 1) / (now - first):.1f} tokens/s")
                         if stopped():
                             break
             except KeyboardInterrupt:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 from herd.chat.messages import Message
 from herd.chat.params import SamplingParams
 from herd.cli.main import run
+from tests.cli.processes import LISTENING
 from tests.cli.tiny import CONTEXT, tiny_config, tokenizer, write_folder
 
 Piped = Callable[[str | bytes], None]
@@ -240,11 +242,9 @@ def test_the_embedded_model_answers_and_stops_by_itself(capsys: Captured) -> Non
 
 
 def test_a_real_process_answers_and_stops_at_ctrl_c(chat_model: str, tmp_path: Path) -> None:
-    import signal
-
     folder = write_folder(tmp_path / "long", context=8192)
     process = subprocess.Popen(
-        [sys.executable, "-m", "herd", "run", str(folder), "Hello", "--temp", "1"],
+        [sys.executable, "-c", LISTENING, "run", str(folder), "Hello", "--temp", "1"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

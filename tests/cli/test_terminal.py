@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import select
-import signal
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.processes import LISTENING
 from tests.cli.tiny import write_folder
 
 pty = pytest.importorskip("pty")
@@ -23,19 +23,22 @@ ESCAPES = re.compile(r"\x1b(\[[0-9;?]*[a-zA-Z]|[78=>]|\][^\x07]*\x07)")
 STATUS = re.compile(r"\[\d+ tokens?,? .*context [\d,]+ of [\d,]+ used, [\d,]+ left\]")
 
 
+IN_TERMINAL = f"import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n{LISTENING}"
+"""herd with standard input as its controlling terminal, so that Ctrl-C reaches it as a signal."""
+
+
 class Terminal:
     """A process at the other end of a pseudo-terminal of 100 columns."""
 
     def __init__(self, args: list[str], env: dict[str, str]) -> None:
         self.master, slave = pty.openpty()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "herd", *args],
+            [sys.executable, "-c", IN_TERMINAL, *args],
             stdin=slave,
             stdout=slave,
             stderr=slave,
             env=os.environ | {"TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1", "COLUMNS": "100"} | env,
             start_new_session=True,
-            preexec_fn=_own_terminal,
         )
         os.close(slave)
         self.raw = ""
@@ -83,15 +86,6 @@ class Terminal:
             self.process.kill()
             self.process.wait()
         os.close(self.master)
-
-
-def _own_terminal() -> None:
-    """In the child: its standard input becomes its controlling terminal, so that Ctrl-C reaches it as a signal."""
-    import fcntl
-    import termios
-
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="module")
@@ -177,8 +171,11 @@ def test_several_lines_history_and_no_colour(open_chat, tmp_path: Path) -> None:
 
 def test_a_dumb_terminal_gets_plain_lines(open_chat) -> None:
     chat = open_chat("-n", "3", TERM="dumb")
+    chat.wait_for(">>> ")
     chat.type("Hello\n")
     chat.wait_for("cut at 3 tokens")
+    chat.wait_for(STATUS)
+    chat.wait_for(">>> ")
     chat.type(CTRL_D)
     assert chat.status() == 0
     assert "\x1b" not in chat.raw

@@ -238,3 +238,16 @@ def test_generate_is_one_reply(prompt: str | list[Message]) -> None:
     assert 0 < len(reply.tokens) <= 10
     assert generate(model, tokenizer(), prompt, GREEDY).tokens == reply.tokens
     assert not torch.is_inference_mode_enabled()
+
+
+def test_generate_takes_plain_dictionaries_and_functions() -> None:
+    def add(a: int, b: int) -> int:
+        """Adds two numbers."""
+        return a + b
+
+    model, found = build(tiny_config(1024)), tokenizer()
+    found.chat_format = "llama3.1"
+    plain = generate(model, found, [{"role": "user", "content": "Hi"}], GREEDY)
+    assert plain.tokens == generate(model, found, HI, GREEDY).tokens
+    with_tool = generate(model, found, [{"role": "user", "content": "Hi"}], GREEDY, tools=[add])
+    assert with_tool.usage.prompt_tokens > plain.usage.prompt_tokens + 100
