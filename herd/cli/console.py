@@ -27,7 +27,6 @@ __all__ = [
     "safe",
     "silent_keys",
     "styled",
-    "write",
 ]
 
 PATIENCE = 2.0
@@ -66,12 +65,6 @@ def styled(text: str, style: str, stream: TextIO) -> str:
 def note(text: str, style: str = "dim") -> None:
     """One line beside the results, on stderr."""
     print(styled(text, style, sys.stderr), file=sys.stderr, flush=True)
-
-
-def write(text: str) -> None:
-    """A piece of a result, on stdout, at once."""
-    sys.stdout.write(safe(text) if is_terminal(sys.stdout) else text)
-    sys.stdout.flush()
 
 
 def safe(text: str) -> str:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from herd.cli.console import is_terminal, note, progress, write
+from herd.cli.console import is_terminal, note, progress
 from herd.cli.options import model_options, opened_from, sampling, sampling_options
 from herd.cli.reply import called
+from herd.cli.screen import Screen
 
 if TYPE_CHECKING:
     from herd.chat.format import Delta
@@ -97,14 +98,16 @@ def _prompt(given: str | None, *, raw: bool) -> str | None:
 
 def _answer(opened: Opened, params: SamplingParams, prompt: str, system: str, *, raw: bool, quiet: bool) -> Reply:
     """Show the answer as it is made, unless `quiet`."""
+    screen = Screen(sys.stdout, live=True)
     with progress("reading", "tokens") as tick:
         for delta in _deltas(opened, params, prompt, system, raw, tick):
             if delta.text is not None and not quiet:
-                write(delta.text)
+                screen.text(delta.text)
     reply = opened.chat.last
     assert reply is not None  # the stream is exhausted
     if not quiet:
-        write("" if reply.text.endswith("\n") else "\n")
+        if not reply.text.endswith("\n"):
+            screen.text("\n")
         for call in reply.message.tool_calls:
             note(called(call))
     return reply

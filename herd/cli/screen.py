@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from typing import TextIO
 
@@ -23,7 +24,7 @@ class Screen:
     def __init__(self, stream: TextIO, *, live: bool) -> None:
         self.stream = stream
         self._terminal = is_terminal(stream)
-        self._live = live and coloured(stream)
+        self._live = live and self._terminal and os.environ.get("TERM") != "dumb"
         self._status = False
         self._column = 0
         self._word = ""
@@ -44,9 +45,9 @@ class Screen:
         self.stream.flush()
 
     def status(self, text: str) -> None:
-        """Show `text` behind the cursor, which stays where it is."""
+        """Show `text` behind the cursor, which stays where it is; nothing without colours, where it could pass for a word."""
         room = shutil.get_terminal_size().columns - self._column
-        if not self._live or room < len(text) + 4:
+        if not self._live or not coloured(self.stream) or room < len(text) + 4:
             return
         self.stream.write(f"\x1b7\x1b[K  {styled(text, 'dim', self.stream)}\x1b8")
         self.stream.flush()
@@ -59,7 +60,7 @@ class Screen:
 
     def _placed(self, piece: str) -> str:
         """`piece` with words moved to the next line where the line ends; keeps track of the cursor."""
-        from prompt_toolkit.utils import get_cwidth  # a live terminal has it loaded already
+        from rich.cells import get_character_cell_size
 
         width = shutil.get_terminal_size().columns
         out: list[str] = []
@@ -68,7 +69,7 @@ class Screen:
                 self._new_line(code=self._code)
                 out.append(char)
                 continue
-            wide = 8 - self._column % 8 if char == "\t" else max(get_cwidth(char), 0)
+            wide = 8 - self._column % 8 if char == "\t" else get_character_cell_size(char)
             if (
                 self._column + wide >= width and not self._code
             ):  # the last column stays free: a cursor there may not move back

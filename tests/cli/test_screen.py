@@ -8,7 +8,7 @@ import re
 import textwrap
 
 import pytest
-from prompt_toolkit.utils import get_cwidth
+from rich.cells import cell_len
 
 from herd.cli.screen import Screen
 
@@ -55,6 +55,14 @@ def test_the_live_rate_is_drawn_where_there_is_room(terminal: Terminal, text: st
     assert "9.9 tokens/s" in terminal.getvalue()
 
 
+def test_a_dumb_terminal_gets_the_text_as_it_is(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    screen = Screen(terminal, live=True)
+    screen.text("word " * 20)
+    screen.status("9.9 tokens/s")
+    assert terminal.getvalue() == "word " * 20
+
+
 def test_no_live_rate_without_colours(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     screen = Screen(terminal, live=True)
@@ -86,7 +94,7 @@ def shown(output: str) -> list[str]:
             lines.append([])
             column = 0
         elif char:
-            wide = get_cwidth(char)
+            wide = cell_len(char)
             if column + wide > WIDTH:
                 lines.append([])
                 line, column = lines[-1], 0
@@ -122,7 +130,7 @@ def test_words_are_not_cut_whatever_the_pieces(terminal: Terminal, seed: int) ->
             screen.status("9.9 tokens/s")
     screen.end()
     lines = shown(terminal.getvalue())
-    assert all(sum(map(get_cwidth, line)) < WIDTH for line in lines)
+    assert all(cell_len(line) < WIDTH for line in lines)
     assert " ".join(lines).split() == TEXT.split()
     first = textwrap.wrap(TEXT.split("\n")[0], WIDTH - 1)
     assert lines[: len(first)] == first
