@@ -15,7 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from herd.checkpoint.names import shapes
-from herd.checkpoint.store import Releases, TensorStore
+from herd.checkpoint.store import ReadsInto, Releases, TensorStore
 from herd.errors import CheckpointError
 from herd.model.llama import Llama
 from herd.model.rope import Rope
@@ -81,21 +81,28 @@ def stored_dtype(store: TensorStore) -> torch.dtype:
     for name in shapes(store.config):
         info = store.info(name)
         if info.dtype not in FLOATS:
-            raise CheckpointError(
-                f"is stored as {info.stored}, which has no meaning without scales", path=store.path, tensor=name
-            )
+            raise _meaningless(store, name)
         counts[info.dtype] += torch.Size(info.shape).numel()
     return counts.most_common(1)[0][0]
 
 
 def _read(store: TensorStore, name: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    stored = store.read(name)
-    if stored.dtype not in FLOATS:
-        raise CheckpointError(f"is stored as {stored.dtype}, which has no meaning without scales", tensor=name)
-    tensor = stored.to(device=device, dtype=dtype)
+    info = store.info(name)
+    if info.dtype not in FLOATS:
+        raise _meaningless(store, name)
+    if info.dtype == dtype and device.type == "cpu":
+        tensor = store.read(name)
+    else:  # the lasting tensor is allocated before the passing one, so that the heap does not fill with holes
+        tensor = torch.empty(info.shape, dtype=dtype, device=device)
+        store.read_into(name, tensor) if isinstance(store, ReadsInto) else tensor.copy_(store.read(name))
     if isinstance(store, Releases):
         store.release(name)  # what was copied is not needed again, and views bring their pages back when touched
     return tensor
+
+
+def _meaningless(store: TensorStore, name: str) -> CheckpointError:
+    stored = store.info(name).stored
+    return CheckpointError(f"is stored as {stored}, which has no meaning without scales", path=store.path, tensor=name)
 
 
 def _say_skipped(store: TensorStore) -> None:

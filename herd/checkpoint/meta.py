@@ -87,20 +87,31 @@ class MetaStore:
     def read(self, name: str) -> torch.Tensor:
         """The tensor in canonical layout: a view with one rank, joined anew with several."""
         home = self._home(name)
+        if len(self._ranks) == 1:
+            return self._piece(home, 0)
+        info = self.info(name)
+        joined = torch.empty(info.shape, dtype=info.dtype)
+        self.read_into(name, joined)
+        return joined
+
+    def read_into(self, name: str, out: torch.Tensor) -> None:
+        """Copy the tensor into `out`, of its shape and any dtype and device, rank by rank: no joined copy in between."""
+        home = self._home(name)
         first = self._piece(home, 0)
         dim = self._dim(home, first.shape)
-        others = range(1, len(self._ranks))
         if dim is None:
-            for rank in others:
+            out.copy_(first)
+            for rank in range(1, len(self._ranks)):
                 if not torch.equal(self._piece(home, rank), first):
                     self._fail(
-                        "differs from the first rank's, but all hold it whole: is the shard from elsewhere?", home, rank
+                        "differs from the first rank's, but all hold it whole: is it from elsewhere?", home, rank
                     )
-            return first
-        if not others:
-            return first
-        joined = torch.cat([first, *(self._piece(home, rank) for rank in others)], dim=dim)
-        return self._one_of_copies(home, joined) if _KV.fullmatch(name) else joined
+        elif self._copies > 1 and _KV.fullmatch(name):
+            joined = torch.cat([self._piece(home, rank) for rank in range(len(self._ranks))], dim)
+            out.copy_(self._one_of_copies(home, joined))
+        else:
+            for rank, part in enumerate(out.chunk(len(self._ranks), dim)):
+                part.copy_(self._piece(home, rank))
 
     def release(self, name: str) -> None:
         """Let go of the file pages behind `name`."""
@@ -192,8 +203,6 @@ class MetaStore:
         return all(torch.equal(a, b) for a, b in zip(heads[::2], heads[1::2], strict=False))
 
     def _one_of_copies(self, home: Home, joined: torch.Tensor) -> torch.Tensor:
-        if self._copies == 1:
-            return joined
         heads = joined.unflatten(0, (self.config.n_kv_heads, self._copies, -1))
         if not all(torch.equal(heads[:, 0], heads[:, i]) for i in range(1, self._copies)):
             self._fail("more key/value heads than params.json says, and they are not copies", home, 0)

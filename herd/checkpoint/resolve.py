@@ -73,9 +73,11 @@ def _from_catalog(name: str) -> Path:
 
 
 def _wanted(name: str, names: Sequence[str]) -> list[str]:
-    """The names to look for: exactly the one asked for when it is one of them, else all, tuned variants first."""
-    asked = name.lower().rpartition("/")[2]
-    exact = [n for n in names if n.lower().rpartition("/")[2] == asked]
+    """The names to look for: exactly the one asked for when it is one of them, else all, tuned variants first.
+
+    Without the organisation, capitals tell Hugging Face's base model `Llama-3.2-1B` from the catalog's `llama-3.2-1b`.
+    """
+    exact = [n for n in names if n.lower() == name.lower() or n.rpartition("/")[2] == name]
     return exact or sorted(names, key=lambda n: not re.search(r"instruct|chat|guard", n, re.IGNORECASE))
 
 

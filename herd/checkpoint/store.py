@@ -15,7 +15,7 @@ import torch
 
 from herd.model.config import ModelConfig
 
-__all__ = ["GenerationDefaults", "Releases", "TensorFile", "TensorInfo", "TensorStore"]
+__all__ = ["GenerationDefaults", "ReadsInto", "Releases", "TensorFile", "TensorInfo", "TensorStore"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,15 @@ class Releases(Protocol):
 
     def release(self, name: str) -> None:
         """The file pages behind `name` may leave memory; reading it again is allowed."""
+        ...
+
+
+@runtime_checkable
+class ReadsInto(Protocol):
+    """A store that can put a tensor straight into its place, without a passing copy of the whole."""
+
+    def read_into(self, name: str, out: torch.Tensor) -> None:
+        """Copy the tensor into `out`, which has its shape and any dtype and device."""
         ...
 
 
