@@ -20,6 +20,7 @@ are honoured when present.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import NoReturn
 
@@ -253,6 +254,7 @@ def _scaling(keys: _Keys, table: torch.Tensor | QuantTensor | None, head_dim: in
     if keys.number("rope.scale_linear", 1.0) != 1.0:  # how the first GGUF files said it
         keys.fail("rope.scale_linear", "is not 1: herd has the scaling of Llama 3.1 only")
     if table is None:
+        _say_unscaled(keys, theta)
         return None
     try:
         if not isinstance(table, torch.Tensor) or table.dtype != torch.float32 or table.shape != (head_dim // 2,):
@@ -260,3 +262,13 @@ def _scaling(keys: _Keys, table: torch.Tensor | QuantTensor | None, head_dim: in
         return recover(table, theta, keys.whole("rope.scaling.original_context_length", 8192))
     except ConfigError as error:
         raise CheckpointError(str(error), path=keys.metadata.path, tensor=ROPE_TABLE) from error
+
+
+def _say_unscaled(keys: _Keys, theta: float) -> None:
+    """Warn of a Llama 3.1 or later whose file lacks the scaling: llama.cpp's converter did not write it until July 2024."""
+    if keys.prefix == "llama." and theta == 500_000 and keys.whole("context_length") > 8192:
+        warnings.warn(
+            f"{keys.metadata.path}: no {ROPE_TABLE}, which every Llama 3.1 and later needs beyond 8,192 tokens; "
+            "long prompts will read worse than the model can: get a newer file or convert it again",
+            stacklevel=2,
+        )

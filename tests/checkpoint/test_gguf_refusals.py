@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -109,6 +110,13 @@ def test_rotary_tables_that_are_no_llama_scaling(tmp_path: Path) -> None:
         assert refusal(path).tensor == "rope_freqs.weight"
     ones = with_tensor(tmp_path, "llama-3", "rope_freqs.weight", np.ones(8, dtype=np.float32))
     assert GGUFStore(ones).config.rope_scaling is None
+
+
+def test_a_llama_31_file_without_its_rotary_table_is_said(tmp_path: Path) -> None:
+    """llama.cpp wrote such files until July 2024: they lack the frequency scaling the model was trained with."""
+    config = replace(MODELS["llama-3"], max_seq_len=131_072)
+    with pytest.warns(UserWarning, match=r"no rope_freqs.weight.*convert it again"):
+        assert GGUFStore(write_gguf(tmp_path / "old.gguf", transformers_model(config))).config == config
 
 
 def with_tensor(folder: Path, model: str, name: str, data: np.ndarray) -> Path:
