@@ -43,8 +43,8 @@ class PlainLines:
 
     def read(self) -> str | None:
         line = self._line()
-        if line is None or not is_open(line):
-            return line if line is None else unfenced(line)
+        if line is None:
+            return None
         while is_open(line):
             more = self._line()
             if more is None:
@@ -61,7 +61,10 @@ class PlainLines:
             line = self.stream.readline()
         except UnicodeDecodeError as error:
             raise HerdError(f"standard input is not UTF-8 text: {error.reason}") from None
-        return line.rstrip("\r\n") if line else None
+        if not line:
+            sys.stderr.write("\n" if self.prompt else "")
+            return None
+        return line.rstrip("\r\n")
 
 
 class TerminalLines:

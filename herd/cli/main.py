@@ -108,14 +108,11 @@ def main() -> NoReturn:
 
 def run(args: Sequence[str]) -> int:
     """Run one command line; the exit status. Errors are said on stderr in one line (HERD_DEBUG=1 adds the traceback)."""
-    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character must not end the program
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    _prepare_streams()
     warnings.showwarning = _show_warning
     try:
         status = herd.main(list(args), prog_name="herd", standalone_mode=False)
-        if sys.stdout is not None:
-            sys.stdout.flush()  # here, where a broken pipe can still be handled, and not while python shuts down
+        sys.stdout.flush()  # here, where a broken pipe can still be handled, and not while python shuts down
         return status if isinstance(status, int) else 0
     except (click.Abort, KeyboardInterrupt):
         return 130
@@ -124,13 +121,24 @@ def run(args: Sequence[str]) -> int:
     except HerdError as error:
         return _fail(error, str(error), 1)
     except OSError as error:
-        if error.errno != errno.EPIPE or sys.stdout is None:
+        if error.errno != errno.EPIPE:
             return _bug(error)
         # The reader has gone: say nothing, and let the flush at exit write into the void.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
         return _bug(error)
+
+
+def _prepare_streams() -> None:
+    """Closed streams swallow what is written, and a character that a terminal cannot show does not end the program."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # open until the process ends
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _show_warning(message: Warning | str, *where: object) -> None:
