@@ -89,7 +89,7 @@ def sampling(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def opened_from(model: str, options: Mapping[str, Any]) -> Opened:
     """The model of the command line, opened as --dtype, --device, -c and --format say. Raises HerdError."""
-    from herd.cli.console import busy
+    from herd.cli.progress import busy
 
     with busy(f"loading {model}"):
         from herd.cli.opened import open_model

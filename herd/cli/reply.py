@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable, Iterator
 
 from herd.chat.messages import ToolCall
-from herd.cli.console import note, progress, silent_keys
+from herd.cli.console import note, silent_keys
 from herd.cli.conversation import Conversation, Outcome
+from herd.cli.progress import progress
 from herd.cli.screen import Screen
 
 __all__ = ["ReplyView", "called", "ending", "rates", "stoppable"]
@@ -40,6 +41,8 @@ class ReplyView:
             try:
                 with contextlib.closing(talk.say(text, on_prefill)) as deltas:  # type: ignore[type-var]  # a generator
                     for delta in deltas:
+                        if not first:
+                            tick(1, 1)  # no bar between the words, whether or not the model told how it reads
                         if delta.text is not None:
                             screen.text(delta.text)
                         if delta.tool_call is not None:

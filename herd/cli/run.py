@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from herd.cli.console import is_terminal, note, progress
+from herd.cli.console import is_terminal, note
 from herd.cli.options import model_options, opened_from, sampling, sampling_options
+from herd.cli.progress import progress
 from herd.cli.reply import called
 from herd.cli.screen import Screen
 

@@ -8,9 +8,10 @@ import time
 
 import pytest
 
-from herd.cli import console
-from herd.cli.console import busy, coloured, is_interactive, is_terminal, progress, styled
+from herd.cli import progress as progress_module
+from herd.cli.console import coloured, is_interactive, is_terminal, styled
 from herd.cli.lines import read_all
+from herd.cli.progress import busy, progress
 from herd.errors import HerdError
 
 
@@ -27,7 +28,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    monkeypatch.setattr(console, "PATIENCE", 0.0)
+    monkeypatch.setattr(progress_module, "PATIENCE", 0.0)
     return stream
 
 
@@ -68,12 +69,12 @@ def test_a_bar_with_rate_and_time_left_for_long_work(monkeypatch: pytest.MonkeyP
 
 def test_no_bar_for_short_work_or_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     stderr = terminal(monkeypatch)
-    monkeypatch.setattr(console, "PATIENCE", 2.0)
+    monkeypatch.setattr(progress_module, "PATIENCE", 2.0)
     with progress("reading", "tokens") as tick, busy("loading"):
         tick(1, 10)
         tick(10, 10)
     assert stderr.getvalue() == ""
-    monkeypatch.setattr(console, "PATIENCE", 0.0)
+    monkeypatch.setattr(progress_module, "PATIENCE", 0.0)
     monkeypatch.setattr(sys, "stderr", plain := io.StringIO())
     with progress("reading", "tokens") as tick, busy("loading"):
         tick(1, 10)
