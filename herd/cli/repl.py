@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from herd.chat.messages import Message
 from herd.cli.commands import Commands
 from herd.cli.console import note, styled
 from herd.cli.conversation import Conversation
@@ -50,27 +51,39 @@ class Repl:
 
     def _answer(self, line: str) -> bool:
         """Deal with one line; whether to leave."""
-        if line.startswith("/"):
-            answer = self.commands.run(line)
-            if answer.text:
-                print(answer.text, file=sys.stderr)
-            if answer.leave:
-                return True
-            line = answer.say or ""
-        if line.strip():
-            self._say(line.strip())
-        return False
+        if not line.startswith("/"):
+            if line.strip():
+                self._say(line.strip())
+            return False
+        before = list(self.conversation.turns)
+        answer = self.commands.run(line)
+        if answer.text:
+            print(answer.text, file=sys.stderr)
+        if answer.say is not None:
+            self._say_again(answer.say, before)
+        return answer.leave
 
-    def _say(self, text: str) -> None:
+    def _say(self, text: str) -> bool:
+        """One exchange; whether it became part of the conversation."""
         outcome = self.view.say(text)
         if outcome is None:
             note("[stopped before the model began]")
-            return
+            return False
         if why := ending(outcome, self.conversation.params.max_tokens):
             note(why)
         if self.commands.show_rates:
             total = self.conversation.model.max_len
             note(rates(outcome, total), "yellow" if total - outcome.used < total * NEARLY_FULL else "dim")
+        return outcome.kept
+
+    def _say_again(self, text: str, before: list[Message]) -> None:
+        """An exchange in the place of the last one of `before`, which comes back when there is no new one."""
+        kept = False
+        try:
+            kept = self._say(text)
+        finally:
+            if not kept:
+                self.conversation.turns[:] = before
 
     def _complain(self, error: HerdError) -> None:
         line = " ".join(str(error).split())

@@ -56,6 +56,16 @@ def test_retry_asks_the_same_again() -> None:
     assert model.asked[0] == model.asked[1]
 
 
+@pytest.mark.parametrize("stopped", [True, False], ids=["stopped", "failed"])
+def test_a_retry_without_a_new_reply_keeps_the_old_one(stopped: bool) -> None:
+    model = ScriptedTalker(["old"], [INTERRUPT, "never"])
+    talk, _ = chat(model, "Hi")
+    if not stopped:
+        model.fails = HerdError("broken")
+    Repl(talk, Commands(talk, {"model": "nano"}), ListedLines("/retry"), live=False).loop()
+    assert [m.text for m in talk.turns] == ["Hi", "old"]
+
+
 def test_ctrl_c_during_a_reply_stops_it_and_keeps_what_was_said(capsys: pytest.CaptureFixture[str]) -> None:
     before = signal.getsignal(signal.SIGINT)
     talk, failures = chat(ScriptedTalker(["one", " two", INTERRUPT, " three", " four"], ["more"]), "count", "go on")

@@ -22,8 +22,11 @@ Captured = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(autouse=True)
-def _empty_input(piped: Piped) -> None:
+def _empty_input_and_processor(piped: Piped, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is piped in unless a test says so, and every machine computes on its CPU, so that replies can be compared."""
     piped("")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
 
 
 def expected(prompt: str, params: SamplingParams, system: str = "") -> str:
@@ -142,6 +145,15 @@ def test_a_base_model_chats_in_a_format_that_is_named(base_model: str, chat_mode
 def test_dtypes(chat_model: str, dtype: str, capsys: Captured) -> None:
     assert run(["run", chat_model, "Hello", "--dtype", dtype, *GREEDY]) == 0
     assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("dtype", "used"), [("auto", "float32"), ("float16", "float16")])
+def test_a_small_model_runs_in_float32_unless_told_otherwise(
+    dtype: str, used: str, piped: Piped, capsys: Captured
+) -> None:
+    piped("/show\n")
+    assert run(["chat", "nano", "--dtype", dtype]) == 0  # stored as float16
+    assert f"{used} on cpu" in capsys.readouterr().err
 
 
 def one_line_error(args: list[str], capsys: Captured) -> str:
