@@ -60,6 +60,10 @@ def safe_join(root: str | os.PathLike[str], name: str) -> Path:
 def read_json(path: str | os.PathLike[str], limit: int = MAX_JSON) -> dict[str, Any]:
     """The JSON object in `path`. Raises CheckpointError for everything else: size, encoding, syntax, depth, repeated keys."""
     try:
+        if not Path(path).is_file():
+            raise CheckpointError(
+                "there is no such file" if not Path(path).exists() else "is not a regular file", path=path
+            )
         with open(path, "rb") as file:
             raw = file.read(limit + 1)
     except OSError as error:

@@ -12,7 +12,7 @@ from herd.checkpoint.fill import fill
 from herd.checkpoint.open import open_store
 from herd.checkpoint.resolve import resolve
 from herd.checkpoint.store import GenerationDefaults, TensorStore
-from herd.checkpoint.vocabulary import check_vocabulary, tokenizer_at
+from herd.checkpoint.vocabulary import tokenizer_at, tokenizer_of
 from herd.model.llama import Llama
 from herd.tokenizer.tokenizer import Tokenizer
 
@@ -36,7 +36,9 @@ def load(
     """(model, tokenizer) of a checkpoint folder, file or catalog name, in any format herd reads.
 
     `dtype` None keeps the one the weights are stored in. Parameters do not require gradients; on the CPU they may be views
-    of the file. Raises UnknownModelError, CheckpointError, ConfigError or TokenizerError.
+    of the file. A checkpoint without a tokenizer loads, too, and using its tokenizer raises CheckpointError.
+
+    Raises UnknownModelError, CheckpointError, ConfigError or TokenizerError.
     """
     checkpoint = open_checkpoint(path_or_name, dtype, device)
     return checkpoint.model, checkpoint.tokenizer
@@ -45,7 +47,7 @@ def load(
 def load_model(
     path_or_name: str | os.PathLike[str], dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> Llama:
-    """As `load`, for checkpoints without a tokenizer: the model alone."""
+    """As `load`, the model alone: no tokenizer is opened."""
     return fill(open_store(resolve(path_or_name)), dtype, device)
 
 
@@ -60,7 +62,6 @@ def open_checkpoint(
     """As `load`, with everything else the checkpoint holds."""
     path = resolve(path_or_name)
     store = open_store(path)
-    tokenizer = tokenizer_at(Path(store.path), store.metadata() if store.kind == "gguf" else None)
-    check_vocabulary(tokenizer, store.config.vocab_size, store.path)
+    tokenizer = tokenizer_of(store)
     defaults = getattr(store, "generation", GenerationDefaults())
     return Checkpoint(path, store, fill(store, dtype, device), tokenizer, defaults)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import stat
 from pathlib import Path
 
 import torch
@@ -27,6 +28,8 @@ class MappedFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         try:
+            if not stat.S_ISREG(self.path.stat().st_mode):  # opening a pipe would wait for ever
+                raise CheckpointError("is not a regular file", path=self.path)
             with open(self.path, "rb") as file:
                 self.size = os.fstat(file.fileno()).st_size
                 if self.size == 0:

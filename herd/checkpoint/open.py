@@ -23,11 +23,14 @@ def open_store(path: str | os.PathLike[str]) -> TensorStore:
     A folder with several formats opens as Hugging Face first, then Meta, then GGUF; name a file to choose.
     """
     place = Path(path).expanduser()
-    if place.is_dir():
-        return _open_folder(place)
-    if not place.exists():
-        raise CheckpointError("there is no such file or folder", path=path)
-    return _open_file(place)
+    try:
+        if place.is_dir():
+            return _open_folder(place)
+        if place.is_file():
+            return _open_file(place)
+    except OSError as error:
+        raise CheckpointError(f"cannot be opened: {error.strerror or error}", path=path) from error
+    raise CheckpointError("is not a file or folder" if place.exists() else "there is no such file or folder", path=path)
 
 
 def _open_folder(folder: Path) -> TensorStore:
@@ -48,11 +51,8 @@ def _open_folder(folder: Path) -> TensorStore:
 
 
 def _open_file(file: Path) -> TensorStore:
-    try:
-        with open(file, "rb") as opened:
-            head = opened.read(4)
-    except OSError as error:
-        raise CheckpointError(f"cannot be opened: {error.strerror or error}", path=file) from error
+    with open(file, "rb") as opened:
+        head = opened.read(4)
     if head == b"GGUF" or file.suffix == ".gguf":
         return _gguf(file)
     if file.name == "params.json" or file.suffix == ".pth":

@@ -6,18 +6,39 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from herd.errors import CheckpointError
 from herd.tokenizer.files import load_tokenizer as load_files
+from herd.tokenizer.gguf import tokenizer_from_gguf
 from herd.tokenizer.tokenizer import Tokenizer
 
-__all__ = ["check_vocabulary", "tokenizer_at"]
+if TYPE_CHECKING:
+    from herd.checkpoint.store import TensorStore
+
+__all__ = ["MissingTokenizer", "check_vocabulary", "tokenizer_at", "tokenizer_of"]
+
+FILES = ("tokenizer.model", "tokenizer.json", "original/tokenizer.model")
 
 MAX_UNUSED = 512
 """Embedding rows beyond the vocabulary: community checkpoints round up to a power of two or add a few rows."""
 
 _CODE_LLAMA = (32_016, 32_000)  # 34B and the Python models: the vocabulary file has 16 infill pieces without rows
+
+
+class MissingTokenizer:
+    """Stands for the tokenizer of a checkpoint that came without one: the model runs, and using this says what is missing."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):  # copying and the like ask for these and expect a plain no
+            raise AttributeError(name)
+        raise CheckpointError(
+            "this checkpoint came without a tokenizer: put its tokenizer.model or tokenizer.json beside the weights",
+            path=self._path,
+        )
 
 
 def tokenizer_at(path: Path, metadata: Mapping[str, Any] | None = None) -> Tokenizer:
@@ -29,13 +50,27 @@ def tokenizer_at(path: Path, metadata: Mapping[str, Any] | None = None) -> Token
     if gguf is None:
         named = path.is_dir() or path.name.startswith("tokenizer") or path.suffix in (".model", ".tiktoken")
         return load_files(path if named else path.parent)
-    from herd.tokenizer.gguf import tokenizer_from_gguf
-
     if metadata is None:
         from herd.checkpoint.gguf import GGUFFile
 
         metadata = GGUFFile(gguf).metadata
     return tokenizer_from_gguf(metadata)
+
+
+def tokenizer_of(store: TensorStore) -> Tokenizer:
+    """The tokenizer of an open checkpoint, checked against its embedding; a MissingTokenizer when it has none.
+
+    Raises CheckpointError or TokenizerError for one that is damaged or does not fit.
+    """
+    path, metadata = Path(store.path), store.metadata() if store.kind == "gguf" else None
+    folder = path if path.is_dir() else path.parent
+    if not (
+        any((folder / name).exists() for name in FILES) if metadata is None else "tokenizer.ggml.model" in metadata
+    ):
+        return cast(Tokenizer, MissingTokenizer(path))
+    tokenizer = tokenizer_at(path, metadata)
+    check_vocabulary(tokenizer, store.config.vocab_size, path)
+    return tokenizer
 
 
 def check_vocabulary(tokenizer: Tokenizer, rows: int, path: str | os.PathLike[str]) -> None:
@@ -55,7 +90,7 @@ def _gguf_in(path: Path) -> Path | None:
     """The GGUF file that `path` is or, as a folder without other tokenizer files, holds."""
     if path.is_file():
         return path if path.suffix == ".gguf" else None
-    if any((path / name).exists() for name in ("tokenizer.model", "tokenizer.json", "original/tokenizer.model")):
+    if any((path / name).exists() for name in FILES):
         return None
     files = sorted(path.glob("*.gguf")) if path.is_dir() else []
     return files[0] if files else None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -142,6 +145,41 @@ def test_the_public_way_in() -> None:
     assert checkpoint.store.kind == "hf"
     assert checkpoint.defaults.stop_ids
     assert herd.load is load
+
+
+def test_a_checkpoint_without_a_tokenizer(places: Path) -> None:
+    """The model is there to be used; the tokenizer says what is missing when it is."""
+    whole = build("llama-3")
+    write_hf(places / "hf", whole)
+    model, tokenizer = load(places / "hf")
+    ids = tokens(whole.config, 9)
+    assert (model(ids) - whole(ids)).abs().max() < 1e-5
+    with pytest.raises(CheckpointError, match="came without a tokenizer"):
+        tokenizer.encode("x")
+    assert copy.copy(tokenizer) is not tokenizer
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.model"):
+        load_tokenizer(places / "hf")
+    (places / "hf" / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        load(places / "hf")
+
+
+def test_a_tokenizer_of_another_model(places: Path) -> None:
+    write_hf(places, build("llama-3"))
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(resolve("herd-nano") / file, places)
+    with pytest.raises(CheckpointError, match="not from the same checkpoint"):
+        load(places)
+
+
+def test_pipes_are_not_waited_for(places: Path) -> None:
+    for name in ("model.gguf", "model.safetensors", "consolidated.00.pth", "config.json"):
+        folder = places / name.replace(".", "-")
+        folder.mkdir()
+        os.mkfifo(folder / name)
+        for path in (folder, folder / name):
+            with pytest.raises(CheckpointError):
+                open_store(path)
 
 
 def test_vocabulary_must_fit() -> None:
