@@ -8,15 +8,19 @@ and the merge loop small, whatever the text.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
-__all__ = ["MAX_RUN", "MAX_SLICE", "cut"]
+__all__ = ["MAX_RUN", "MAX_SLICE", "cut", "stretches"]
 
 MAX_SLICE = 400_000
 MAX_RUN = 25_000
 
 # Every run longer than MAX_RUN covers at least one window of this length that starts at a multiple of it.
 _WINDOW = MAX_RUN // 2
-_RUNS = re.compile(r"\s+|\S+")  # on str, \s is exactly str.isspace(), which is what the limit counts
+_STRETCH = 8_000
+_BETWEEN_WORDS = re.compile(r"[A-Za-z](?= [A-Za-z])")
+# On str, \s is exactly str.isspace(), which is what the limit counts.
+_SPACE, _OTHER, _RUNS = re.compile(r"\s"), re.compile(r"\S"), re.compile(r"\s+|\S+")
 
 
 def cut(text: str) -> list[str]:
@@ -33,10 +37,25 @@ def cut(text: str) -> list[str]:
     return parts
 
 
+def stretches(text: str) -> Iterator[str]:
+    """`text` in stretches of some 8,000 characters whose ids, joined, are the ids of `text`; joined they are `text`.
+
+    Only a speed-up: what is being worked on stays in the processor's cache. Cut between a letter and a space that another
+    letter follows. Both regexes end a piece there whatever surrounds it: the letter can only be inside a run of letters, which
+    a space ends, and the space can only begin the next word.
+    """
+    start = 0
+    while len(text) - start > 2 * _STRETCH and (found := _BETWEEN_WORDS.search(text, start + _STRETCH)):
+        yield text[start : found.end()]
+        start = found.end()
+    yield text[start:]
+
+
 def _may_hold_long_run(text: str) -> bool:
-    """False only when no run is longer than MAX_RUN. Looks at the first word of each window, so it costs next to nothing."""
-    windows = range(0, len(text) - _WINDOW + 1, _WINDOW)
-    return any(len(text[start : start + _WINDOW].split(None, 1)) < 2 for start in windows)
+    """False only when no run is longer than MAX_RUN. Looks for the first space and the first other character of each
+    window, so it costs next to nothing."""
+    windows = ((start, start + _WINDOW) for start in range(0, len(text) - _WINDOW + 1, _WINDOW))
+    return not all(_SPACE.search(text, *window) and _OTHER.search(text, *window) for window in windows)
 
 
 def _cut_runs(text: str) -> list[str]:

@@ -14,7 +14,7 @@ from functools import cached_property
 import tiktoken
 
 from herd.errors import TokenizerError
-from herd.tokenizer.cuts import cut
+from herd.tokenizer.cuts import cut, stretches
 from herd.tokenizer.special import SpecialSplitter
 from herd.tokenizer.tokenizer import Family, SpecialTokens, check_text, printable
 
@@ -71,7 +71,10 @@ class TiktokenTokenizer:
         self.ranks = ranks
         self._names = names
         self._visible = frozenset(visible)
-        self._core = tiktoken.Encoding(family, pat_str=REGEX[family], mergeable_ranks=table, special_tokens={})
+        # Encoding.encode_ordinary would quietly replace lone surrogates; the core under it refuses them, as herd does.
+        self._core = tiktoken.Encoding(
+            family, pat_str=REGEX[family], mergeable_ranks=table, special_tokens={}
+        )._core_bpe
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.family}: {len(self.ranks)} ranks, {len(self._names)} special tokens>"
@@ -82,16 +85,15 @@ class TiktokenTokenizer:
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False, allow_special: bool = False) -> list[int]:
         """Ids of `text`: see Tokenizer.encode. Trusted text that already has its BOS or EOS does not get a second one."""
-        check_text(text)
         ids: list[int] = []
-        for part in cut(text):
-            if allow_special:
-                for piece in self._splitter.split(part):
-                    ids.extend((piece,) if isinstance(piece, int) else self._core.encode_ordinary(piece))
-            elif ids:
-                ids.extend(self._core.encode_ordinary(part))
-            else:
-                ids = self._core.encode_ordinary(part)
+        encode = self._core.encode_ordinary
+        try:
+            for part in cut(text):
+                for piece in self._splitter.split(part) if allow_special else stretches(part):
+                    ids += (piece,) if isinstance(piece, int) else encode(piece)
+        except UnicodeEncodeError:
+            check_text(text)
+            raise
         if bos and ids[:1] != [self.special.bos]:
             ids.insert(0, self.special.bos)
         if eos and ids[-1:] != [self.special.eos]:
@@ -101,8 +103,11 @@ class TiktokenTokenizer:
     def encode_batch(
         self, texts: Sequence[str], *, bos: bool = False, eos: bool = False, threads: int | None = None
     ) -> list[list[int]]:
-        """`encode` of every text, on `threads` threads (default: one per core); the core runs outside Python's lock."""
-        threads = threads or os.cpu_count() or 1
+        """`encode` of every text, on `threads` threads (default: one per core).
+
+        Worth it for many texts: tiktoken's regex warms up anew in every thread.
+        """
+        threads = threads or _cores()
         size = max(1, min(256, len(texts) // (4 * threads)))
         chunks = [texts[i : i + size] for i in range(0, len(texts), size)]
 
@@ -149,3 +154,8 @@ class TiktokenTokenizer:
         if name is None:
             raise TokenizerError(f"token id {id} is not in this vocabulary of {self.vocab_size} ids")
         return name
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
