@@ -8,17 +8,14 @@ and the merge loop small, whatever the text.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
-__all__ = ["MAX_RUN", "MAX_SLICE", "cut", "stretches"]
+__all__ = ["MAX_RUN", "MAX_SLICE", "cut"]
 
 MAX_SLICE = 400_000
 MAX_RUN = 25_000
 
 # Every run longer than MAX_RUN covers at least one window of this length that starts at a multiple of it.
 _WINDOW = MAX_RUN // 2
-_STRETCH = 8_000
-_BETWEEN_WORDS = re.compile(r"[A-Za-z](?= [A-Za-z])")
 # On str, \s is exactly str.isspace(), which is what the limit counts.
 _SPACE, _OTHER, _RUNS = re.compile(r"\s"), re.compile(r"\S"), re.compile(r"\s+|\S+")
 
@@ -35,20 +32,6 @@ def cut(text: str) -> list[str]:
         else:
             parts.append(piece)
     return parts
-
-
-def stretches(text: str) -> Iterator[str]:
-    """`text` in stretches of some 8,000 characters whose ids, joined, are the ids of `text`; joined they are `text`.
-
-    Only a speed-up: what is being worked on stays in the processor's cache. Cut between a letter and a space that another
-    letter follows. Both regexes end a piece there whatever surrounds it: the letter can only be inside a run of letters, which
-    a space ends, and the space can only begin the next word.
-    """
-    start = 0
-    while len(text) - start > 2 * _STRETCH and (found := _BETWEEN_WORDS.search(text, start + _STRETCH)):
-        yield text[start : found.end()]
-        start = found.end()
-    yield text[start:]
 
 
 def _may_hold_long_run(text: str) -> bool:

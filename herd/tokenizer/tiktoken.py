@@ -14,7 +14,7 @@ from functools import cached_property
 import tiktoken
 
 from herd.errors import TokenizerError
-from herd.tokenizer.cuts import cut, stretches
+from herd.tokenizer.cuts import cut
 from herd.tokenizer.special import SpecialSplitter
 from herd.tokenizer.tokenizer import Family, SpecialTokens, check_text, printable
 
@@ -89,8 +89,12 @@ class TiktokenTokenizer:
         encode = self._core.encode_ordinary
         try:
             for part in cut(text):
-                for piece in self._splitter.split(part) if allow_special else stretches(part):
-                    ids += (piece,) if isinstance(piece, int) else encode(piece)
+                for piece in self._splitter.split(part) if allow_special else (part,):
+                    more = [piece] if isinstance(piece, int) else encode(piece)
+                    if ids:
+                        ids += more
+                    else:
+                        ids = more
         except UnicodeEncodeError:
             check_text(text)
             raise

@@ -6,8 +6,7 @@ import random
 
 import pytest
 
-from herd.tokenizer.cuts import MAX_RUN, MAX_SLICE, cut, stretches
-from tests.tokenizer import texts
+from herd.tokenizer.cuts import MAX_RUN, MAX_SLICE, cut
 from tests.tokenizer.conftest import meta, opened
 
 
@@ -45,20 +44,3 @@ def test_ids_of_long_runs_equal_metas(family: str) -> None:
 @pytest.mark.parametrize("text", ["", "a", " ", "a b"])
 def test_short_text_is_one_part(text: str) -> None:
     assert cut(text) == [text]
-
-
-def test_stretches_do_not_change_ids(family: str) -> None:
-    """Against Meta's code, which encodes the whole text at once, on texts with a possible cut at every other place."""
-    rng = random.Random(5)
-    pieces = texts.generate(6_000, seed=14) + texts.ALL
-    for _ in range(4):
-        rng.shuffle(pieces)
-        text = "".join(piece + rng.choice([" a", "b c", "x", " ", ""]) for piece in pieces)
-        assert "".join(stretches(text)) == text
-        assert len(list(stretches(text))) > 5
-        assert opened(family).encode(text) == meta(family).encode(text, bos=False, eos=False)
-
-
-def test_text_without_a_safe_place_is_one_stretch() -> None:
-    text = "漢字" * 30_000
-    assert list(stretches(text)) == [text]
