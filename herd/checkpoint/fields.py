@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NoReturn, overload
 
 from herd.checkpoint.files import short
 from herd.errors import ConfigError
 
-__all__ = ["Fields"]
+__all__ = ["Fields", "named"]
+
+
+@contextmanager
+def named(where: str) -> Iterator[None]:
+    """Put the file's name in front of every ConfigError from inside that lacks it (numbers that do not fit together)."""
+    try:
+        yield
+    except ConfigError as error:
+        if str(error).startswith(where):
+            raise
+        raise ConfigError(f"{where}: {error}") from error
 
 
 class Fields:
@@ -52,13 +63,13 @@ class Fields:
     @overload
     def number(self, key: str, default: None) -> float | None: ...
     def number(self, key: str, default: float | type | None = type) -> float | None:
-        """A positive finite number."""
+        """A positive number that is not absurdly large."""
         value = self.data.get(key)
         if value is None:
             if default is type:
                 self.fail(key, "is missing")
             return default  # type: ignore[return-value]
-        if type(value) not in (int, float) or not 0 < value < 1e300 or not math.isfinite(value):
+        if type(value) not in (int, float) or not 0 < value < 1e18:
             self.fail(key, f"is {short(value)}: expected a positive number")
         return float(value)
 

@@ -47,7 +47,7 @@ def fill(store: TensorStore, dtype: torch.dtype | None = None, device: str | tor
         model.get_submodule(home).register_parameter(field, weight)
     if store.config.tie_embeddings:
         model.output.weight = model.tok_embeddings.weight
-    return model
+    return model.eval()
 
 
 class _Unfilled(TorchFunctionMode):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-from herd.checkpoint.fields import Fields
+from herd.checkpoint.fields import Fields, named
 from herd.checkpoint.files import short
 from herd.checkpoint.limits import plausible
 from herd.checkpoint.names import Column
@@ -29,6 +29,11 @@ class HFModel(NamedTuple):
 
 def read_config(data: Mapping[str, Any], where: str) -> HFModel:
     """config.json as parsed, from the file `where`. Raises ConfigError naming the key that cannot be honoured."""
+    with named(where):
+        return _read(data, where)
+
+
+def _read(data: Mapping[str, Any], where: str) -> HFModel:
     top = Fields(data, where)
     kind = top.text("model_type", "")
     top.refuse("quantization_config", "quantized Hugging Face checkpoints cannot be read yet")

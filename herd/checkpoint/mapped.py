@@ -16,7 +16,7 @@ import torch
 from herd.checkpoint.files import short
 from herd.errors import CheckpointError
 
-__all__ = ["MappedFile", "sampled_equal"]
+__all__ = ["MappedFile", "same_bytes", "sampled_equal"]
 
 # Linux: a private writable mapping larger than the memory is refused unless it reserves none.
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0)
@@ -80,16 +80,23 @@ class MappedFile:
             self._map.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
 
+def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors have one shape and dtype and the same bytes; NaN equals NaN, and any dtype may be asked about."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    a, b = (tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, other))
+    return torch.equal(a, b)
+
+
 def sampled_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two matrices have one shape and dtype and the same bytes in about 64 rows from all over.
+    """As `same_bytes`, in about 64 rows from all over.
 
     Enough to tell a copy from another matrix without reading gigabytes; trained rows do not coincide.
     """
-    if one.shape != other.shape or one.dtype != other.dtype or not one.ndim:
+    if one.shape != other.shape or not one.ndim:
         return False
     step = max(1, one.shape[0] // 64)
-    a, b = (tensor[::step].contiguous().view(torch.uint8) for tensor in (one, other))
-    return torch.equal(a, b)
+    return same_bytes(one[::step], other[::step])
 
 
 def _map(descriptor: int) -> mmap.mmap:

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import torch
 
 from herd.checkpoint.files import read_json, short
-from herd.checkpoint.mapped import sampled_equal
+from herd.checkpoint.mapped import same_bytes, sampled_equal
 from herd.checkpoint.meta_config import read_params
 from herd.checkpoint.names import Column, Home, homes, ignored, shapes
 from herd.checkpoint.store import GenerationDefaults, TensorInfo
@@ -102,7 +102,7 @@ class MetaStore:
         if dim is None:
             out.copy_(first)
             for rank in range(1, len(self._ranks)):
-                if not torch.equal(self._piece(home, rank), first):
+                if not same_bytes(self._piece(home, rank), first):
                     self._fail(
                         "differs from the first rank's, but all hold it whole: is it from elsewhere?", home, rank
                     )
@@ -200,11 +200,11 @@ class MetaStore:
             for rank in self._ranks
             if "layers.0.attention.wk.weight" in rank.specs
         ]
-        return all(torch.equal(a, b) for a, b in zip(heads[::2], heads[1::2], strict=False))
+        return all(same_bytes(a, b) for a, b in zip(heads[::2], heads[1::2], strict=False))
 
     def _one_of_copies(self, home: Home, joined: torch.Tensor) -> torch.Tensor:
         heads = joined.unflatten(0, (self.config.n_kv_heads, self._copies, -1))
-        if not all(torch.equal(heads[:, 0], heads[:, i]) for i in range(1, self._copies)):
+        if not all(same_bytes(heads[:, 0], heads[:, i]) for i in range(1, self._copies)):
             self._fail("more key/value heads than params.json says, and they are not copies", home, 0)
         return heads[:, 0].flatten(0, 1)
 

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from herd.checkpoint.fields import Fields
+from herd.checkpoint.fields import Fields, named
 from herd.checkpoint.limits import plausible
 from herd.model.config import MAX_LAYERS, ModelConfig, MoEConfig, RopeScaling, Temper, hidden_dim_of, irope, plain
 
@@ -48,7 +48,8 @@ def read_params(data: Mapping[str, Any], where: str, *, fused: bool, rows: int, 
         warnings.warn(f"{where}: unknown keys are ignored: {', '.join(unknown)[:200]}", stacklevel=2)
     if f.whole("n_layers") > MAX_LAYERS:
         f.fail("n_layers", f"is {data['n_layers']}: no Llama has more than {MAX_LAYERS} layers")
-    return plausible(_llama4(f, rows, output) if fused else _dense(f, rows, output), where)
+    with named(where):
+        return plausible(_llama4(f, rows, output) if fused else _dense(f, rows, output), where)
 
 
 def _dense(f: Fields, rows: int, output: bool) -> ModelConfig:

@@ -364,6 +364,9 @@ def test_params_that_are_no_params(tmp_path: Path) -> None:
         {"quantization_args": {"scheme": "x"}},
         {"lora_args": {"rank": 16}},
         {"multiple_of": 10**15},
+        {"ffn_dim_multiplier": 1e299},
+        {"norm_eps": 1e308},
+        {"n_kv_heads": 3},
     ]
     for change in changes:
         (tmp_path / "params.json").write_text(json.dumps(good | change))
@@ -373,3 +376,23 @@ def test_params_that_are_no_params(tmp_path: Path) -> None:
         (tmp_path / "params.json").write_text(text)
         with pytest.raises(ConfigError, match=r"params\.json"):
             open_store(tmp_path)
+
+
+def test_ranks_of_different_dtypes(tmp_path: Path) -> None:
+    """One shard in another dtype, where key/value heads are as many as ranks: compared as bytes, named when refused."""
+    write_meta(tmp_path, build("llama-3"), 2)
+    second = tmp_path / "consolidated.01.pth"
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.int8):
+        state = torch.load(second, weights_only=True)
+        torch.save({name: tensor.to(dtype) for name, tensor in state.items()}, second)
+        error = refusal(tmp_path)
+        assert error.path == str(second)
+        assert error.tensor is not None
+
+
+def test_nan_weights_load(tmp_path: Path) -> None:
+    """A diverged model is a bad model, not a damaged file."""
+    model = build("llama-3")
+    with torch.no_grad():
+        model.norm.weight[0] = float("nan")
+    assert fill(open_store(write_meta(tmp_path, model, 2))).norm.weight[0].isnan()
