@@ -41,8 +41,9 @@ $(VENV)/.test: $(VENV)/.run
 	@$(PIP) -e '.[test,dev,train]'
 	@touch $@
 
+# $(value ...) and the quoting keep quotes, backticks and dollar signs of a prompt out of the shell's hands.
 chat: $(VENV)/.run
-	@$(BIN)/herd run nano $(if $(PROMPT),"$(PROMPT)")
+	@$(BIN)/herd $(if $(value PROMPT),run nano -- '$(subst ','\'',$(value PROMPT))' </dev/null,chat)
 
 check: $(VENV)/.test
 	$(BIN)/ruff format --check herd tests benchmarks
