@@ -199,8 +199,10 @@ def timed(call: Callable[[], object]) -> float:
 def take_turns(encoders: dict[str, Encode], texts: list[str], repeats: int) -> dict[str, list[tuple[float, float]]]:
     """(CPU seconds, clock seconds) of every repeat of every encoder, in turn."""
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in encoders}
-    for _ in range(repeats):
-        for name, encode in encoders.items():
+    for turn in range(repeats):
+        names = list(encoders)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:  # nobody always comes after the same one
+            encode = encoders[name]
             fresh = [(text + " ")[:-1] for text in texts]  # a new object has no cached UTF-8
             started = time.perf_counter()
             cpu = timed(lambda encode=encode, fresh=fresh: [encode(text) for text in fresh])
