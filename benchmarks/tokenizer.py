@@ -16,6 +16,7 @@ import importlib
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -200,8 +201,8 @@ def take_turns(encoders: dict[str, Encode], texts: list[str], repeats: int) -> d
     """(CPU seconds, clock seconds) of every repeat of every encoder, in turn."""
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in encoders}
     for turn in range(repeats):
-        names = list(encoders)
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:  # nobody always comes after the same one
+        # In a new order each time: who comes after a large or a related encoder finds other things in the cache.
+        for name in random.Random(turn).sample(list(encoders), len(encoders)):
             encode = encoders[name]
             fresh = [(text + " ")[:-1] for text in texts]  # a new object has no cached UTF-8
             started = time.perf_counter()
