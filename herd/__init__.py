@@ -27,7 +27,7 @@ _HOME = {
     "UnknownModelError": "herd.errors",
     "generate": "herd.engine.local",
     "load": "herd.checkpoint.load",
-    "load_tokenizer": "herd.checkpoint.load",
+    "load_tokenizer": "herd.checkpoint.vocabulary",
     "render": "herd.chat.render",
 }
 
@@ -59,7 +59,8 @@ if TYPE_CHECKING:
     from herd.chat.model import Reply
     from herd.chat.params import SamplingParams
     from herd.chat.render import render
-    from herd.checkpoint.load import load, load_tokenizer
+    from herd.checkpoint.load import load
+    from herd.checkpoint.vocabulary import load_tokenizer
     from herd.engine.local import generate
     from herd.errors import (
         CheckpointError,

@@ -1,4 +1,4 @@
-"""From a name or path to something that runs: `herd.load`, `herd.load_tokenizer`, and the checkpoint as a whole."""
+"""From a name or path to something that runs: `herd.load`, and the checkpoint as a whole."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from herd.checkpoint.fill import fill
 from herd.checkpoint.open import open_store
 from herd.checkpoint.resolve import resolve
 from herd.checkpoint.store import GenerationDefaults, TensorStore
-from herd.checkpoint.vocabulary import tokenizer_at, tokenizer_of
+from herd.checkpoint.vocabulary import tokenizer_of
 from herd.model.llama import Llama
 from herd.tokenizer.tokenizer import Tokenizer
 
-__all__ = ["Checkpoint", "load", "load_model", "load_tokenizer", "open_checkpoint"]
+__all__ = ["Checkpoint", "load", "load_model", "open_checkpoint"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +49,6 @@ def load_model(
 ) -> Llama:
     """As `load`, the model alone: no tokenizer is opened."""
     return fill(open_store(resolve(path_or_name)), dtype, device)
-
-
-def load_tokenizer(path_or_name: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer of a checkpoint folder, a tokenizer or GGUF file, or a catalog name."""
-    return tokenizer_at(resolve(path_or_name))
 
 
 def open_checkpoint(

@@ -1,4 +1,7 @@
-"""The tokenizer that belongs to a checkpoint, and whether it fits the model. No torch unless a GGUF file is opened."""
+"""The tokenizer that belongs to a checkpoint (`herd.load_tokenizer`), and whether it fits the model.
+
+No torch unless a GGUF file is opened.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
+from herd.checkpoint.resolve import resolve
 from herd.errors import CheckpointError
 from herd.tokenizer.files import load_tokenizer as load_files
 from herd.tokenizer.gguf import tokenizer_from_gguf
@@ -16,7 +20,7 @@ from herd.tokenizer.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from herd.checkpoint.store import TensorStore
 
-__all__ = ["MissingTokenizer", "check_vocabulary", "tokenizer_at", "tokenizer_of"]
+__all__ = ["MissingTokenizer", "check_vocabulary", "load_tokenizer", "tokenizer_at", "tokenizer_of"]
 
 FILES = ("tokenizer.model", "tokenizer.json", "original/tokenizer.model")
 
@@ -41,20 +45,28 @@ class MissingTokenizer:
         )
 
 
+def load_tokenizer(path_or_name: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer of a checkpoint folder, a tokenizer or GGUF file, or a catalog name.
+
+    Raises UnknownModelError, CheckpointError or TokenizerError.
+    """
+    return tokenizer_at(resolve(path_or_name))
+
+
 def tokenizer_at(path: Path, metadata: Mapping[str, Any] | None = None) -> Tokenizer:
     """The tokenizer in the checkpoint folder or file `path`; for GGUF from `metadata`, its keys, when already read.
 
     Raises CheckpointError or TokenizerError.
     """
+    if metadata is not None:
+        return tokenizer_from_gguf(metadata)
     gguf = _gguf_in(path)
-    if gguf is None:
-        named = path.is_dir() or path.name.startswith("tokenizer") or path.suffix in (".model", ".tiktoken")
-        return load_files(path if named else path.parent)
-    if metadata is None:
+    if gguf is not None:
         from herd.checkpoint.gguf import GGUFFile
 
-        metadata = GGUFFile(gguf).metadata
-    return tokenizer_from_gguf(metadata)
+        return tokenizer_from_gguf(GGUFFile(gguf).metadata)
+    named = path.is_dir() or path.name.startswith("tokenizer") or path.suffix in (".model", ".tiktoken")
+    return load_files(path if named else path.parent)
 
 
 def tokenizer_of(store: TensorStore) -> Tokenizer:
@@ -89,8 +101,17 @@ def check_vocabulary(tokenizer: Tokenizer, rows: int, path: str | os.PathLike[st
 def _gguf_in(path: Path) -> Path | None:
     """The GGUF file that `path` is or, as a folder without other tokenizer files, holds."""
     if path.is_file():
-        return path if path.suffix == ".gguf" else None
+        return path if _is_gguf(path) else None
     if any((path / name).exists() for name in FILES):
         return None
     files = sorted(path.glob("*.gguf")) if path.is_dir() else []
     return files[0] if files else None
+
+
+def _is_gguf(file: Path) -> bool:
+    """By its first letters: Ollama's files have no suffix."""
+    try:
+        with file.open("rb") as opened:
+            return opened.read(4) == b"GGUF" or file.suffix == ".gguf"
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror or error}", path=file) from error

@@ -13,8 +13,9 @@ import pytest
 import torch
 from llama_models.llama3.tokenizer import Tokenizer
 
-from herd.checkpoint.load import load, load_model, load_tokenizer
+from herd.checkpoint.load import load, load_model
 from herd.checkpoint.open import open_store
+from herd.checkpoint.vocabulary import load_tokenizer
 from herd.model.config import plain
 from tests.build import DENSE, tokens
 from tests.checkpoint.gguf_files import GGML, WIDE, transformers_model, write_gguf, write_noise
@@ -63,6 +64,8 @@ def test_a_file_with_llama_3s_vocabulary_loads_whole(tmp_path: Path) -> None:
     assert ids == meta_tokenizer().encode(TEXT, bos=False, eos=False)
     assert tokenizer.decode(ids) == TEXT
     assert load_tokenizer(path).encode(TEXT) == ids
+    blob = path.rename(tmp_path / "sha256-0123")  # Ollama's files have no suffix
+    assert load(blob)[1].encode(TEXT) == load_tokenizer(blob).encode(TEXT) == ids
     assert model.config == config
     with torch.no_grad():
         assert model(torch.tensor([ids])).isfinite().all()

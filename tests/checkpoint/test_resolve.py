@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 import herd
-from herd.checkpoint.load import load, load_model, load_tokenizer, open_checkpoint
+from herd.checkpoint.load import load, load_model, open_checkpoint
 from herd.checkpoint.open import open_store
 from herd.checkpoint.resolve import resolve
-from herd.checkpoint.vocabulary import check_vocabulary
+from herd.checkpoint.vocabulary import check_vocabulary, load_tokenizer
 from herd.errors import CheckpointError, ConfigError, UnknownModelError
 from tests.build import build, tokens
 from tests.checkpoint.folders import write_hf, write_meta
