@@ -70,12 +70,15 @@ class Session:
         stops = frozenset() if params.ignore_stop_ids else stop_ids | params.stop_ids
         # The loop body must not run inside inference_mode across yields: the mode is thread-wide and would leak out.
         logits = self._prefill(prompt, on_prefill)
-        seen = list(prompt)
+        seen = None
+        if params.repetition_penalty != 1:
+            seen = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+            seen[torch.tensor(prompt, device=logits.device)] = True
         for made in range(1, budget + 1):
             with torch.inference_mode():
-                ids = torch.tensor(seen, device=logits.device) if params.repetition_penalty != 1 else None
-                token = int(sample(logits, params, generator, ids))
-            seen.append(token)
+                token = int(sample(logits, params, generator, seen))
+            if seen is not None:
+                seen[token] = True
             yield token
             if token in stops or made == budget:
                 return

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from herd.chat.params import SamplingParams
-from herd.engine.sample import penalize, probabilities, sample
+from herd.engine.sample import HEAD, penalize, probabilities, sample
 from herd.errors import HerdError
 
 PLAIN = SamplingParams(temperature=1, top_p=1)
@@ -58,6 +58,25 @@ def test_filters_equal_their_plain_twin(
     got = probabilities(torch.tensor([values], dtype=torch.float64), params)[0]
     expected = torch.tensor(twin(values, params), dtype=torch.float32)
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-3)
+
+
+def sorted_nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Top-p by sorting the whole vocabulary: the plain version of what `probabilities` does."""
+    ordered, order = probs.sort(dim=-1, descending=True, stable=True)
+    mass_before = torch.nn.functional.pad(ordered.cumsum(-1)[..., :-1], (1, 0))
+    ordered = ordered.where(mass_before <= top_p * probs.sum(-1, keepdim=True), 0)
+    return torch.zeros_like(probs).scatter(-1, order, ordered)
+
+
+@pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.9, 0.999, 1 - 1e-7])
+@pytest.mark.parametrize("spread", [0.0, 0.01, 1.0, 3.0, 30.0])
+@pytest.mark.parametrize("size", [1, 7, HEAD, HEAD + 1, 5000])
+def test_top_p_equals_the_full_sort_bit_for_bit(top_p: float, spread: float, size: int) -> None:
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(6, size, generator=generator) * spread
+    logits[3:] = logits[3:].bfloat16().float()  # many ties, at the cut too
+    wanted = sorted_nucleus(torch.softmax(logits - logits.amax(-1, keepdim=True), dim=-1), top_p)
+    assert torch.equal(probabilities(logits, replace(PLAIN, top_p=top_p)), wanted / wanted.sum(-1, keepdim=True))
 
 
 def test_rows_do_not_touch_each_other() -> None:
@@ -111,15 +130,9 @@ def test_the_smallest_top_p_keeps_the_best_token(top_p: float) -> None:
 
 def test_the_penalty_divides_what_is_positive_and_multiplies_what_is_negative() -> None:
     logits = torch.tensor([[2.0, -2.0, 0.0, 3.0]])
-    seen = torch.tensor([0, 1, 2])
+    seen = torch.tensor([True, True, True, False])
     assert penalize(logits, seen, 2.0).tolist() == [[1.0, -4.0, 0.0, 3.0]]
     assert logits.tolist() == [[2.0, -2.0, 0.0, 3.0]]  # the model's own logits are not changed
-
-
-def test_the_penalty_is_applied_once_per_id() -> None:
-    logits = torch.tensor([[4.0, 3.0]])
-    params = SamplingParams(temperature=0, repetition_penalty=1.2)
-    assert sample(logits, params, torch.Generator(), torch.tensor([0, 0, 0])).item() == 0  # 4 / 1.2 > 3, 4 / 1.2**3 < 3
 
 
 def test_masked_tokens_are_never_chosen() -> None:
