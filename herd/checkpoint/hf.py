@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from herd.checkpoint.files import read_json, safe_join, short
 from herd.checkpoint.generation import read_generation
 from herd.checkpoint.hf_config import read_config
+from herd.checkpoint.layout import fitting
 from herd.checkpoint.mapped import sampled_equal
 from herd.checkpoint.names import Column, Home, homes, ignored, shapes
 from herd.checkpoint.safetensors import SafetensorsFile
@@ -65,7 +66,7 @@ class HFStore:
         """Shape and dtype from the headers."""
         foreign, home = self._home(name)
         stored = self._files[foreign].describe(foreign)
-        with self._blame(foreign, home, stored.shape):
+        with self._fitting(foreign, home, stored.shape):
             shape = home.read_shape(stored.shape, self.config)
         return TensorInfo(shape, stored.dtype, stored.stored, stored.dtype.itemsize * math.prod(shape))
 
@@ -73,7 +74,7 @@ class HFStore:
         """The tensor in canonical layout; a view of the file except for the re-paired q and k rows."""
         foreign, home = self._home(name)
         tensor = self._files[foreign].tensor(foreign)
-        with self._blame(foreign, home, tuple(tensor.shape)):
+        with self._fitting(foreign, home, tuple(tensor.shape)):
             return home.read(tensor, self.config)
 
     def release(self, name: str) -> None:
@@ -96,17 +97,9 @@ class HFStore:
         except KeyError:
             raise CheckpointError("there is no such parameter in this model", path=self.path, tensor=name) from None
 
-    @contextmanager
-    def _blame(self, foreign: str, home: Home, shape: tuple[int, ...]) -> Iterator[None]:
-        """Name file and tensor when a shape does not fit."""
-        try:
-            yield
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"shape {short(shape)} does not fit {home.canonical} of the model in {self._config_path.name}",
-                path=self._files[foreign].path,
-                tensor=foreign,
-            ) from error
+    def _fitting(self, foreign: str, home: Home, shape: tuple[int, ...]) -> AbstractContextManager[None]:
+        path, config = self._files[foreign].path, self._config_path.name
+        return fitting(shape, home.canonical, config=config, path=path, tensor=foreign)
 
     def _check(self, prefix: str) -> None:
         expected = {foreign for foreign, _ in self._homes.values()}

@@ -6,17 +6,20 @@ Letters: E experts, I and O inner and outer width, Dh head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from herd.checkpoint.files import short
 from herd.errors import CheckpointError
 from herd.model.config import ModelConfig
 
-__all__ = ["Fused", "Interleave", "Stack", "Step", "Transpose"]
+__all__ = ["Fused", "Interleave", "Stack", "Step", "Transpose", "fitting"]
 
 Heads = Literal["n_heads", "n_kv_heads"]
 
@@ -90,3 +93,15 @@ class Fused:
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """All parts in order -> the fused tensor. Inverse of `cut`."""
         return torch.cat(list(parts), dim=self.axis)
+
+
+@contextmanager
+def fitting(
+    shape: Sequence[int], canonical: str, *, config: str, path: str | os.PathLike[str], tensor: str
+) -> Iterator[None]:
+    """Name file and tensor when a stored `shape` cannot be brought into the layout of `canonical`; `config` is a file name."""
+    try:
+        yield
+    except CheckpointError as error:
+        why = f"shape {short(tuple(shape))} does not fit {canonical} of the model in {config}"
+        raise CheckpointError(why, path=path, tensor=tensor) from error

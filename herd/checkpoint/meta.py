@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import torch
 
 from herd.checkpoint.files import read_json, short
+from herd.checkpoint.layout import fitting
 from herd.checkpoint.mapped import same_bytes, sampled_equal
 from herd.checkpoint.meta_config import read_params
 from herd.checkpoint.names import Column, Home, homes, ignored, shapes
@@ -75,7 +76,7 @@ class MetaStore:
         """Shape and dtype of the joined tensor, from the headers."""
         home = self._home(name)
         stored = self._ranks[0].describe(home.name)
-        with self._blame(home, 0, stored.shape):
+        with self._fitting(home, 0, stored.shape):
             shape = list(home.read_shape(stored.shape, self.config))
         dim = self._dim(home, shape)
         if dim is not None and len(shape) > dim:
@@ -134,20 +135,12 @@ class MetaStore:
 
     def _piece(self, home: Home, rank: int) -> torch.Tensor:
         tensor = self._ranks[rank].tensor(home.name)
-        with self._blame(home, rank, tuple(tensor.shape)):
+        with self._fitting(home, rank, tuple(tensor.shape)):
             return home.read(tensor, self.config)
 
-    @contextmanager
-    def _blame(self, home: Home, rank: int, shape: tuple[int, ...]) -> Iterator[None]:
-        """Name file and tensor when a shape does not fit."""
-        try:
-            yield
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"shape {short(shape)} does not fit {home.canonical} of the model in params.json",
-                path=self._ranks[rank].path,
-                tensor=home.name,
-            ) from error
+    def _fitting(self, home: Home, rank: int, shape: tuple[int, ...]) -> AbstractContextManager[None]:
+        path = self._ranks[rank].path
+        return fitting(shape, home.canonical, config="params.json", path=path, tensor=home.name)
 
     def _dim(self, home: Home, shape: Sequence[int]) -> int | None:
         """The dimension to join along; embeddings are cut in columns up to Llama 2 and in rows since Llama 3."""
