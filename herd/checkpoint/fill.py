@@ -15,6 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from herd.checkpoint.names import shapes
+from herd.checkpoint.placement import device_named, dtype_named
 from herd.checkpoint.store import ReadsInto, Releases, TensorStore
 from herd.errors import CheckpointError
 from herd.model.llama import Llama
@@ -25,18 +26,16 @@ __all__ = ["check_store", "fill", "stored_dtype"]
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def fill(store: TensorStore, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Llama:
+def fill(store: TensorStore, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu") -> Llama:
     """A Llama with the weights of `store`, in one dtype (default: the one most of them are stored in), ready to run.
 
     Parameters do not require gradients. On the CPU they may be views of the file: writing to one copies what is written,
-    the file never changes. Raises CheckpointError.
+    the file never changes. Raises CheckpointError, and ConfigError for a dtype or device that `placement` does not know.
     """
+    dtype, device = dtype_named(dtype), device_named(device)
     check_store(store)
     dtype = stored_dtype(store) if dtype is None else dtype
-    if dtype not in FLOATS:
-        raise CheckpointError(f"the model cannot run in {dtype}: choose float32, bfloat16 or float16", path=store.path)
     _say_skipped(store)
-    device = torch.device(device)
     with _Unfilled(), torch.device("meta"):
         model = Llama(store.config)
     with torch.device(device):

@@ -31,12 +31,14 @@ class Checkpoint:
 
 
 def load(
-    path_or_name: str | os.PathLike[str], dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    path_or_name: str | os.PathLike[str], dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> tuple[Llama, Tokenizer]:
     """(model, tokenizer) of a checkpoint folder, file or catalog name, in any format herd reads.
 
-    `dtype` None keeps the one the weights are stored in. Parameters do not require gradients; on the CPU they may be views
-    of the file. A checkpoint without a tokenizer loads, too, and using its tokenizer raises CheckpointError.
+    `dtype` is a torch dtype or its name ("float32", "bfloat16", "float16"); "auto" and None keep the one the weights are
+    stored in. `device` is a name such as "cuda:0"; "auto" takes the fastest kind that is here. Parameters do not
+    require gradients; on the CPU they may be views of the file. A checkpoint without a tokenizer loads, too, and using its
+    tokenizer raises CheckpointError.
 
     Raises UnknownModelError, CheckpointError, ConfigError or TokenizerError.
     """
@@ -45,14 +47,14 @@ def load(
 
 
 def load_model(
-    path_or_name: str | os.PathLike[str], dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    path_or_name: str | os.PathLike[str], dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> Llama:
     """As `load`, the model alone: no tokenizer is opened."""
     return fill(open_store(resolve(path_or_name)), dtype, device)
 
 
 def open_checkpoint(
-    path_or_name: str | os.PathLike[str], dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    path_or_name: str | os.PathLike[str], dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> Checkpoint:
     """As `load`, with everything else the checkpoint holds."""
     path = resolve(path_or_name)
