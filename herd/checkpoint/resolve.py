@@ -65,9 +65,9 @@ def _from_catalog(name: str) -> Path:
     repos, natives = _wanted(name, release.repos), _wanted(name, release.native)
     for place in _present(repos, natives):
         return place
-    looked = ", ".join([str(hub_cache() / _folder(repo)) for repo in repos] + [str(p) for p in _meta_folders(natives)])
     raise CheckpointError(
-        f"{release.name} is not on this machine, and herd cannot download yet. Looked in: {looked or 'no place'}. "
+        f"{release.name} is not on this machine, and herd cannot download yet. Looked for {len(repos)} folders in "
+        f"{hub_cache()} and {len(natives)} in {_meta_home()}. "
         "Give the path of a folder or file instead, or try the embedded model, 'nano'"
     )
 
@@ -117,5 +117,9 @@ def _snapshots(folder: Path) -> Iterator[Path]:
 
 
 def _meta_folders(natives: Sequence[str]) -> list[Path]:
-    base = Path(os.environ.get("LLAMA_MODELS_CONFIG_DIR") or "~/.llama").expanduser() / "checkpoints"
-    return [base / native.split("/")[-1].replace(":", "-") for native in natives]
+    return [_meta_home() / native.split("/")[-1].replace(":", "-") for native in natives]
+
+
+def _meta_home() -> Path:
+    """Where Meta's own tool puts what it downloads."""
+    return Path(os.environ.get("LLAMA_MODELS_CONFIG_DIR") or "~/.llama").expanduser() / "checkpoints"
