@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from inspect import signature
+from typing import Any
 
 from herd.chat.base import BaseFormat
 from herd.chat.codellama70b import CodeLlama70BFormat
@@ -22,7 +24,7 @@ from herd.tokenizer.tokenizer import Tokenizer
 
 __all__ = ["FORMATS", "detect", "format_named"]
 
-FORMATS: Mapping[str, Callable[[Tokenizer], ChatFormat]] = {
+FORMATS: Mapping[str, Callable[..., ChatFormat]] = {
     "base": BaseFormat,
     "llama2": Llama2Format,
     "codellama": partial(Llama2Format, code=True),
@@ -37,14 +39,23 @@ FORMATS: Mapping[str, Callable[[Tokenizer], ChatFormat]] = {
 """Factories by name: what `--format` takes and what catalog entries and checkpoints name."""
 
 
-def format_named(name: str, tokenizer: Tokenizer) -> ChatFormat:
+def format_named(name: str, tokenizer: Tokenizer, **options: Any) -> ChatFormat:
     """The format called `name` over `tokenizer`.
 
-    Raises PromptError for an unknown name (listing the known ones) and for a vocabulary without the format's tokens.
+    `options` are the keyword arguments of the format's class: `policy`, `exclude` and `categories` of the Guards, `dialect`,
+    `date` and others of Llama 3 and 4.
+
+    Raises PromptError for an unknown name (listing the known ones), an option that the format does not have, and a vocabulary
+    without the format's tokens.
     """
     if name not in FORMATS:
         raise PromptError(f"there is no prompt format {name!r}; choose one of {', '.join(FORMATS)}")
-    return FORMATS[name](tokenizer)
+    factory = FORMATS[name]
+    if options:
+        known = [option for option in signature(factory).parameters if option not in ("tokenizer", "name", "code")]
+        if unknown := [option for option in options if option not in known]:
+            raise PromptError(f"the {name} format has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}")
+    return factory(tokenizer, **options)
 
 
 def detect(tokenizer: Tokenizer) -> ChatFormat:

@@ -30,9 +30,10 @@ from herd.tokenizer.tokenizer import Tokenizer
 
 __all__ = ["GuardFormat", "GuardPolicy", "Verdict", "parse_verdict"]
 
-GuardPolicy = Literal["auto", "names", "own"]
-"""auto: the policy paragraphs of the checkpoint's own template where it has them, else names only. names: names only.
-own: one sentence per category in herd's words."""
+GuardPolicy = Literal["auto", "template", "own", "names"]
+"""What stands under each category's name. template: the paragraphs of the checkpoint's own chat template. own: one sentence
+in herd's words. names: nothing. auto: `template` where the template has paragraphs, else what comes nearest to the trained
+prompt: `own` for Guard 1 and 2, `names` for Guard 3 and 4 (docs/adr/0005-guard-policies.md)."""
 
 _MARKERS = re.compile(r"<(?:BEGIN|END) (?:UNSAFE CONTENT CATEGORIES|CONVERSATION)>")
 
@@ -46,12 +47,13 @@ class _Wrapper:
     spaced: bool = False
     opened: str = ""  # text behind the assistant's header
     old_closing: bool = False  # Guard 1 judges the agent, later ones only the last message
+    paragraphs: bool = False  # trained with a policy paragraph under each category's name
 
 
 _LLAMA3 = ("<|start_header_id|>", "<|end_header_id|>")
 _WRAPPERS: Mapping[str, _Wrapper] = {
-    "llama-guard-1": _Wrapper(None, old_closing=True),
-    "llama-guard-2": _Wrapper(_LLAMA3, "<|eot_id|>", opened="\n\n"),
+    "llama-guard-1": _Wrapper(None, old_closing=True, paragraphs=True),
+    "llama-guard-2": _Wrapper(_LLAMA3, "<|eot_id|>", opened="\n\n", paragraphs=True),
     # No newlines behind the assistant's header: these models write them themselves before the verdict.
     "llama-guard-3": _Wrapper(_LLAMA3, "<|eot_id|>"),
     "llama-guard-3-1b": _Wrapper(_LLAMA3, "<|eot_id|>", spaced=True),
@@ -128,16 +130,23 @@ class GuardFormat:
 
     def _choose_policy(self, policy: GuardPolicy, *, custom: bool) -> tuple[dict[str, str], str]:
         """Policy text by code, and the note that says where it is from."""
-        if policy == "own":
-            known = {
-                code: OWN_POLICY[n] for code, name in self.categories.items() if (n := name.rstrip(".")) in OWN_POLICY
-            }
-            return known, "category policies: herd's own short wording, not Meta's"
-        if custom:
+        if custom and policy == "auto":
             return {}, "category policies: as given by the caller"
-        found = template_policies(self.tokenizer.template, self.categories) if policy == "auto" else {}
-        if found:
-            return found, "category policies: read from the checkpoint's own chat template"
+        if policy in ("auto", "template"):
+            found = template_policies(self.tokenizer.template, self.categories)
+            if found:
+                missing = [code for code in self.categories if code not in found]
+                rest = f" (it has names only for {', '.join(missing)})" if missing else ""
+                return found, f"category policies: read from the checkpoint's own chat template{rest}"
+            if policy == "template":
+                raise PromptError(
+                    f"the checkpoint's chat template has no policy paragraphs for {self.name}: choose policy 'own' or 'names'"
+                )
+            policy = "own" if self._wrapper.paragraphs else "names"
+        if policy == "own":
+            titles = {code: name.rstrip(".") for code, name in self.categories.items()}
+            known = {code: OWN_POLICY[title] for code, title in titles.items() if title in OWN_POLICY}
+            return known, "category policies: herd's own short wording, not Meta's"
         return {}, "category policies: none, names only"
 
     @property

@@ -9,6 +9,7 @@ import pytest
 
 from herd.chat.base import BaseFormat
 from herd.chat.formats import FORMATS, detect, format_named
+from herd.chat.llama3 import Llama3Format
 from herd.chat.messages import Message
 from herd.errors import PromptError
 from herd.tokenizer.tokenizer import Family, SpecialTokens
@@ -46,6 +47,19 @@ def test_every_format_is_built_by_its_name(name: str) -> None:
     if name != "base":
         assert format.render([Message("user", "x")]).tokens[0] == 0x11FFFE
     assert detect(any_tokenizer(name).__class__(**(vars(any_tokenizer(name)) | {"chat_format": name}))).name == name
+
+
+def test_options_of_a_format() -> None:
+    format = format_named("llama3.1", any_tokenizer("llama3.1"), dialect="pythonic")
+    assert isinstance(format, Llama3Format)
+    assert format.dialect is not None
+    assert format.dialect.name == "pythonic"
+    with pytest.raises(
+        PromptError, match=r"the llama3\.1 format has no option 'policy'; it has dialect, strip_content"
+    ):
+        format_named("llama3.1", any_tokenizer("llama3.1"), policy="own")
+    with pytest.raises(PromptError, match="the codellama format has no option 'code'; it has none"):
+        format_named("codellama", any_tokenizer("codellama"), code=False)
 
 
 GUARD = "<BEGIN UNSAFE CONTENT CATEGORIES>"

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from herd.chat.formats import format_named
 from herd.chat.guard import GuardFormat, Verdict, parse_verdict
 from herd.chat.guard_categories import CATEGORIES, OWN_POLICY, template_policies
 from herd.chat.messages import Message
@@ -58,7 +59,7 @@ def test_prompts_of_every_generation() -> None:
     assert shown(GuardFormat(llama3(), "llama-guard-3"), ANSWER) == GUARD_3
     assert shown(GuardFormat(llama3(), "llama-guard-3-1b"), ANSWER) == GUARD_3_1B
     assert shown(GuardFormat(llama4(), "llama-guard-4"), ANSWER) == GUARD_4
-    two = shown(GuardFormat(llama3(), "llama-guard-2"), ASK)
+    two = shown(GuardFormat(llama3(), "llama-guard-2", policy="names"), ASK)
     assert two.startswith(_HEAD + "Task: Check if there is unsafe content in 'User' messages")
     assert "S5: Specialized Advice.\nS6: Privacy.\n" in two
     assert "S11: Sexual Content.\n<END" in two
@@ -66,7 +67,7 @@ def test_prompts_of_every_generation() -> None:
 
 
 def test_prompt_of_guard_1() -> None:
-    format = GuardFormat(llama2(), "llama-guard-1")
+    format = GuardFormat(llama2(), "llama-guard-1", policy="names")
     rendered = format.render(ASK)
     assert llama2().decode(rendered.tokens, skip_special=False).replace("<s>[", "<s> [") == GUARD_1
     assert rendered.tokens == [1, *llama2().encode(GUARD_1.removeprefix("<s> "))]
@@ -130,10 +131,40 @@ def test_policies_are_read_from_the_checkpoints_template() -> None:
     assert "S1: Violent Crimes.\nModels must not help with it.\n- not's a\nS3: Sex Crimes.\n" in llama3().decode(
         rendered.tokens
     )
-    assert rendered.notes == ("category policies: read from the checkpoint's own chat template",)
+    assert rendered.notes[0].startswith(
+        "category policies: read from the checkpoint's own chat template (it has names only for S3, S4, "
+    )
+    both = GuardFormat(_with_template(_LISTED), exclude=[f"S{i}" for i in range(3, 15)], policy="template").render(ASK)
+    assert both.notes == ("category policies: read from the checkpoint's own chat template",)
     assert GuardFormat(_with_template(_LISTED), policy="names").render(ASK).notes == (
         "category policies: none, names only",
     )
+
+
+def test_without_paragraphs_in_the_template_each_guard_gets_what_it_was_trained_nearest_to() -> None:
+    own, none = "category policies: herd's own short wording, not Meta's", "category policies: none, names only"
+    expected = {
+        "llama-guard-2": own,
+        "llama-guard-3": none,
+        "llama-guard-3-1b": none,
+        "llama-guard-4": none,
+    }
+    for name, note in expected.items():
+        format = format_named(name, llama4() if name == "llama-guard-4" else llama3())
+        assert format.render(ASK).notes == (note,)
+    assert f"S6: Privacy.\n{OWN_POLICY['Privacy']}\nS7:" in shown(GuardFormat(llama3(), "llama-guard-2"), ASK)
+
+
+def test_the_policy_can_be_chosen_by_the_formats_name() -> None:
+    def note(policy: str) -> str:
+        return format_named("llama-guard-2", _with_template(_LISTED), policy=policy).render(ASK).notes[0]
+
+    assert "own short wording" in note("own")
+    assert "names only" in note("names")
+    assert "checkpoint's own chat template" in note("template")
+    assert note("auto") == note("template")
+    with pytest.raises(PromptError, match="no policy paragraphs for llama-guard-2: choose policy 'own' or 'names'"):
+        format_named("llama-guard-2", llama3(), policy="template")
 
 
 @pytest.mark.parametrize(
