@@ -19,7 +19,7 @@ from herd.checkpoint.files import read_json, safe_join, short
 from herd.checkpoint.generation import read_generation
 from herd.checkpoint.hf_config import read_config
 from herd.checkpoint.layout import fitting
-from herd.checkpoint.mapped import sampled_equal
+from herd.checkpoint.mapped import same_rows
 from herd.checkpoint.names import Column, Home, homes, ignored, shapes
 from herd.checkpoint.safetensors import SafetensorsFile
 from herd.checkpoint.store import TensorFile, TensorInfo
@@ -133,9 +133,13 @@ class HFStore:
                 )
 
     def _check_twin(self, twin: str, source: str) -> None:
-        """A tied checkpoint may still carry the output matrix; a sample of rows must equal the embedding's."""
-        ours, theirs = self._files[source].tensor(source), self._files[twin].tensor(twin)
-        if not sampled_equal(ours, theirs):
+        """A tied checkpoint may still carry the output matrix; it must equal the embedding."""
+
+        def release() -> None:
+            self._files[source].release(source)
+            self._files[twin].release(twin)
+
+        if not same_rows(self._files[source].tensor(source), self._files[twin].tensor(twin), release):
             raise CheckpointError(
                 "differs from the embedding, but config.json sets tie_word_embeddings: one of them is wrong",
                 path=self._files[twin].path,

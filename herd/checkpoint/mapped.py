@@ -9,6 +9,7 @@ import math
 import mmap
 import os
 import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -16,7 +17,10 @@ import torch
 from herd.checkpoint.files import short
 from herd.errors import CheckpointError
 
-__all__ = ["MappedFile", "same_bytes", "sampled_equal"]
+__all__ = ["MappedFile", "same_bytes", "same_rows", "slices"]
+
+SLICE = 8 << 20
+"""Bytes of a large tensor worked on at a time, so that passing copies and file pages stay few."""
 
 # Linux: a private writable mapping larger than the memory is refused unless it reserves none.
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0)
@@ -88,15 +92,24 @@ def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(a, b)
 
 
-def sampled_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """As `same_bytes`, in about 64 rows from all over.
+def slices(tensor: torch.Tensor, nbytes: int = SLICE) -> Iterator[slice]:
+    """Runs of rows (indices of the first dimension) of about `nbytes` bytes, covering `tensor` in order."""
+    rows = tensor.shape[0]
+    step = max(1, nbytes * rows // max(tensor.numel() * tensor.element_size(), 1))
+    return (slice(start, start + step) for start in range(0, rows, step))
 
-    Enough to tell a copy from another matrix without reading gigabytes; trained rows do not coincide.
-    """
+
+def same_rows(one: torch.Tensor, other: torch.Tensor, release: Callable[[], None]) -> bool:
+    """As `same_bytes` for large views of files, slice by slice until the first difference; `release` is called after each,
+    to let go of the pages."""
     if one.shape != other.shape or not one.ndim:
         return False
-    step = max(1, one.shape[0] // 64)
-    return same_bytes(one[::step], other[::step])
+    for rows in slices(one):
+        same = same_bytes(one[rows], other[rows])
+        release()
+        if not same:
+            return False
+    return True
 
 
 def _map(descriptor: int) -> mmap.mmap:

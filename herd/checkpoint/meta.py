@@ -19,7 +19,7 @@ import torch
 
 from herd.checkpoint.files import read_json, short
 from herd.checkpoint.layout import fitting
-from herd.checkpoint.mapped import same_bytes, sampled_equal
+from herd.checkpoint.mapped import same_bytes, same_rows
 from herd.checkpoint.meta_config import read_params
 from herd.checkpoint.names import Column, Home, homes, ignored, shapes
 from herd.checkpoint.store import GenerationDefaults, TensorInfo
@@ -247,10 +247,15 @@ class MetaStore:
 
 
 def _same(rank: TorchFile, one: str, other: str) -> bool:
-    """Whether two tensors share storage, or agree in rows sampled from all over."""
+    """Whether two tensors share storage, or have the same bytes."""
     if rank.specs[one] == rank.specs[other]:
         return True
-    return rank.specs[one].shape == rank.specs[other].shape and sampled_equal(rank.tensor(one), rank.tensor(other))
+
+    def release() -> None:
+        rank.release(one)
+        rank.release(other)
+
+    return same_rows(rank.tensor(one), rank.tensor(other), release)
 
 
 def _read_params_json(path: Path) -> dict[str, Any]:

@@ -102,6 +102,9 @@ def test_tied_output_as_a_copy(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "consolidated.00.pth")
     loaded = fill(MetaStore(tmp_path))
     assert loaded.output.weight is loaded.tok_embeddings.weight
+    state["output.weight"][5, 3] += 1  # one number makes it another matrix
+    torch.save(state, tmp_path / "consolidated.00.pth")
+    assert torch.equal(fill(MetaStore(tmp_path)).output.weight, state["output.weight"])
 
 
 def test_vision_half_is_said(tmp_path: Path) -> None:
