@@ -34,12 +34,13 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A finished reply. `tokens` are the generated ids, the stop id included."""
+    """A finished reply. `tokens` are the generated ids, the stop id included; `notes` are those of the rendered prompt."""
 
     message: Message
     tokens: list[int]
     finish_reason: FinishReason
     usage: Usage
+    notes: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from herd.chat.format import ChatFormat, Delta, StreamParser, ToolSpec
-from herd.chat.formats import detect
+from herd.chat.base import BaseFormat
+from herd.chat.format import ChatFormat, Delta, Rendered, StreamParser, ToolSpec
+from herd.chat.formats import detect, format_named
+from herd.chat.infill import Infill, InfillOrder
 from herd.chat.messages import Message
 from herd.chat.model import FinishReason, Reply, Usage
 from herd.chat.params import SamplingParams
@@ -16,55 +18,36 @@ from herd.chat.render import messages_from
 from herd.chat.toolspec import tools_from
 from herd.engine.session import Session
 from herd.engine.stop import StopMatcher
+from herd.errors import PromptError
 from herd.model.llama import Llama
-from herd.tokenizer.stream import Detokenizer
 from herd.tokenizer.tokenizer import Tokenizer
 
-__all__ = ["LocalChat", "TextParser", "generate"]
+__all__ = ["LocalChat", "generate"]
 
 
-class TextParser:
-    """The StreamParser of a plain text completion: every id is text, a stop id ends it."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._detokenizer, self._stop = Detokenizer(tokenizer), tokenizer.special.stop
-        self._text: list[str] = []
-        self._done = False
-
-    def push(self, id: int) -> list[Delta]:
-        if id in self._stop:
-            self._done = True
-            return [*self._text_delta(self._detokenizer.flush()), Delta(stop_reason="end_of_turn")]
-        return self._text_delta(self._detokenizer.push(id))
-
-    def close(self) -> list[Delta]:
-        rest = self._text_delta(self._detokenizer.flush())
-        return rest if self._done else [*rest, Delta(stop_reason="out_of_tokens")]
-
-    def message(self) -> Message:
-        return Message("assistant", "".join(self._text))
-
-    def _text_delta(self, text: str) -> list[Delta]:
-        self._text.append(text)
-        return [Delta(text=text)] if text else []
+AnyFormat = ChatFormat | str | tuple[str, Tokenizer]
+"""A prompt format, its name, or a name with the tokenizer it is for."""
 
 
 class LocalChat:
     """Chat with one model in this process, one conversation at a time; later turns reuse the cache of earlier ones.
 
-    `format` None means the one the checkpoint was trained with, detected on first use. `max_len` limits the context.
+    `format` is a prompt format, its name, or a name with the tokenizer it is for; None means the one the checkpoint was
+    trained with, detected on first use. `max_len` limits the context.
     After a stream is exhausted or closed, `last` is its Reply (finish reason "length" when it was closed early); while it
     runs, `made` counts its tokens.
     """
 
     def __init__(
-        self, model: Llama, tokenizer: Tokenizer, *, format: ChatFormat | None = None, max_len: int | None = None
+        self, model: Llama, tokenizer: Tokenizer, *, format: AnyFormat | None = None, max_len: int | None = None
     ) -> None:
         self.tokenizer = tokenizer
         self.session = Session(model, max_len=max_len)
         self.last: Reply | None = None
         self.made = 0
-        self._format = format
+        if isinstance(format, str):
+            format = format, tokenizer
+        self._format = format_named(*format) if isinstance(format, tuple) else format
 
     @property
     def format(self) -> ChatFormat:
@@ -91,7 +74,7 @@ class LocalChat:
         on_prefill: Callable[[int, int], None] | None = None,
     ) -> Iterator[Delta]:
         """The assistant's reply to `messages` as it is made."""
-        prompt = self.format.render(messages, tools, generate=True).tokens
+        prompt = self.format.render(messages, tools, generate=True)
         return self._run(prompt, params, self.format.stop_ids, self.format.parser(tools), on_prefill)
 
     def complete(
@@ -102,18 +85,40 @@ class LocalChat:
         on_prefill: Callable[[int, int], None] | None = None,
     ) -> Iterator[Delta]:
         """The continuation of plain `text` (after one BOS), as base models are used."""
-        prompt = self.tokenizer.encode(text, bos=True)
-        return self._run(prompt, params, self.tokenizer.special.stop, TextParser(self.tokenizer), on_prefill)
+        base = BaseFormat(self.tokenizer)
+        return self._run(base.complete(text), params, base.stop_ids, base.parser(), on_prefill)
+
+    def infill(
+        self,
+        prefix: str,
+        suffix: str,
+        params: SamplingParams = SamplingParams(),
+        *,
+        order: InfillOrder = "psm",
+        on_prefill: Callable[[int, int], None] | None = None,
+    ) -> Iterator[Delta]:
+        """The text between `prefix` and `suffix`, as Code Llama fills it in. `order` is that of the prompt's parts.
+
+        Raises PromptError when the vocabulary or the model knows no infill tokens.
+        """
+        infill = Infill(self.tokenizer)
+        prompt = infill.prompt(prefix, suffix, order)
+        if max(infill.stop_ids) >= self.session.model.config.vocab_size:
+            raise PromptError(
+                "the vocabulary has fill-in-the-middle pieces, but this model has no embeddings for them: use Code Llama 7B, "
+                "13B or 70B (base), or Instruct 7B or 13B"
+            )
+        return self._run(prompt, params, infill.stop_ids, infill.parser(), on_prefill)
 
     def _run(
         self,
-        prompt: list[int],
+        rendered: Rendered,
         params: SamplingParams,
         stop_ids: frozenset[int],
         parser: StreamParser,
         on_prefill: Callable[[int, int], None] | None,
     ) -> Iterator[Delta]:
-        matcher = StopMatcher(params.stop)
+        prompt, matcher = rendered.tokens, StopMatcher(params.stop)
         # Ids that the parser must not see: stops that are ignored, and stops that only the caller knows.
         hidden = stop_ids | params.stop_ids if params.ignore_stop_ids else params.stop_ids - stop_ids
         tokens: list[int] = []
@@ -169,7 +174,8 @@ class LocalChat:
                 message = Message("assistant", "".join(shown))
             elif ended and message.stop_reason == "out_of_tokens":
                 message = replace(message, stop_reason="end_of_turn")
-            self.last = Reply(message, tokens, self._finish(ended, len(prompt) + len(tokens)), usage)
+            finish = self._finish(ended, len(prompt) + len(tokens))
+            self.last = Reply(message, tokens, finish, usage, rendered.notes)
 
     def _finish(self, ended: bool, total: int) -> FinishReason:
         if ended:
@@ -193,17 +199,30 @@ def generate(
     params: SamplingParams = SamplingParams(),
     *,
     tools: Sequence[ToolSpec | Any] = (),
-    format: ChatFormat | None = None,
+    format: AnyFormat | None = None,
+    suffix: str | None = None,
+    order: InfillOrder | None = None,
 ) -> Reply:
-    """One reply. Messages are rendered in the checkpoint's prompt format; a string is continued as plain text.
+    """One reply. Messages are rendered in the checkpoint's prompt format, or in `format`; a string is continued as plain text.
 
-    Messages may be plain dictionaries and tools Python functions, see `herd.render`.
+    Messages may be plain dictionaries and tools Python functions, see `herd.render`. With `suffix` the reply is the text
+    between the string and it, where the model can fill in; `order` is that of the prompt's parts (default "psm").
 
     Raises PromptError, ContextFullError or ConfigError before any token is made.
     """
     chat = LocalChat(model, tokenizer, format=format)
+    if order is not None and suffix is None:
+        raise PromptError("order is about filling in the middle: give a suffix with it")
     if isinstance(prompt, str):
-        deltas = chat.complete(prompt, params)
+        if tools or format is not None:
+            what = "tools" if tools else "a format"
+            raise PromptError(f"plain text is continued as it is, without {what}: give a list of messages instead")
+        if suffix is None:
+            deltas = chat.complete(prompt, params)
+        else:
+            deltas = chat.infill(prompt, suffix, params, order=order or "psm")
+    elif suffix is not None:
+        raise PromptError("the middle is filled in between two texts: give a text and a suffix, not messages")
     else:
         deltas = chat.stream(messages_from(prompt), tools_from(tools), params)
     for _ in deltas:

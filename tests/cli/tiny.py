@@ -7,12 +7,24 @@ from dataclasses import replace
 from pathlib import Path
 
 from herd.model.config import ModelConfig
+from herd.tokenizer.pieces import PieceModel
+from herd.tokenizer.sentencepiece import SentencePieceTokenizer
 from herd.tokenizer.special import byte_bpe_specials
 from herd.tokenizer.tiktoken import REGEX, TiktokenTokenizer
 from herd.tokenizer.tokenizer import Tokenizer
 from tests.build import build, tiny
 
-__all__ = ["CONTEXT", "SPECIALS", "TEMPLATE", "tiny_config", "tokenizer", "write_folder"]
+__all__ = [
+    "CONTEXT",
+    "SPECIALS",
+    "TEMPLATE",
+    "infill_config",
+    "infill_tokenizer",
+    "tiny_config",
+    "tokenizer",
+    "write_folder",
+    "write_infill_folder",
+]
 
 CONTEXT = 256
 SPECIALS = (
@@ -25,6 +37,7 @@ SPECIALS = (
     "<|python_tag|>",
     "<|finetune_right_pad_id|>",
 )
+INFILL = ("\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>", "\u2581<EOT>")
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>...{% endfor %}"
 
 
@@ -40,13 +53,40 @@ def tokenizer() -> Tokenizer:
     return TiktokenTokenizer([bytes([i]) for i in range(256)], "llama3", special, chat_format="llama3")
 
 
-def write_folder(folder: Path, *, chat: bool = True, context: int = CONTEXT) -> Path:
+def _pieces() -> PieceModel:
+    """A vocabulary like Code Llama's: control pieces, bytes, a few letters with and without a space, the infill pieces."""
+    words = [mark + letter for mark in ("", "\u2581") for letter in "abcdefgh"]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "\u2581", *words, *INFILL]
+    types = [2, 3, 3, *([6] * 256)] + [1] * (len(pieces) - 259)
+    return PieceModel(pieces=pieces, scores=[-float(i) for i in range(len(pieces))], types=types)
+
+
+def infill_tokenizer() -> SentencePieceTokenizer:
+    """A vocabulary that fills in the middle."""
+    return SentencePieceTokenizer(_pieces())
+
+
+def infill_config() -> ModelConfig:
+    """Two layers over that vocabulary."""
+    return replace(tiny("code-llama"), vocab_size=len(_pieces().pieces), max_seq_len=CONTEXT)
+
+
+def write_infill_folder(folder: Path) -> Path:
+    """A base model that fills in the middle."""
+    write_folder(folder, chat=False, config=infill_config())
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        (folder / name).unlink()
+    (folder / "tokenizer.model").write_bytes(_pieces().serialize())
+    return folder
+
+
+def write_folder(folder: Path, *, chat: bool = True, context: int = CONTEXT, config: ModelConfig | None = None) -> Path:
     """config.json, model.safetensors, generation_config.json and tokenizer files; without `chat` a base model."""
     from safetensors.torch import save_file
 
     from herd.checkpoint.names import join, sources
 
-    config = tiny_config(context)
+    config = config or tiny_config(context)
     model = build(config)
     folder.mkdir(parents=True, exist_ok=True)
     ours = model.state_dict()

@@ -6,17 +6,16 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
-import torch
 
 from herd.chat.format import ToolSpec
 from herd.chat.formats import format_named
 from herd.chat.messages import Message, ToolCall
 from herd.chat.params import SamplingParams
-from herd.engine.local import LocalChat, generate
+from herd.engine.local import LocalChat
 from herd.engine.session import Session
 from herd.errors import ContextFullError, PromptError
 from tests.build import build
-from tests.cli.tiny import SPECIALS, tiny_config, tokenizer
+from tests.cli.tiny import SPECIALS, infill_config, infill_tokenizer, tiny_config, tokenizer
 
 HI = [Message("user", "Hi")]
 GREEDY = SamplingParams(temperature=0, max_tokens=10)
@@ -231,23 +230,9 @@ def test_plain_text_ends_at_a_stop_id(chat: LocalChat) -> None:
     assert chat.last.finish_reason == "stop"
 
 
-@pytest.mark.parametrize("prompt", ["Once upon", HI])
-def test_generate_is_one_reply(prompt: str | list[Message]) -> None:
-    model = build(tiny_config())
-    reply = generate(model, tokenizer(), prompt, GREEDY)
-    assert 0 < len(reply.tokens) <= 10
-    assert generate(model, tokenizer(), prompt, GREEDY).tokens == reply.tokens
-    assert not torch.is_inference_mode_enabled()
-
-
-def test_generate_takes_plain_dictionaries_and_functions() -> None:
-    def add(a: int, b: int) -> int:
-        """Adds two numbers."""
-        return a + b
-
-    model, found = build(tiny_config(1024)), tokenizer()
-    found.chat_format = "llama3.1"
-    plain = generate(model, found, [{"role": "user", "content": "Hi"}], GREEDY)
-    assert plain.tokens == generate(model, found, HI, GREEDY).tokens
-    with_tool = generate(model, found, [{"role": "user", "content": "Hi"}], GREEDY, tools=[add])
-    assert with_tool.usage.prompt_tokens > plain.usage.prompt_tokens + 100
+def test_a_text_goes_on_with_the_space_that_the_model_wrote() -> None:
+    found = infill_tokenizer()
+    chat = LocalChat(build(infill_config()), found)
+    script = [found.model.pieces.index(piece) for piece in ("▁a", "b", "▁c")]
+    said = [delta.text for delta in scripted(chat, *script, found.special.eos).complete("abc") if delta.text]
+    assert "".join(said) == " ab c"
