@@ -3,12 +3,13 @@
 The instruction strings are the ones the models were trained on (llama-models models/*/prompt_format.md and the chat templates
 of the Hugging Face checkpoints), so they are reproduced to the letter, missing spaces included.
 
-    json            3.1, HF template: in front of the first user text; {"name": ..., "parameters": ...}
-    meta_json       3.1, Meta's document: a user message of its own; {"type": "function", "name": ..., "parameters": ...}
-    function_tag    3.1, Meta's document: a user message of its own; <function=name>{...}</function>
-    pythonic        3.2 and 3.3: in front of the system text; [f(a=1), g(b="x")]
-    pythonic_user   3.2: around the first user text; calls as pythonic
-    llama4          Llama 4: in front of the system text, Llama 4's wording; calls as pythonic
+    json                3.1, HF template: in front of the first user text; {"name": ..., "parameters": ...}
+    meta_json           3.1, Meta's document: a user message of its own; {"type": "function", "name": ..., "parameters": ...}
+    function_tag        3.1, Meta's document: a user message of its own; <function=name>{...}</function>
+    pythonic            3.2 and 3.3: in front of the system text; [f(a=1), g(b="x")]
+    pythonic_user       3.2: around the first user text; calls as pythonic
+    pythonic_user_3.3   3.3 and Llama 4: the same in other closing words
+    llama4              Llama 4: in front of the system text, Llama 4's wording; calls as pythonic
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from herd.chat.format import ToolSpec
@@ -200,7 +202,7 @@ def _print_tags(calls: Sequence[ToolCall]) -> str:
     return "\n".join(f"<function={call.name}>{_dump(_arguments(call), ascii=True)}</function>" for call in calls)
 
 
-# ---- pythonic, pythonic_user, llama4 --------------------------------------------------------------------------------
+# ---- pythonic, pythonic_user, pythonic_user_3.3, llama4 -------------------------------------------------------------
 
 _PYTHONIC_SYSTEM = (
     "You are an expert in composing functions. You are given a question and a set of possible functions.\n"
@@ -252,16 +254,27 @@ def _place_llama4(messages: Messages, tools: Sequence[ToolSpec]) -> Messages:
     return with_system_text(messages, _LLAMA4_SYSTEM + _python_description(tools), "\n\n")
 
 
-def _place_pythonic_user(messages: Messages, tools: Sequence[ToolSpec]) -> Messages:
-    i = _first_user(messages, "pythonic_user")
-    text = (
-        f"Questions: {messages[i].text}\n"
-        f"Here is a list of functions in JSON format that you can invoke:\n{_python_description(tools)}\n\n"
-        "Should you decide to return the function call(s),Put it in the format of "
-        "[func1(params_name=params_value, params_name2=params_value2...), func2(params)]\n\n"
-        "NO other text MUST be included."
-    )
+_PYTHONIC_USER = (
+    "Should you decide to return the function call(s),Put it in the format of "
+    "[func1(params_name=params_value, params_name2=params_value2...), func2(params)]\n\n"
+    "NO other text MUST be included."
+)
+_PYTHONIC_USER_33 = (
+    "Should you decide to return the function call(s), put them in the format of "
+    "[func1(params_name=params_value, params_name2=params_value2...), func2(params)]\n\n"
+    "You SHOULD NOT include any other text in the response."
+)
+
+
+def _place_pythonic_user(messages: Messages, tools: Sequence[ToolSpec], *, name: str, closing: str) -> Messages:
+    i = _first_user(messages, name)
+    described = f"Here is a list of functions in JSON format that you can invoke:\n{_python_description(tools)}"
+    text = f"Questions: {messages[i].text}\n{described}\n\n{closing}"
     return (*messages[:i], replace(messages[i], content=text), *messages[i + 1 :])
+
+
+def _pythonic_user(name: str, closing: str) -> Dialect:
+    return Dialect(name, partial(_place_pythonic_user, name=name, closing=closing), print_python_calls)
 
 
 DIALECTS: Mapping[str, Dialect] = {
@@ -271,7 +284,8 @@ DIALECTS: Mapping[str, Dialect] = {
         Dialect("meta_json", _place_meta_json, _print_meta_json),
         Dialect("function_tag", _place_tags, _print_tags),
         Dialect("pythonic", _place_pythonic, print_python_calls),
-        Dialect("pythonic_user", _place_pythonic_user, print_python_calls),
+        _pythonic_user("pythonic_user", _PYTHONIC_USER),
+        _pythonic_user("pythonic_user_3.3", _PYTHONIC_USER_33),
         Dialect("llama4", _place_llama4, print_python_calls),
     )
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -12,11 +13,13 @@ from typing import Any
 import pytest
 
 from herd.chat.format import ToolSpec
+from herd.chat.headers import HeaderFormat
 from herd.chat.llama3 import Llama3Format
+from herd.chat.llama4 import Llama4Format
 from herd.chat.messages import Message, Role, ToolCall
 from herd.chat.reply import ReplyParser
 from herd.chat.toolspec import BUILTIN_TOOLS
-from tests.chat.vocabularies import llama3
+from tests.chat.vocabularies import llama3, llama4
 
 DOCUMENTS = {"3.1": ("llama3_1", "prompt_format.md"), "3.2": ("llama3_2", "text_prompt_format.md")}
 _TURN = re.compile(r"<\|start_header_id\|>(\w+)<\|end_header_id\|>\n\n(.*?)(<\|eot_id\|>|<\|eom_id\|>|\Z)", re.DOTALL)
@@ -158,6 +161,22 @@ def test_tools_beside_the_question_as_printed_but_for_indentation() -> None:
     question = example.prompt.split("Questions: ")[1].split("\nHere is")[0]
     format = Llama3Format(llama3(), dialect="pythonic_user")
     assert shown(format.render([Message("user", question)], [tool]).tokens).split() == example.prompt.split()
+
+
+@pytest.mark.parametrize(
+    "build", [lambda **options: Llama3Format(llama3(), **options), lambda **options: Llama4Format(llama4(), **options)]
+)
+def test_tools_beside_the_question_end_in_the_words_of_3_3_and_4(build: Callable[..., HeaderFormat]) -> None:
+    """prompt_format.md of Llama 3.3 and Llama 4, which the llama-models package does not carry."""
+    format = build(dialect="pythonic_user_3.3")
+    older = shown(Llama3Format(llama3(), dialect="pythonic_user").render([Message("user", "q")], [WEATHER]).tokens)
+    question = older.split("user<|end_header_id|>\n\n")[1].split("Should you")[0]
+    rendered = format.tokenizer.decode(format.render([Message("user", "q")], [WEATHER]).tokens, skip_special=False)
+    assert (
+        f"\n\n{question}Should you decide to return the function call(s), put them in the format of "
+        "[func1(params_name=params_value, params_name2=params_value2...), func2(params)]\n\n"
+        "You SHOULD NOT include any other text in the response.<|eo"
+    ) in rendered
 
 
 def test_builtin_tools_are_switched_on_as_printed() -> None:

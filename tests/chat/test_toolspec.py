@@ -173,7 +173,7 @@ def test_what_is_built_in() -> None:
 
 def test_tools_that_need_a_user_message_say_so() -> None:
     spec = ToolSpec("f", "d", SCHEMA)
-    for dialect in ("json", "meta_json", "function_tag", "pythonic_user"):
+    for dialect in ("json", "meta_json", "function_tag", "pythonic_user", "pythonic_user_3.3"):
         with pytest.raises(PromptError, match="there is none"):
             Llama3Format(llama3(), dialect=dialect).render([Message("system", "x")], [spec])
     bad = ToolSpec("f", "d", {"type": "object", "properties": {"a": {"default": object()}}})
