@@ -6,7 +6,7 @@ Stages, each skipped when its result is already in the folder given by --out:
 
 1. vocabulary  byte-level BPE in the Llama 3 scheme                      -> tokenizer/
 2. stable      constant learning rate on children's books                -> stable.pt
-3. anneal      rate falls to zero on the simplest texts and a third chat    -> anneal.pt
+3. anneal      rate falls to zero on the simplest texts, a third chat   -> anneal.pt
 4. chat        fine-tuning on conversations, loss on the replies only    -> chat.pt
 5. export      Hugging Face folder                                       -> export/
 """
@@ -118,7 +118,7 @@ def anneal_rows(tokenizer: FastTokenizer, texts: list[Text], data: Path) -> Rows
 
 def tuning_rows(tokenizer: FastTokenizer, texts: list[Text], data: Path) -> Rows:
     """One epoch of the fine-tune: stories and questions."""
-    records = story_rows(texts, SEED + 3, made=4500) + chat_rows(SEED + 3, data, repeat=3)
+    records = story_rows(texts, SEED + 3, made=1600) + chat_rows(SEED + 3, data, repeat=3)
     return chat_rows_packed(Headers(tokenizer), records)
 
 

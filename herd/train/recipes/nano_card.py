@@ -46,7 +46,7 @@ numbers, days and words, says that it does not know the rest, and stops by itsel
 
 {stages}
 
-One process on two cores of an AVX-512 server CPU, float32, `torch.compile`. Muon for the matrices inside the layers (momentum 0.95),
+One process on one core of an AVX-512 server CPU (on two for some minutes of the first stage), float32, `torch.compile`. Muon for the matrices inside the layers (momentum 0.95),
 AdamW (0.9, 0.95) for embeddings and norms, weight decay 0.1, gradient clip 1.0, no dropout; warm-up, constant rate, then linear
 decay to zero over the simplest texts. Documents are packed with a document mask: they never see each other. In the chat stage, and for the
 conversations of the anneal stage, only the assistant's words are learned.
