@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from herd.checkpoint.mapped import slices
 from herd.checkpoint.names import shapes
 from herd.checkpoint.placement import device_named, dtype_named
 from herd.checkpoint.store import ReadsInto, Releases, TensorStore
@@ -27,7 +28,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def fill(store: TensorStore, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu") -> Llama:
-    """A Llama with the weights of `store`, in one dtype (default: the one most of them are stored in), ready to run.
+    """A Llama with the weights of `store`, in one dtype (default: `stored_dtype`), ready to run.
 
     Parameters do not require gradients. On the CPU they may be views of the file: writing to one copies what is written,
     the file never changes. Raises CheckpointError, and ConfigError for a dtype or device that `placement` does not know.
@@ -75,13 +76,16 @@ def check_store(store: TensorStore) -> None:
 
 
 def stored_dtype(store: TensorStore) -> torch.dtype:
-    """The floating dtype that most numbers of `store` are read in. Raises CheckpointError when there is none."""
+    """The floating dtype that most numbers of `store` are stored in; bfloat16 for quantized ones, whose exact float32 values
+    would take eight times their file. Raises CheckpointError when there is none."""
     counts: Counter[torch.dtype] = Counter()
     for name in shapes(store.config):
         info = store.info(name)
         if info.dtype not in FLOATS:
             raise _meaningless(store, name)
-        counts[info.dtype] += torch.Size(info.shape).numel()
+        count = torch.Size(info.shape).numel()
+        packed = info.nbytes < count * info.dtype.itemsize
+        counts[torch.bfloat16 if packed else info.dtype] += count
     return counts.most_common(1)[0][0]
 
 
@@ -93,10 +97,22 @@ def _read(store: TensorStore, name: str, dtype: torch.dtype, device: torch.devic
         tensor = store.read(name)
     else:  # the lasting tensor is allocated before the passing one, so that the heap does not fill with holes
         tensor = torch.empty(info.shape, dtype=dtype, device=device)
-        store.read_into(name, tensor) if isinstance(store, ReadsInto) else tensor.copy_(store.read(name))
+        _copy(store, name, tensor)
     if isinstance(store, Releases):
         store.release(name)  # what was copied is not needed again, and views bring their pages back when touched
     return tensor
+
+
+def _copy(store: TensorStore, name: str, out: torch.Tensor) -> None:
+    """Into `out`, letting go of the file's pages on the way: a large embedding is a fifth of a small model."""
+    if isinstance(store, ReadsInto):
+        store.read_into(name, out)
+        return
+    source = store.read(name)
+    for rows in slices(out):
+        out[rows].copy_(source[rows])
+        if isinstance(store, Releases):
+            store.release(name)
 
 
 def _meaningless(store: TensorStore, name: str) -> CheckpointError:

@@ -18,6 +18,7 @@ import torch
 from herd.checkpoint.files import short
 from herd.checkpoint.gguf import GGUFFile
 from herd.checkpoint.gguf_config import read_config, read_sampling
+from herd.checkpoint.mapped import slices
 from herd.checkpoint.names import homes, ignored, shapes
 from herd.checkpoint.store import TensorInfo
 from herd.errors import CheckpointError
@@ -70,6 +71,19 @@ class GGUFStore:
         if file.entries[foreign].type.decode is not None:
             file.release(foreign)
         return tensor
+
+    def read_into(self, name: str, out: torch.Tensor) -> None:
+        """Decode or copy into `out`, of the tensor's shape and any dtype and device, a few rows at a time: neither a passing
+        copy nor many pages of the file are in memory at once."""
+        file, foreign = self._home(name)
+        stored = file.raw(foreign)
+        for rows in slices(out):
+            part = out[rows]
+            if isinstance(stored, QuantTensor):
+                part.copy_(QuantTensor(stored.blocks[rows], stored.type, tuple(part.shape)).dequantize(out.dtype))
+            else:
+                part.copy_(stored[rows])
+            file.release(foreign)
 
     def raw(self, name: str) -> torch.Tensor | QuantTensor:
         """As `read`, but quantized blocks as they are: a QuantTensor over a view of the file."""

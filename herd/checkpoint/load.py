@@ -36,9 +36,9 @@ def load(
     """(model, tokenizer) of a checkpoint folder, file or catalog name, in any format herd reads.
 
     `dtype` is a torch dtype or its name ("float32", "bfloat16", "float16"); "auto" and None keep the one the weights are
-    stored in. `device` is a name such as "cuda:0"; "auto" takes the fastest kind that is here. Parameters do not
-    require gradients; on the CPU they may be views of the file. A checkpoint without a tokenizer loads, too, and using its
-    tokenizer raises CheckpointError.
+    stored in, bfloat16 for quantized files. `device` is a name such as "cuda:0"; "auto" takes the fastest kind that is here.
+    Parameters do not require gradients; on the CPU they may be views of the file. A checkpoint without a tokenizer loads,
+    too, and using its tokenizer raises CheckpointError.
 
     Raises UnknownModelError, CheckpointError, ConfigError or TokenizerError.
     """
