@@ -55,10 +55,11 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `content` is text, or parts when images are mixed in. Raises PromptError on an unknown role.
+    """One turn. `content` is text, or parts when images are mixed in. Raises PromptError on an unknown role, fields that
+    the role cannot carry, and values of wrong types.
 
-    `tool_calls` belong to assistant messages. `stop_reason` "end_of_message" marks an assistant turn that waits for tools;
-    None lets the format decide (end_of_message exactly when the format's own rule says so).
+    `tool_calls` and `stop_reason` belong to assistant messages. The stop reason "end_of_message" marks a turn that waits for
+    tools; None lets the format decide (end_of_message exactly when the format's own rule says so).
     `name` is the tool's name on a tool message; `tool_call_id` repeats the id of the call it answers.
     """
 
@@ -72,12 +73,29 @@ class Message:
     def __post_init__(self) -> None:
         if self.role not in get_args(Role):
             raise PromptError(f"message role {self.role!r} is not one of {', '.join(get_args(Role))}")
-        if self.tool_calls and self.role != "assistant":
-            raise PromptError(f"a {self.role} message cannot carry tool calls: only assistant messages can")
         if isinstance(self.content, list):
             object.__setattr__(self, "content", tuple(self.content))
         if isinstance(self.tool_calls, list):
             object.__setattr__(self, "tool_calls", tuple(self.tool_calls))
+        if self.role != "assistant":
+            for field_name, value in (("tool calls", self.tool_calls), ("a stop reason", self.stop_reason)):
+                if value:
+                    raise PromptError(f"a {self.role} message cannot carry {field_name}: only assistant messages can")
+        if self.stop_reason is not None and self.stop_reason not in get_args(StopReason):
+            raise PromptError(f"stop reason {self.stop_reason!r} is not one of {', '.join(get_args(StopReason))}")
+        self._check_content()
+
+    def _check_content(self) -> None:
+        where = f"content of a {self.role} message"
+        if not isinstance(self.content, str | tuple):
+            raise PromptError(f"{where} is a {type(self.content).__name__}, expected text or parts")
+        parts = () if isinstance(self.content, str) else self.content
+        for part in parts:
+            if not isinstance(part, Text | Image):
+                raise PromptError(f"{where} holds a {type(part).__name__}, expected Text and Image parts")
+        for call in self.tool_calls:
+            if not isinstance(call, ToolCall):
+                raise PromptError(f"tool_calls hold a {type(call).__name__}, expected ToolCalls")
 
     @property
     def text(self) -> str:

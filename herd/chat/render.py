@@ -34,9 +34,28 @@ def render(
     `format` is a format, or its name and a tokenizer. `generate` opens the assistant's reply at the end; without it the
     conversation is rendered as it is, for training. Raises PromptError.
     """
-    if isinstance(format, tuple):
-        format = format_named(*format)
-    return format.render(messages_from(messages), tools_from(tools), generate=generate)
+    return _format(format).render(messages_from(messages), tools_from(tools), generate=generate)
+
+
+def _format(given: Any) -> ChatFormat:
+    """The format that callers mean; PromptError for anything but a format, or a name and a tokenizer."""
+    if isinstance(given, str):
+        raise PromptError(
+            f"a prompt format needs a tokenizer: give the name with its tokenizer, ({given!r}, tokenizer)"
+        )
+    if not isinstance(given, tuple):
+        if not hasattr(given, "render"):
+            raise PromptError(f"format is a {type(given).__name__}: expected a prompt format, or (name, tokenizer)")
+        return given
+    if len(given) != 2:
+        raise PromptError(f"format is a tuple of {len(given)}: expected (name, tokenizer)")
+    name, tokenizer = given
+    if not isinstance(name, str):
+        raise PromptError(f"the name of a prompt format is text, not a {type(name).__name__}")
+    if not hasattr(tokenizer, "special"):
+        kind = type(tokenizer).__name__
+        raise PromptError(f"format holds a {kind} where a tokenizer belongs: open it with herd.load_tokenizer")
+    return format_named(name, tokenizer)
 
 
 def messages_from(conversation: Any) -> tuple[Message, ...]:

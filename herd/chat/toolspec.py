@@ -86,6 +86,8 @@ def _check_schema(where: str, schema: Mapping[str, Any]) -> None:
 def tools_from(tools: Sequence[Any]) -> tuple[ToolSpec, ...]:
     """ToolSpecs from what callers have: ToolSpecs, Python functions, names of built-in tools, OpenAI tool objects
     (`{"type": "function", "function": {...}}`) or the inner object alone. Raises PromptError naming index and field."""
+    if isinstance(tools, str | Mapping) or not isinstance(tools, Sequence):
+        raise PromptError(f"tools are a list, not a {type(tools).__name__}")
     return check_tools([_tool_from(i, tool) for i, tool in enumerate(tools)])
 
 

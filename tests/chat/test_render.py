@@ -141,6 +141,43 @@ def test_render_by_format_and_by_name() -> None:
         render(conversation, ("llama5", llama3()))
 
 
+@pytest.mark.parametrize(
+    ("format", "complaint"),
+    [
+        ("llama3", r"give the name with its tokenizer, \('llama3', tokenizer\)"),
+        (("llama3",), r"a tuple of 1: expected \(name, tokenizer\)"),
+        ((5, 6), "the name of a prompt format is text, not a int"),
+        (("llama3", "tokenizer.model"), r"a str where a tokenizer belongs: open it with herd\.load_tokenizer"),
+        (("llama3", None), "a NoneType where a tokenizer belongs"),
+        (None, "format is a NoneType: expected a prompt format"),
+    ],
+)
+def test_what_is_no_format_is_said(format: Any, complaint: str) -> None:
+    with pytest.raises(PromptError, match=complaint):
+        render([Message("user", "hi")], format)
+
+
+def test_render_takes_a_list_of_tools() -> None:
+    for tools in ("brave_search", {"type": "function"}, 5):
+        with pytest.raises(PromptError, match=rf"tools are a list, not a {type(tools).__name__}"):
+            render([Message("user", "hi")], Llama3Format(llama3()), tools)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"role": "user", "content": 5}, "content of a user message is a int, expected text or parts"),
+        ({"role": "user", "content": ("a", 5)}, "content of a user message holds a str, expected Text and Image parts"),
+        ({"role": "assistant", "stop_reason": "stop"}, "stop reason 'stop' is not one of end_of_turn"),
+        ({"role": "tool", "stop_reason": "end_of_turn"}, "a tool message cannot carry a stop reason"),
+        ({"role": "assistant", "tool_calls": ({"name": "f"},)}, "tool_calls hold a dict, expected ToolCalls"),
+    ],
+)
+def test_messages_of_wrong_types_are_refused(options: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(PromptError, match=complaint):
+        Message(**options)
+
+
 def test_render_is_public() -> None:
     import herd
 
