@@ -2,6 +2,13 @@
 
 A format is found from what the checkpoint says: the name its files carry, else the text of its chat template together with the
 special tokens. File and folder names are never looked at. A checkpoint without either is a base model.
+
+Llama 3.3 cannot be told from 3.1: its checkpoints carry the same chat template. A template of that text is taken for
+`llama3.1`, whose tools are described and called as that template does it; conversations without tools are the same in both.
+Name `llama3.3` to have its tools in Python calls, which Meta's document recommends for it.
+
+The names that end in `-hf` write conversations as the chat templates of the Hugging Face checkpoints do, `llama3*` and
+`llama4` as Meta's code does. `llama3.1-hf` is the template of 3.1 and 3.3, and of 3.2 with today's `date`.
 """
 
 from __future__ import annotations
@@ -34,6 +41,9 @@ FORMATS: Mapping[str, Callable[..., ChatFormat]] = {
     "llama3.2": partial(Llama3Format, dialect="pythonic", name="llama3.2"),
     "llama3.3": partial(Llama3Format, dialect="pythonic", name="llama3.3"),
     "llama4": Llama4Format,
+    "llama3-hf": partial(Llama3Format, dialect=None, strip_content=True, name="llama3-hf"),
+    "llama3.1-hf": Llama3Format.as_hf,
+    "llama4-hf": Llama4Format.as_hf,
     **{name: partial(GuardFormat, name=name) for name in CATEGORIES},
 }
 """Factories by name: what `--format` takes and what catalog entries and checkpoints name."""
@@ -87,8 +97,7 @@ def _name_from_template(template: str, tokenizer: Tokenizer) -> str | None:
         # The template of 3 8B has a fixed list; those of 3 1B and 11B Vision take other categories.
         return "llama-guard-3-1b" if "excluded_category_keys" in template else "llama-guard-3"
     if "<|start_header_id|>" in template:
-        # The template of 3.2 asks for today's date, that of 3.1 has a fixed one, and Llama 3 knows no tools. 3.3 comes with
-        # either; where its date is fixed and its files give no name, it speaks JSON as its template does.
+        # The template of 3.2 asks for today's date, that of 3.1 and 3.3 has a fixed one, and Llama 3 knows no tools.
         if "strftime_now" in template:
             return "llama3.2"
         return "llama3.1" if "ipython" in template else "llama3"

@@ -60,7 +60,7 @@ class Llama3Format(HeaderFormat):
         self.quote_results = quote_results
 
     @classmethod
-    def as_hf(cls, tokenizer: Tokenizer, *, date: str = "26 Jul 2024", name: str = "llama3.1") -> Llama3Format:
+    def as_hf(cls, tokenizer: Tokenizer, *, date: str = "26 Jul 2024", name: str = "llama3.1-hf") -> Llama3Format:
         """The conversation as the HF templates of 3.1, 3.2 and 3.3 write it."""
         return cls(tokenizer, strip_content=True, preamble=True, date=date, quote_results=True, name=name)
 

@@ -52,9 +52,9 @@ class Llama4Format(HeaderFormat):
                 special_id(tokenizer, marker, name)
 
     @classmethod
-    def as_hf(cls, tokenizer: Tokenizer) -> Llama4Format:
+    def as_hf(cls, tokenizer: Tokenizer, *, name: str = "llama4-hf") -> Llama4Format:
         """The conversation as the HF template writes it."""
-        return cls(tokenizer, dialect="json", template=True)
+        return cls(tokenizer, dialect="json", template=True, name=name)
 
     def prepared(self, messages: tuple[Message, ...], tools: tuple[ToolSpec, ...]) -> tuple[Message, ...]:
         """The conversation with the tools described in it."""

@@ -83,9 +83,9 @@ class Message:
                     raise PromptError(f"a {self.role} message cannot carry {field_name}: only assistant messages can")
         if self.stop_reason is not None and self.stop_reason not in get_args(StopReason):
             raise PromptError(f"stop reason {self.stop_reason!r} is not one of {', '.join(get_args(StopReason))}")
-        self._check_content()
+        self._check_types()
 
-    def _check_content(self) -> None:
+    def _check_types(self) -> None:
         where = f"content of a {self.role} message"
         if not isinstance(self.content, str | tuple):
             raise PromptError(f"{where} is a {type(self.content).__name__}, expected text or parts")

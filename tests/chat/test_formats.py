@@ -10,10 +10,11 @@ import pytest
 from herd.chat.base import BaseFormat
 from herd.chat.formats import FORMATS, detect, format_named
 from herd.chat.llama3 import Llama3Format
+from herd.chat.llama4 import Llama4Format
 from herd.chat.messages import Message
 from herd.errors import PromptError
 from herd.tokenizer.tokenizer import Family, SpecialTokens
-from tests.chat.vocabularies import llama3
+from tests.chat.vocabularies import llama3, llama4
 
 
 def double(family: Family, *names: str, template: str | None = None, chat_format: str | None = None) -> Any:
@@ -33,7 +34,7 @@ def double(family: Family, *names: str, template: str | None = None, chat_format
 
 def any_tokenizer(name: str) -> Any:
     three = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-    four = ("<|header_start|>", "<|header_end|>", "<|eot|>")
+    four = ("<|header_start|>", "<|header_end|>", "<|eot|>", "<|python_start|>", "<|python_end|>")
     if name == "codellama-70b":
         return double("codellama", "<step>")
     return double("llama4", *three, *four)
@@ -60,6 +61,19 @@ def test_options_of_a_format() -> None:
         format_named("llama3.1", any_tokenizer("llama3.1"), policy="own")
     with pytest.raises(PromptError, match="the codellama format has no option 'code'; it has none"):
         format_named("codellama", any_tokenizer("codellama"), code=False)
+
+
+def test_the_template_forms_have_names() -> None:
+    conversation = [Message("system", " S "), Message("user", " x "), Message("assistant", "a"), Message("tool", "1")]
+    three = format_named("llama3.1-hf", llama3(), date="21 Nov 2026")
+    assert three.render(conversation) == Llama3Format.as_hf(llama3(), date="21 Nov 2026").render(conversation)
+    four = format_named("llama4-hf", llama4())
+    assert four.render(conversation) == Llama4Format.as_hf(llama4()).render(conversation)
+    shown = llama3().decode(format_named("llama3-hf", llama3()).render(conversation[:2]).tokens, skip_special=False)
+    assert shown == (  # the template of Llama 3 strips, and adds nothing
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nx<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
 
 
 GUARD = "<BEGIN UNSAFE CONTENT CATEGORIES>"
