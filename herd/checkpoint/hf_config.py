@@ -1,4 +1,4 @@
-"""config.json -> ModelConfig. A closed schema: known keys are honoured or refused by name, unknown ones are ignored.
+"""config.json -> ModelConfig. A closed schema: known keys are honoured or refused by name, unknown ones named in a warning.
 
 Both spellings of rotary settings are read: `rope_theta` + `rope_scaling`, and transformers 5's `rope_parameters`.
 Source: transformers configuration_llama.py and configuration_llama4.py.
@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from herd.checkpoint.fields import Fields, named
 from herd.checkpoint.files import short
+from herd.checkpoint.hf_keys import check_keys, check_rope
 from herd.checkpoint.limits import plausible
 from herd.checkpoint.names import Column
 from herd.errors import ConfigError
@@ -43,6 +44,7 @@ def _read(data: Mapping[str, Any], where: str) -> HFModel:
         )
     if kind not in ("llama", "llama4", "llama4_text"):
         top.fail("model_type", f"is {short(kind or None)}: herd knows 'llama', 'llama4' and 'llama4_text'")
+    check_keys(top, kind)
     if kind == "llama":
         return HFModel(plausible(_dense(top), where), "hf", "")
     if kind == "llama4_text":
@@ -51,6 +53,7 @@ def _read(data: Mapping[str, Any], where: str) -> HFModel:
     if text is None:
         top.fail("text_config", "is missing")
     text.refuse("quantization_config", "quantized Hugging Face checkpoints cannot be read yet")
+    check_keys(text, "llama4_text")
     return HFModel(plausible(_llama4(text), where), "hf4", "language_model.")
 
 
@@ -128,8 +131,7 @@ def _scaling(f: Fields) -> RopeScaling | None:
     rope = f.object("rope_parameters") or f.object("rope_scaling")
     if rope is None:
         return None
-    if rope.number("partial_rotary_factor", 1.0) != 1.0:
-        rope.fail("partial_rotary_factor", "is not 1: Llamas rotate whole heads")
+    check_rope(rope)
     kind = rope.text("rope_type", rope.text("type", "default"))
     if kind == "default":
         return None

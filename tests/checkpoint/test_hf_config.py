@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Llama4Config, Llama4TextConfig, LlamaConfig
 
 from herd.checkpoint.hf import HFStore
 from herd.checkpoint.hf_config import read_config
@@ -145,6 +146,20 @@ CANNOT = [
     ({"model_type": "mllama"}, "not runnable yet"),
     ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config"),
     ({"quantization_config": {"quant_method": "fbgemm_fp8"}}, "quantization_config"),
+    ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
+    ({"architectures": ["MistralForCausalLM"]}, "architectures"),
+    ({"architectures": "LlamaForCausalLM"}, "architectures"),
+    ({"layer_types": ["full_attention"] * 31 + ["sliding_attention"]}, "layer_types"),
+    ({"layer_types": "full_attention"}, "layer_types"),
+    ({"rope_parameters": {"rope_type": "default", "attention_factor": 2.0}}, "rope_parameters.attention_factor"),
+    ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters.full_attention"),
+    ({"sliding_window": 4096}, "sliding_window"),
+    ({"logit_scale": 2.0}, "logit_scale"),
+    ({"logits_scaling": 8.0}, "logits_scaling"),
+    ({"embedding_multiplier": 12.0}, "embedding_multiplier"),
+    ({"attention_multiplier": 0.1}, "attention_multiplier"),
+    ({"residual_multiplier": 0.2}, "residual_multiplier"),
+    ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
 ]
 
 
@@ -153,6 +168,76 @@ def test_what_cannot_be_honoured_is_named(change: dict[str, Any], key: str) -> N
     with pytest.raises(ConfigError, match=key) as caught:
         read(DENSE | change)
     assert "config.json" in str(caught.value)
+
+
+NEUTRAL = [
+    {"sliding_window": None},
+    {"logit_scale": 1.0, "embedding_multiplier": 1, "residual_multiplier": 1.0, "final_logit_softcapping": None},
+    {"layer_types": ["full_attention"] * 32},
+    {"pretraining_tp": 2},  # another order of the same sums
+    {"architectures": None},
+    {"some_new_key": None},
+]
+
+
+@pytest.mark.parametrize("change", NEUTRAL)
+def test_what_changes_nothing_is_silent(change: dict[str, Any]) -> None:
+    assert read(DENSE | change) == read(DENSE)
+
+
+def test_unknown_keys_are_said_once() -> None:
+    with pytest.warns(UserWarning, match=r"config\.json: unknown keys are ignored: newer_key, newest_key$") as said:
+        assert read(DENSE | {"newest_key": 1, "newer_key": False}) == read(DENSE)
+    assert len(said) == 1
+    scaling = DENSE["rope_scaling"] | {"beta_fast": 32}
+    with pytest.warns(UserWarning, match=r"unknown keys are ignored: rope_scaling\.beta_fast$"):
+        read(DENSE | {"rope_scaling": scaling})
+    with pytest.warns(UserWarning, match=r"unknown keys are ignored: text_config\.new$"):
+        text4(new=7)
+
+
+RELEASED = [
+    # Llama 1 (transformers 4.28), Llama 2, Code Llama, 3, 3.1, 3.2, as they are on the hub beside the numbers
+    {"architectures": ["LLaMAForCausalLM"], "initializer_range": 0.02, "max_sequence_length": 2048, "use_cache": True}
+    | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "transformers_version": "4.28.0.dev0"},
+    {"_name_or_path": "meta-llama/Llama-2-7b-hf", "pretraining_tp": 1, "rope_scaling": None, "torch_dtype": "float16"},
+    {"max_length": 4096, "pad_token_id": 0, "transformers_version": "4.31.0.dev0"},
+    {"attention_dropout": 0.0, "pretraining_tp": 1, "torch_dtype": "bfloat16", "transformers_version": "4.40.0.dev0"},
+    {"mlp_bias": False, "head_dim": 128, "use_cache": True, "transformers_version": "4.45.0.dev0"},
+    {"dtype": "bfloat16", "unsloth_fixed": True, "pad_token_id": 128004},
+]
+
+
+@pytest.mark.parametrize("keys", RELEASED)
+def test_released_configs_are_silent(keys: dict[str, Any]) -> None:
+    read(DENSE | keys)
+
+
+ROPES = {
+    "1": {"rope_type": "default", "rope_theta": 10_000.0},
+    "3": {"rope_type": "default", "rope_theta": 500_000.0},
+    "3.1": {"rope_theta": 500_000.0, **DENSE["rope_scaling"]},
+}
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["every key", "what is saved"])
+@pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
+def test_configs_of_transformers_are_silent(rope: dict[str, Any], whole: bool, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    written = LlamaConfig(**sizes, num_key_value_heads=2, rope_parameters=rope, architectures=["LlamaForCausalLM"])
+    written.save_pretrained(tmp_path)
+    data = written.to_dict() if whole else json.loads((tmp_path / "config.json").read_text())
+    assert read(data).rope_theta == rope["rope_theta"]
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["every key", "what is saved"])
+def test_llama4_configs_of_transformers_are_silent(whole: bool, tmp_path: Path) -> None:
+    text = Llama4TextConfig(num_hidden_layers=8)
+    both = Llama4Config(text_config=text, architectures=["Llama4ForConditionalGeneration"])
+    for written in (text, both):
+        written.save_pretrained(tmp_path)
+        data = written.to_dict() if whole else json.loads((tmp_path / "config.json").read_text())
+        assert read(data).n_layers == 8
 
 
 DEEP = "[" * 10_000 + "]" * 10_000

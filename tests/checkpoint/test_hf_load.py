@@ -87,7 +87,6 @@ def test_older_config_spellings(tmp_path: Path) -> None:
             dtype=None,
             torch_dtype="float32",
             head_dim=None,
-            some_new_key={"unknown": True},
         )
         assert HFStore(tmp_path).config == model.config
 
