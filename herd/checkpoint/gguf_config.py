@@ -70,12 +70,21 @@ def read_config(metadata: Metadata, tensors: Tensors) -> ModelConfig:
 
 
 def read_sampling(metadata: Metadata) -> GenerationDefaults:
-    """The `general.sampling.*` keys; stop ids are the tokenizer's business. Raises CheckpointError."""
+    """The `general.sampling.*` keys; stop ids are the tokenizer's business. What is not honoured is named in one warning.
+
+    Raises CheckpointError.
+    """
     keys = _Keys(metadata, "general.sampling.")
+    names = [key.removeprefix(keys.prefix) for key in metadata if key.startswith(keys.prefix)]
+    extra = {name: metadata[keys.prefix + name] for name in names if name not in ("temp", "top_p", "top_k", "min_p")}
+    if extra:
+        warnings.warn(f"{metadata.path}: not honoured: {', '.join(map(short, extra))} of {keys.prefix}*", stacklevel=2)
     return GenerationDefaults(
         temperature=keys.number("temp") if keys.has("temp") else None,
         top_p=keys.number("top_p") if keys.has("top_p") else None,
         top_k=keys.whole("top_k", least=0) if keys.has("top_k") else None,
+        min_p=keys.number("min_p") if keys.has("min_p") else None,
+        extra=extra,
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from herd.chat.params import SamplingParams
 from herd.model.config import ModelConfig
 
 __all__ = ["GenerationDefaults", "ReadsInto", "Releases", "TensorFile", "TensorInfo", "TensorStore"]
@@ -94,10 +95,24 @@ class TensorFile(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class GenerationDefaults:
-    """What generation_config.json says: stop ids and sampling defaults, each None when it is silent."""
+    """What generation_config.json says: stop ids and sampling defaults, each None when it is silent.
+
+    Named as in SamplingParams; `extra` holds what would change sampling but is not honoured.
+    """
 
     stop_ids: frozenset[int] = frozenset()
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    max_tokens: int | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def params(self, **chosen: Any) -> SamplingParams:
+        """`chosen` over the checkpoint's own defaults over Meta's. Raises ConfigError naming a wrong field."""
+        own = {name: getattr(self, name) for name in _SAMPLING if getattr(self, name) is not None}
+        return SamplingParams(**(own | chosen))
+
+
+_SAMPLING = ("stop_ids", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens")

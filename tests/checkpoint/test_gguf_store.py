@@ -130,9 +130,13 @@ def test_metadata_reads_as_the_gguf_package_reads_it(tmp_path: Path) -> None:
 
 def test_sampling_defaults_of_the_file(tmp_path: Path) -> None:
     keys = {"general.sampling.temp": 0.6, "general.sampling.top_p": 0.9, "general.sampling.top_k": 40}
+    keys["general.sampling.min_p"] = 0.25
     hf = transformers_model(DENSE["llama-2"])
     found = GGUFStore(write_gguf(tmp_path / "with.gguf", hf, metadata=keys)).generation
-    assert (found.temperature, found.top_p, found.top_k) == (0.6, 0.9, 40)
+    assert (found.temperature, found.top_p, found.top_k, found.min_p) == (0.6, 0.9, 40, 0.25)
+    mirostat = write_gguf(tmp_path / "more.gguf", hf, metadata=keys | {"general.sampling.mirostat": 2})
+    with pytest.warns(UserWarning, match=r"more\.gguf: not honoured: 'mirostat' of general\.sampling\.\*"):
+        assert GGUFStore(mirostat).generation.extra == {"mirostat": 2}
     assert GGUFStore(write_gguf(tmp_path / "without.gguf", hf)).generation == GenerationDefaults()
 
 

@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Llama4Config, Llama4ForConditionalGeneration
 
+from herd.chat.params import SamplingParams
 from herd.checkpoint.fill import fill
 from herd.checkpoint.hf import HFStore
 from herd.checkpoint.open import open_store
+from herd.checkpoint.store import GenerationDefaults
 from tests.build import TINY, build, tokens
 from tests.checkpoint.folders import save_bin, write_hf
 from tests.parity.oracles import hf_logits
@@ -142,19 +144,42 @@ def test_generation_defaults(tmp_path: Path) -> None:
     file = tmp_path / "generation_config.json"
     file.write_text(
         '{"do_sample": true, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [128001, 128009], "bos_token_id": 128000,'
-        ' "max_length": 4096}'
+        ' "max_length": 8192, "num_beams": 1, "min_p": 0.05, "repetition_penalty": 1.2, "max_new_tokens": 7,'
+        ' "typical_p": 1.0, "cache_implementation": "static", "suppress_tokens": [], "transformers_version": "4.31.0"}'
     )
     found = HFStore(tmp_path).generation
     assert (found.temperature, found.top_p, found.top_k) == (0.6, 0.9, None)
     assert found.stop_ids == {128001, 128009}
-    assert found.extra == {"max_length": 4096}
+    assert (found.min_p, found.repetition_penalty, found.max_tokens, found.extra) == (0.05, 1.2, 7, {})
+    chosen = found.params(temperature=1.5, seed=3)
+    assert chosen == SamplingParams(
+        temperature=1.5, top_p=0.9, min_p=0.05, repetition_penalty=1.2, max_tokens=7, seed=3, stop_ids=found.stop_ids
+    )
+    assert GenerationDefaults().params() == SamplingParams()
     file.write_text('{"do_sample": false, "temperature": 0.6, "eos_token_id": 7}')
     found = HFStore(tmp_path).generation
     assert (found.temperature, found.stop_ids) == (0.0, {7})
+    file.write_text('{"max_length": 4096, "typical_p": 0.5, "no_repeat_ngram_size": 3, "new_key": 1, "num_beams": 1}')
+    with pytest.warns(
+        UserWarning, match=r"generation_config\.json: not honoured: 'max_length': 4096, 'new_key': 1"
+    ) as said:
+        found = HFStore(tmp_path).generation
+    assert len(said) == 1
+    assert found.extra == {"max_length": 4096, "typical_p": 0.5, "no_repeat_ngram_size": 3, "new_key": 1}
     file.unlink()
     edit(tmp_path / "config.json", eos_token_id=5)
     assert HFStore(tmp_path).generation.stop_ids == {5}
-    for wrong in ('{"temperature": "hot"}', '{"top_p": 2}', '{"top_k": -1}', '{"eos_token_id": ["x"]}', "[]", "{"):
+    for wrong in (
+        '{"temperature": "hot"}',
+        '{"top_p": 2}',
+        '{"top_p": 0}',
+        '{"max_new_tokens": 0}',
+        '{"min_p": "x"}',
+        '{"top_k": -1}',
+        '{"eos_token_id": ["x"]}',
+        "[]",
+        "{",
+    ):
         file.write_text(wrong)
         with pytest.raises(ValueError, match=r"generation_config\.json"):
             HFStore(tmp_path)
