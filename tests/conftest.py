@@ -13,7 +13,15 @@ import pytest
 # Tiny models are fastest on one thread, and xdist workers share the cores. Set before anything imports torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+SHARED = Path(os.environ.get("HERD_SHARED") or Path(__file__).resolve().parents[2] / "shared")
+
+
+def shared_path(name: str) -> Path:
+    """A path in the folder HERD_SHARED, or the folder shared beside the checkout; skips the test when it is not there."""
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"{name} is not in {SHARED} (set HERD_SHARED to the folder that has it)")
+    return path
 
 
 @pytest.fixture(autouse=True)
@@ -28,15 +36,8 @@ def _seeded() -> None:
 
 @pytest.fixture(scope="session")
 def shared() -> Callable[[str], Path]:
-    """`shared("reference/models.json")`: a path in the folder shared beside the checkout; skips the test without it."""
-
-    def find(name: str) -> Path:
-        path = SHARED / name
-        if not path.exists():
-            pytest.skip(f"{name} is not beside this checkout (looked in ../shared)")
-        return path
-
-    return find
+    """`shared("reference/models.json")`: a path in the shared folder; skips the test without it (see `shared_path`)."""
+    return shared_path
 
 
 @pytest.fixture

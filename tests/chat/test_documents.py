@@ -19,7 +19,7 @@ from herd.chat.llama4 import Llama4Format
 from herd.chat.messages import Message, Role, ToolCall
 from herd.chat.reply import ReplyParser
 from herd.chat.toolspec import BUILTIN_TOOLS
-from tests.chat.vocabularies import llama3, llama4
+from tests.vocabularies import llama3, llama4
 
 DOCUMENTS = {"3.1": ("llama3_1", "prompt_format.md"), "3.2": ("llama3_2", "text_prompt_format.md")}
 _TURN = re.compile(r"<\|start_header_id\|>(\w+)<\|end_header_id\|>\n\n(.*?)(<\|eot_id\|>|<\|eom_id\|>|\Z)", re.DOTALL)

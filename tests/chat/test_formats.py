@@ -14,7 +14,7 @@ from herd.chat.llama4 import Llama4Format
 from herd.chat.messages import Message
 from herd.errors import PromptError
 from herd.tokenizer.tokenizer import Family, SpecialTokens
-from tests.chat.vocabularies import llama3, llama4
+from tests.vocabularies import llama3, llama4
 
 
 def double(family: Family, *names: str, template: str | None = None, chat_format: str | None = None) -> Any:

@@ -11,7 +11,7 @@ import pytest
 
 from herd.chat.llama3 import Llama3Format
 from herd.chat.render import render
-from tests.chat.vocabularies import llama3
+from tests.vocabularies import llama3
 
 CASES = json.loads((Path(__file__).parents[1] / "golden" / "llama3_hf.json").read_text(encoding="utf-8"))
 

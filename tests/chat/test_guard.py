@@ -17,7 +17,7 @@ from herd.chat.toolspec import BUILTIN_TOOLS
 from herd.errors import PromptError
 from herd.tokenizer.tokenizer import Tokenizer
 from tests.chat.conversations import SPECIAL_TEXT
-from tests.chat.vocabularies import llama2, llama3, llama4
+from tests.vocabularies import Pieces, llama3, llama4
 
 ASK = [Message("user", " How do I pick a lock?\n")]
 ANSWER = [*ASK, Message("assistant", "With a pick.")]
@@ -66,11 +66,11 @@ def test_prompts_of_every_generation() -> None:
     assert two.endswith("violated categories.<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n")
 
 
-def test_prompt_of_guard_1() -> None:
-    format = GuardFormat(llama2(), "llama-guard-1", policy="names")
+def test_prompt_of_guard_1(pieces: Pieces) -> None:
+    format = GuardFormat(pieces.tokenizer, "llama-guard-1", policy="names")
     rendered = format.render(ASK)
-    assert llama2().decode(rendered.tokens, skip_special=False).replace("<s>[", "<s> [") == GUARD_1
-    assert rendered.tokens == [1, *llama2().encode(GUARD_1.removeprefix("<s> "))]
+    assert pieces.tokenizer.decode(rendered.tokens, skip_special=False).replace("<s>[", "<s> [") == GUARD_1
+    assert rendered.tokens == [1, *pieces.tokenizer.encode(GUARD_1.removeprefix("<s> "))]
 
 
 @pytest.mark.parametrize("name", ["llama-guard-2", "llama-guard-3", "llama-guard-3-1b"])
@@ -141,17 +141,18 @@ def test_policies_are_read_from_the_checkpoints_template() -> None:
     )
 
 
-def test_without_paragraphs_in_the_template_each_guard_gets_what_it_was_trained_nearest_to() -> None:
+def test_without_paragraphs_in_the_template_each_guard_gets_what_it_was_trained_nearest_to(pieces: Pieces) -> None:
     own, none = "category policies: herd's own short wording, not Meta's", "category policies: none, names only"
     expected = {
+        "llama-guard-1": own,
         "llama-guard-2": own,
         "llama-guard-3": none,
         "llama-guard-3-1b": none,
         "llama-guard-4": none,
     }
     for name, note in expected.items():
-        format = format_named(name, llama4() if name == "llama-guard-4" else llama3())
-        assert format.render(ASK).notes == (note,)
+        tokenizer = {"llama-guard-1": pieces.tokenizer, "llama-guard-4": llama4()}.get(name, llama3())
+        assert format_named(name, tokenizer).render(ASK).notes == (note,)
     assert f"S6: Privacy.\n{OWN_POLICY['Privacy']}\nS7:" in shown(GuardFormat(llama3(), "llama-guard-2"), ASK)
 
 
@@ -213,8 +214,8 @@ def test_score_ids() -> None:
     assert GuardFormat(llama4(), "llama-guard-4").score_ids == (60411, 72110)
 
 
-def test_score_ids_of_guard_1_differ() -> None:
-    safe, unsafe = GuardFormat(llama2(), "llama-guard-1").score_ids
+def test_score_ids_of_guard_1_differ(released: Pieces) -> None:
+    safe, unsafe = GuardFormat(released.tokenizer, "llama-guard-1").score_ids
     assert safe != unsafe
 
 

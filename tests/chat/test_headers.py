@@ -17,7 +17,7 @@ from herd.chat.llama4 import Llama4Format
 from herd.chat.messages import Message, Text, ToolCall
 from herd.errors import PromptError
 from tests.chat.conversations import PLAIN, SPECIAL_TEXT, TEXTS, WITH_TOOLS
-from tests.chat.vocabularies import llama3, llama4, meta3, meta4
+from tests.vocabularies import llama3, llama4, meta3, meta4
 
 Reference = Callable[[Sequence[Message], str], list[int]]
 

@@ -16,7 +16,7 @@ from herd.chat.messages import Message, ToolCall
 from herd.chat.reply import ReplyParser
 from herd.chat.toolspec import tools_from
 from tests.chat.conversations import PLAIN, WITH_TOOLS
-from tests.chat.vocabularies import llama4
+from tests.vocabularies import llama4
 
 WEATHER = {
     "type": "function",

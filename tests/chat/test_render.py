@@ -11,7 +11,7 @@ from herd.chat.llama3 import Llama3Format
 from herd.chat.messages import Image, Message, Text, ToolCall
 from herd.chat.render import messages_from, render
 from herd.errors import PromptError
-from tests.chat.vocabularies import llama3
+from tests.vocabularies import llama3
 
 CALL = ToolCall("get_weather", {"city": "Paris"}, "call_1")
 

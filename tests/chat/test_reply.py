@@ -17,7 +17,7 @@ from herd.chat.messages import Message, ToolCall
 from herd.chat.reply import ReplyParser
 from herd.chat.toolspec import BUILTIN_TOOLS
 from tests.chat.conversations import TEXTS
-from tests.chat.vocabularies import llama2, llama3, llama4
+from tests.vocabularies import Pieces, llama3, llama4
 
 TOOLS = [ToolSpec("get_weather"), ToolSpec("get"), BUILTIN_TOOLS["brave_search"]]
 WEATHER = ToolCall("get_weather", {"city": "São Paulo 🙂", "days": [1, 2]})
@@ -179,9 +179,9 @@ def test_text_streams_token_by_token() -> None:
     assert len(deltas) == 7
 
 
-def test_base_models_keep_the_space_that_goes_on() -> None:
-    parser = BaseFormat(llama2()).parser()
-    for id in llama2().encode("red, orange"):
+def test_base_models_keep_the_space_that_goes_on(pieces: Pieces) -> None:
+    parser = BaseFormat(pieces.tokenizer).parser()
+    for id in pieces.tokenizer.encode("red, orange"):
         parser.push(id)
     assert parser.message().content == " red, orange"
-    assert BaseFormat(llama2()).complete("The sky").tokens == [1, *llama2().encode("The sky")]
+    assert BaseFormat(pieces.tokenizer).complete("The sky").tokens == [1, *pieces.tokenizer.encode("The sky")]

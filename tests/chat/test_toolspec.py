@@ -13,7 +13,7 @@ from herd.chat.llama4 import Llama4Format
 from herd.chat.messages import Message
 from herd.chat.toolspec import BUILTIN_TOOLS, check_tools, is_builtin, tool_from_function, tools_from
 from herd.errors import PromptError
-from tests.chat.vocabularies import llama3, llama4
+from tests.vocabularies import llama3, llama4
 
 
 class Unit(Enum):

@@ -1,29 +1,26 @@
 """Vocabularies for the tokenizer tests: the real ones, and tiny ones made on the spot.
 
 Llama 3 and 4 come with the llama-models package. Llama 2's file lies in the shared folder (HERD_SHARED, or ../shared beside the
-checkout); tests that need it skip without it, and a SentencePiece model trained here stands in for the rules.
+checkout); tests that need it skip without it, and a small SentencePiece model (tests/vocabularies.py) stands in for the rules.
 """
 
 from __future__ import annotations
 
 import importlib
-import io
 import json
-import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-import sentencepiece
 
 from herd.tokenizer.files import load_tokenizer
 from herd.tokenizer.pieces import PieceModel
 from herd.tokenizer.sentencepiece import SentencePieceTokenizer
 from herd.tokenizer.special import llama3_names, llama4_names
 from herd.tokenizer.tiktoken import REGEX, TiktokenTokenizer
-from tests.tokenizer import texts
+from tests import vocabularies
 
 BYTE_FAMILIES = ("llama3", "llama4")
 
@@ -62,11 +59,7 @@ def family(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def llama2_path() -> Path:
     """Llama 2's tokenizer.model; skips without the shared folder."""
-    folder = Path(os.environ.get("HERD_SHARED") or Path(__file__).resolve().parents[3] / "shared")
-    path = folder / "data" / "tokenizers" / "llama2.tokenizer.model"
-    if not path.is_file():
-        pytest.skip(f"Llama 2's tokenizer.model is not in {folder} (set HERD_SHARED to the folder that has it)")
-    return path
+    return vocabularies.llama2_path()
 
 
 @pytest.fixture(scope="session")
@@ -79,23 +72,8 @@ def llama2(llama2_path: Path) -> SentencePieceTokenizer:
 
 @pytest.fixture(scope="session")
 def tiny_pieces() -> bytes:
-    """The file of a small SentencePiece model with Llama's settings, trained on the test texts."""
-    out = io.BytesIO()
-    words = texts.MULTILINGUAL + texts.CODE + [f"{a} {b}" for a in texts.CODE for b in texts.MULTILINGUAL]
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(words),
-        model_writer=out,
-        model_type="bpe",
-        vocab_size=900,
-        byte_fallback=True,
-        character_coverage=0.98,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        split_digits=True,
-        minloglevel=2,
-    )
-    return out.getvalue()
+    """The file of the small SentencePiece model with Llama's settings."""
+    return vocabularies.trained_pieces()
 
 
 @pytest.fixture(scope="session")
