@@ -9,13 +9,18 @@ from typing import Any
 
 import torch
 
-from herd.chat.formats import FORMATS, format_named
+from herd.chat.formats import FORMATS
+from herd.chat.guard import GuardFormat
 from herd.chat.params import SamplingParams
-from herd.checkpoint.load import Checkpoint, open_checkpoint
+from herd.checkpoint.fill import fill
+from herd.checkpoint.load import Checkpoint
 from herd.checkpoint.open import open_store
+from herd.checkpoint.placement import device_named, dtype_named
 from herd.checkpoint.resolve import resolve
+from herd.checkpoint.store import GenerationDefaults
+from herd.checkpoint.vocabulary import tokenizer_of
 from herd.engine.local import LocalChat
-from herd.errors import ConfigError, PromptError
+from herd.errors import PromptError
 from herd.model.accounting import parameters
 
 __all__ = ["Opened", "open_model"]
@@ -35,19 +40,19 @@ class Opened:
 
     def params(self, chosen: Mapping[str, Any]) -> SamplingParams:
         """The user's choices over the checkpoint's own defaults over Meta's."""
-        defaults = self.checkpoint.defaults
-        fields: dict[str, Any] = {"stop_ids": defaults.stop_ids}
-        for name in ("temperature", "top_p", "top_k"):
-            if (value := getattr(defaults, name)) is not None:
-                fields[name] = value
-        return SamplingParams(**(fields | dict(chosen)))
+        return self.checkpoint.defaults.params(**chosen)
+
+    @property
+    def is_guard(self) -> bool:
+        """Whether the model judges messages instead of answering them."""
+        return isinstance(self.chat.format, GuardFormat)
 
     def require_format(self) -> None:
-        """Raises PromptError when the model has no prompt format, saying how a base model is used."""
+        """Raises PromptError when nothing says that the model chats, saying how it is used."""
         if self.chat.format.name == "base":
             raise PromptError(
-                f"{self.name} is a base model: it continues text and was not taught to chat. Let it continue yours with "
-                f'herd run --raw {self.name} "TEXT", or name the format it was tuned for with --format'
+                f"{self.name} has files that do not say whether it chats: let it continue a text with "
+                f'herd run --raw {self.name} "TEXT", or name the prompt format it was tuned for with --format'
             )
 
     def about(self) -> dict[str, str]:
@@ -74,15 +79,17 @@ def open_model(
     """Find and load `name` (a catalog name, a folder or a file). Raises a HerdError that says what to change."""
     if format_name is not None and format_name not in FORMATS:  # before gigabytes are read
         raise PromptError(f"there is no prompt format {format_name!r}; choose one of {', '.join(FORMATS)}")
-    where = _device(device)
-    store = open_store(resolve(name))  # headers only
+    where = device_named(device)
+    path = resolve(name)
+    store = open_store(path)  # headers only: how large the model is decides how it is loaded
     small = where.type == "cpu" and parameters(store.config) <= SMALL
     if small and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
-    wanted = getattr(torch, dtype) if dtype != "auto" else torch.float32 if small else None
-    checkpoint = open_checkpoint(name, wanted, where)
-    format = None if format_name is None else format_named(format_name, checkpoint.tokenizer)
-    chat = LocalChat(checkpoint.model, checkpoint.tokenizer, format=format, max_len=max_len)
+    tokenizer = tokenizer_of(store)
+    model = fill(store, dtype_named(dtype, torch.float32 if small else None), where)
+    defaults = getattr(store, "generation", GenerationDefaults())
+    checkpoint = Checkpoint(path, store, model, tokenizer, defaults)
+    chat = LocalChat(model, tokenizer, format=format_name, max_len=max_len)
     return Opened(name, checkpoint, chat)
 
 
@@ -92,15 +99,3 @@ def short_count(count: int) -> str:
         if count >= size:
             return f"{count / size:.3g}{letter}"
     return str(count)
-
-
-def _device(name: str) -> torch.device:
-    """A device that this machine has."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise ConfigError(f"this machine has no device {name!r}: use --device cpu, or auto") from None
-    return device

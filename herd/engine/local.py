@@ -208,6 +208,9 @@ def generate(
     Messages may be plain dictionaries and tools Python functions, see `herd.render`. With `suffix` the reply is the text
     between the string and it, where the model can fill in; `order` is that of the prompt's parts (default "psm").
 
+    `params` are Meta's defaults unless given: a model and a tokenizer do not carry what generation_config.json says, but
+    `herd.checkpoint.load.open_checkpoint(path).defaults.params()` does.
+
     Raises PromptError, ContextFullError or ConfigError before any token is made.
     """
     chat = LocalChat(model, tokenizer, format=format)

@@ -64,6 +64,17 @@ def test_the_checkpoint_gives_the_defaults(chat_model: str, capsys: Captured) ->
     assert capsys.readouterr().out == expected("Hello", params) + "\n"
 
 
+def test_every_default_of_the_checkpoint_counts(tmp_path: Path, capsys: Captured) -> None:
+    folder = write_folder(tmp_path / "own")
+    own = {"do_sample": True, "top_k": 40, "min_p": 0.01, "repetition_penalty": 1.3, "max_new_tokens": 4}
+    (folder / "generation_config.json").write_text(json.dumps(own))
+    assert run(["run", str(folder), "Hello", "--seed", "3"]) == 0
+    params = SamplingParams(top_k=40, min_p=0.01, repetition_penalty=1.3, max_tokens=4, seed=3)
+    out, err = capsys.readouterr()
+    assert out == expected("Hello", params) + "\n"
+    assert err == "[cut at 4 tokens: --max-tokens allows more]\n"
+
+
 @pytest.mark.parametrize(
     ("prompt", "data", "asked"),
     [
@@ -130,7 +141,7 @@ def test_a_base_model_continues_text_with_raw(base_model: str, capsys: Captured)
         assert run(args) == 1
         out, err = capsys.readouterr()
         assert out == ""
-        assert "is a base model: it continues text and was not taught to chat" in err
+        assert "files that do not say whether it chats" in err
         assert f'herd run --raw {base_model} "TEXT"' in err
 
 
@@ -175,6 +186,16 @@ def test_wrong_paths_and_names(tmp_path: Path, capsys: Captured) -> None:
     assert "xyzzy" in one_line_error(["chat", "xyzzy"], capsys)
     assert "not on this machine" in one_line_error(["run", "llama3.1:405b", "Hi"], capsys)
     assert "cannot be run yet" in one_line_error(["run", "llama-3.2-11b-vision", "Hi"], capsys)
+
+
+def test_a_store_is_opened_once(chat_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from herd.checkpoint import hf
+
+    opened = []
+    real = hf.HFStore.__init__
+    monkeypatch.setattr(hf.HFStore, "__init__", lambda self, *args: (opened.append(args), real(self, *args))[1])
+    assert run(["run", chat_model, "Hello", *GREEDY]) == 0
+    assert len(opened) == 1
 
 
 def test_wrong_formats(tmp_path: Path, chat_model: str, capsys: Captured) -> None:
