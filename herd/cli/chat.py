@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from herd.cli.options import model_options, opened_from, sampling, sampling_options
+from herd.errors import PromptError
 
 if TYPE_CHECKING:
     from herd.cli.opened import Opened
@@ -49,7 +50,9 @@ def talk(opened: Opened, chosen: dict[str, Any], system: str, *, verbose: bool) 
     from herd.cli.repl import Repl
 
     opened.require_format()
-    conversation = Conversation(opened.chat, opened.params(chosen), system)
+    if opened.is_guard and system:
+        raise PromptError(f"{opened.name} judges messages and takes no system prompt: leave --system out")
+    conversation = Conversation(opened.chat, opened.params(chosen), system, apart=opened.is_guard)
     commands = Commands(conversation, opened.about())
     person, interactive = is_terminal(sys.stdin), is_interactive()
     commands.show_rates = person or verbose

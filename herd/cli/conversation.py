@@ -57,10 +57,14 @@ class Conversation:
 
     A partial reply that was stopped stays in the conversation, marked by the stop reason out_of_tokens; one that was stopped
     before its first character, and one that failed, leave the conversation as it was.
+
+    `apart`: each message is put to the model on its own, for Guards, whose verdicts are no part of what they judge.
     """
 
-    def __init__(self, model: Talker, params: SamplingParams = SamplingParams(), system: str = "") -> None:
-        self.model, self.params, self.system = model, params, system
+    def __init__(
+        self, model: Talker, params: SamplingParams = SamplingParams(), system: str = "", *, apart: bool = False
+    ) -> None:
+        self.model, self.params, self.system, self.apart = model, params, system, apart
         self.turns: list[Message] = []
         self.outcome: Outcome | None = None
 
@@ -72,7 +76,8 @@ class Conversation:
     @property
     def used(self) -> int:
         """Tokens of the context that the conversation takes now."""
-        return self.model.count(self.messages) if self.turns or self.system else 0
+        carried = self._before()
+        return self.model.count(carried) if carried else 0
 
     def say(self, text: str, on_prefill: Callable[[int, int], None] | None = None) -> Iterator[Delta]:
         """The reply to `text` as it is made; close the iterator to stop it. Afterwards `outcome` says how it ended.
@@ -81,13 +86,17 @@ class Conversation:
         """
         asked = Message("user", text)
         self.outcome = None
-        stream = self.model.stream([*self.messages, asked], params=self.params, on_prefill=on_prefill)
+        stream = self.model.stream([*self._before(), asked], params=self.params, on_prefill=on_prefill)
         try:
             yield from stream
         except (GeneratorExit, KeyboardInterrupt):
             self._keep(asked, stopped=True)
             raise
         self._keep(asked, stopped=False)
+
+    def _before(self) -> list[Message]:
+        """What the model is told before the next message."""
+        return self.messages[: 1 if self.system else 0] if self.apart else self.messages
 
     def _keep(self, asked: Message, *, stopped: bool) -> None:
         reply = self.model.last

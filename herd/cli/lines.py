@@ -15,13 +15,15 @@ if TYPE_CHECKING:
     from prompt_toolkit.history import History
     from prompt_toolkit.key_binding import KeyBindings
 
-__all__ = ["FENCE", "PROMPT", "Lines", "PlainLines", "TerminalLines", "read_all", "state_dir"]
+__all__ = ["FENCE", "GLANCE", "PROMPT", "Lines", "PlainLines", "TerminalLines", "read_all", "speaks", "state_dir"]
 
 FENCE = '"""'
 """Begins and ends a message of several lines."""
 PROMPT = ">>> "
 PATIENCE = 2.0
 """Seconds without input before that is said."""
+GLANCE = 1.0
+"""Seconds in which a pipe beside a prompt has to say something."""
 
 
 class Lines(Protocol):
@@ -98,11 +100,12 @@ def is_open(text: str) -> bool:
 
 
 def unfenced(text: str) -> str:
-    """`text` without its fences."""
+    """`text` without its fences, when they stand around all of it (or the last is missing); any other text as it is."""
     inner = text.strip()
     if not inner.startswith(FENCE):
         return text
-    return inner[len(FENCE) :].split(FENCE)[0].strip("\n")
+    inside, _, behind = inner[len(FENCE) :].partition(FENCE)
+    return text if behind else inside.strip("\n")
 
 
 def state_dir() -> Path:
@@ -128,6 +131,16 @@ def read_all(stream: TextIO | None, waiting: Callable[[], None]) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise HerdError(f"standard input is not UTF-8 text: byte {error.start} is {data[error.start]:#04x}") from None
+
+
+def speaks(stream: TextIO | None) -> bool:
+    """Whether `stream` gives data or ends within GLANCE seconds; True where that cannot be asked."""
+    import select
+
+    try:
+        return stream is None or bool(select.select([stream], [], [], GLANCE)[0])
+    except (OSError, ValueError):  # not a file of the system, or a system that waits for sockets only
+        return True
 
 
 def _history() -> History:

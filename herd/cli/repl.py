@@ -29,6 +29,8 @@ class Repl:
         """What a person sees first."""
         about = self.commands.about
         note(f"{about['model']}, {about['parameters']} parameters, context {self.conversation.model.max_len:,} tokens.")
+        if self.conversation.apart:
+            note("It judges each message on its own; herd run MODEL --messages FILE judges the end of a conversation.")
         note("Type a message. /? lists the commands, Ctrl-C stops a reply, Ctrl-D leaves.")
 
     def loop(self) -> int:
@@ -69,6 +71,8 @@ class Repl:
         if outcome is None:
             note("[stopped before the model began]")
             return False
+        for line in outcome.reply.notes:
+            note(f"[{line}]")
         if why := ending(outcome, self.conversation.params.max_tokens):
             note(why)
         if self.commands.show_rates:

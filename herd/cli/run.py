@@ -5,19 +5,27 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from herd.cli.console import is_terminal, note
+from herd.cli.console import note
 from herd.cli.options import model_options, opened_from, sampling, sampling_options
 from herd.cli.progress import progress
+from herd.cli.question import (
+    Question,
+    middle_between,
+    prefix_from,
+    prompt_from,
+    read_conversation,
+    the_conversation,
+    the_prompt,
+    the_text,
+)
 from herd.cli.reply import called
 from herd.cli.screen import Screen
 
 if TYPE_CHECKING:
-    from herd.chat.format import Delta
     from herd.chat.model import Reply
     from herd.chat.params import SamplingParams
     from herd.cli.opened import Opened
@@ -33,6 +41,8 @@ Examples:
   herd run --raw ./Llama-3.2-1B "Once upon a time" -n 100   a base model continues text
   git diff | herd run MODEL "Explain this change."          what is piped in follows the prompt
   herd run MODEL - < question.txt                           the prompt is what is piped in
+  herd run ./CodeLlama-7b "def add(a, b):" --suffix "return c"     the middle between two texts
+  herd run ./Llama-Guard-3-1B --messages chat.json          a Guard judges the last message
 """
 
 
@@ -43,30 +53,48 @@ Examples:
 @sampling_options
 @model_options
 @click.option("--raw", is_flag=True, help="Continue the prompt as plain text, without a prompt format.")
+@click.option("--suffix", metavar="TEXT", help="Fill in what stands between PROMPT and TEXT (Code Llama).")
+@click.option("--spm", is_flag=True, help="With --suffix: show the model the suffix before the prefix.")
+@click.option(
+    "--messages",
+    "conversation",
+    type=click.File("r", encoding="utf-8"),
+    metavar="FILE",
+    help="Answer the conversation in FILE (JSON); a Guard judges its last message.",
+)
+@click.option("--wait", is_flag=True, help="Wait for what is piped in behind PROMPT, however long that takes.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object with text, finish_reason, usage and timings.")
 @click.option("--verbose", is_flag=True, help="Durations and rates, on stderr.")
 def command(
-    model: str, prompt: str | None, system: str, raw: bool, as_json: bool, verbose: bool, **options: Any
+    model: str,
+    prompt: str | None,
+    system: str,
+    raw: bool,
+    suffix: str | None,
+    spm: bool,
+    conversation: TextIO | None,
+    wait: bool,
+    as_json: bool,
+    verbose: bool,
+    **options: Any,
 ) -> int:
     """Answer PROMPT with MODEL and exit. Without PROMPT: what is piped in, or else a chat.
 
     MODEL is a name (herd models), a folder or a file. The answer goes to stdout, everything else to stderr.
     """
     chosen = sampling(options)
-    if raw and (system or options["format_name"]):
-        raise click.UsageError("--raw uses no prompt format, so --system and --format have no meaning with it")
-    asked = _prompt(prompt, raw=raw)
-    if asked is None and (as_json or raw):
+    ask = _question(prompt, system, raw, suffix, spm, conversation, wait, options["format_name"])
+    if ask is None and (as_json or raw):
         raise click.UsageError("--json and --raw answer one prompt: give a PROMPT, or pipe it in")
     began = time.perf_counter()
     opened = opened_from(model, options)
     loading = time.perf_counter() - began
-    if asked is None:
+    if ask is None:
         from herd.cli.chat import talk
 
         return talk(opened, chosen, system, verbose=verbose)
     params = opened.params(chosen)
-    reply = _answer(opened, params, asked, system, raw=raw, quiet=as_json)
+    reply = _answer(opened, params, ask, quiet=as_json)
     if as_json:
         print(json.dumps(_as_json(opened, reply, loading), ensure_ascii=False))
     if reply.finish_reason == "length":
@@ -78,30 +106,43 @@ def command(
     return 0
 
 
-def _prompt(given: str | None, *, raw: bool) -> str | None:
-    """The prompt: the argument, then what is piped in; None when there is neither and a person sits at the terminal.
-
-    White space around what is piped in is dropped; with `raw`, where it counts, only the last line end is.
-    """
-    from herd.cli.lines import read_all
-
-    text = "" if given is None or given == "-" else given
-    if given == "-" or not is_terminal(sys.stdin):
-        piped = read_all(sys.stdin, lambda: note("reading the prompt from standard input (end it with Ctrl-D) ..."))
-        piped = piped.removesuffix("\n") if raw else piped.strip()
-        text = f"{text}\n\n{piped}" if text and piped else text or piped
-    elif given is None:
+def _question(
+    prompt: str | None,
+    system: str,
+    raw: bool,
+    suffix: str | None,
+    spm: bool,
+    conversation: TextIO | None,
+    wait: bool,
+    format_name: str | None,
+) -> Question | None:
+    """What the command line asks; None: nothing yet, so it is a chat. Raises click.UsageError for what makes no sense."""
+    if (raw or suffix is not None) and (system or format_name):
+        with_it = "--raw" if raw else "--suffix"
+        raise click.UsageError(f"{with_it} uses no prompt format, so --system and --format have no meaning with it")
+    if spm and suffix is None:
+        raise click.UsageError("--spm is about filling in the middle: give --suffix TEXT with it")
+    if conversation is not None:
+        if prompt is not None or system or raw or suffix is not None:
+            raise click.UsageError(
+                "--messages is the whole question: PROMPT, --system, --raw, --suffix do not go with it"
+            )
+        return the_conversation(*read_conversation(conversation))
+    if suffix is not None:
+        if raw:
+            raise click.UsageError("--raw goes on with a text and --suffix fills one in: give one of them")
+        return middle_between(prefix_from(prompt), suffix, "spm" if spm else "psm")
+    text = prompt_from(prompt, exact=raw, wait=wait)
+    if text is None:
         return None
-    if not text.strip():
-        raise click.UsageError("the prompt is empty: give a PROMPT, or pipe one in")
-    return text
+    return the_text(text) if raw else the_prompt(text, system)
 
 
-def _answer(opened: Opened, params: SamplingParams, prompt: str, system: str, *, raw: bool, quiet: bool) -> Reply:
+def _answer(opened: Opened, params: SamplingParams, ask: Question, *, quiet: bool) -> Reply:
     """Show the answer as it is made, unless `quiet`."""
     screen = Screen(sys.stdout, live=True)
     with progress("reading", "tokens") as tick:
-        for delta in _deltas(opened, params, prompt, system, raw, tick):
+        for delta in ask(opened, params, tick):
             if delta.text is not None and not quiet:
                 screen.text(delta.text)
     reply = opened.chat.last
@@ -111,19 +152,9 @@ def _answer(opened: Opened, params: SamplingParams, prompt: str, system: str, *,
             screen.text("\n")
         for call in reply.message.tool_calls:
             note(called(call))
+        for line in reply.notes:
+            note(f"[{line}]")
     return reply
-
-
-def _deltas(
-    opened: Opened, params: SamplingParams, prompt: str, system: str, raw: bool, tick: Callable[[int, int], None]
-) -> Iterator[Delta]:
-    from herd.chat.messages import Message
-
-    if raw:
-        return opened.chat.complete(prompt, params, on_prefill=tick)
-    opened.require_format()
-    messages = ([Message("system", system)] if system else []) + [Message("user", prompt)]
-    return opened.chat.stream(messages, params=params, on_prefill=tick)
 
 
 def _as_json(opened: Opened, reply: Reply, loading: float) -> dict[str, Any]:
@@ -145,6 +176,8 @@ def _as_json(opened: Opened, reply: Reply, loading: float) -> dict[str, Any]:
             "tokens_per_second": usage.decode_rate,
         },
     }
+    if reply.notes:
+        answer["notes"] = list(reply.notes)
     if reply.message.tool_calls:
         answer["tool_calls"] = [{"name": c.name, "arguments": dict(c.arguments)} for c in reply.message.tool_calls]
     return answer

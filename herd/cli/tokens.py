@@ -136,18 +136,9 @@ def _styled(row: Explained, style: str) -> str:
 def _render(tokenizer: Tokenizer, file: TextIO, format_name: str | None) -> tuple[str, Rendered]:
     """The conversation in `file` as ids; a reply is opened at its end unless an assistant spoke last."""
     from herd.chat.formats import detect, format_named
-    from herd.chat.render import messages_from, render
-    from herd.errors import PromptError
+    from herd.chat.render import render
+    from herd.cli.question import read_conversation
 
-    try:
-        content = json.load(file)
-    except (ValueError, RecursionError) as error:
-        raise PromptError(f"{file.name} is not JSON text: {error}") from None
-    tools, system = [], None
-    if isinstance(content, Mapping):  # "system" is where the files of /save have it
-        tools, system, content = content.get("tools") or [], content.get("system"), content.get("messages")
-    if not isinstance(content, list) or not content or not isinstance(tools, list):
-        raise PromptError(f"{file.name} holds no conversation: it needs a list of messages, or an object with one")
-    messages = messages_from([*([{"role": "system", "content": system}] if system else []), *content])
+    messages, tools = read_conversation(file)
     format = detect(tokenizer) if format_name is None else format_named(format_name, tokenizer)
     return format.name, render(messages, format, tools, generate=messages[-1].role != "assistant")

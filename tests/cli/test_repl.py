@@ -150,6 +150,9 @@ def lines_of(text: str) -> list[str | None]:
         ('"""one line"""', ["one line"]),
         ('"""never closed\nat all', ["never closed\nat all"]),
         ('say """this"""', ['say """this"""']),
+        ('"""hello""" world', ['"""hello""" world']),
+        ('"""two\nlines""" and more\nnext', ['"""two\nlines""" and more', "next"]),
+        ('"""a"""b"""', ['"""a"""b"""']),
     ],
 )
 def test_lines_from_a_pipe(text: str, expected: list[str]) -> None:
