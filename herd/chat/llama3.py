@@ -70,12 +70,12 @@ class Llama3Format(HeaderFormat):
         messages = super().prepared(messages, tuple(tool for tool in tools if tool not in builtin))
         listed = [tool.name for tool in builtin if tool.name != "code_interpreter"]
         lines = ["Environment: ipython"] if builtin or (tools and self.preamble) else []
-        if listed:
+        if listed or (builtin and self.preamble):  # the HF template writes the word even when no name follows
             lines.append(f"Tools: {', '.join(listed)}")
         if self.preamble:
             # The HF template leaves a blank line behind the tools; without them the lines follow each other.
             dates = f"Cutting Knowledge Date: December 2023\nToday Date: {self.date}"
-            head = "\n".join(lines) + ("\n\n" if listed else "\n" if lines else "")
+            head = "\n".join(lines) + ("\n\n" if builtin else "\n" if lines else "")
             messages = with_system_text(messages, f"{head}{dates}\n\n", "")
         elif lines:
             messages = with_system_text(messages, "\n".join(lines), "\n\n")
