@@ -83,10 +83,11 @@ def parse_verdict(text: str, codes: Collection[str]) -> Verdict:
         return Verdict(
             "failed", reason=f"expected 'safe', or 'unsafe' and a line of categories, got {text.strip()[:80]!r}"
         )
-    found = tuple(code.strip().upper() for code in lines[1].split(","))
-    if unknown := [code for code in found if code not in codes]:
+    known = {code.upper(): code for code in codes}
+    written = [code.strip() for code in lines[1].split(",")]
+    if unknown := [code for code in written if code.upper() not in known]:
         return Verdict("failed", reason=f"unsafe, but {unknown[0]!r} is not one of the categories asked about")
-    return Verdict("unsafe", tuple(dict.fromkeys(found)))
+    return Verdict("unsafe", tuple(dict.fromkeys(known[code.upper()] for code in written)))
 
 
 class GuardFormat:

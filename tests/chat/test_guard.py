@@ -233,6 +233,12 @@ def test_answers_are_read(text: str, verdict: Verdict) -> None:
     assert parse_verdict(text, CATEGORIES["llama-guard-3"]) == verdict
 
 
+def test_codes_of_the_callers_own_are_read_as_they_were_given() -> None:
+    format = GuardFormat(llama3(), categories={"spoiler": "Spoilers.", "S1": "Rudeness."})
+    assert format.verdict("unsafe\nspoiler,s1") == Verdict("unsafe", ("spoiler", "S1"))
+    assert format.verdict("unsafe\nSpoiler") == Verdict("unsafe", ("spoiler",))
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "\n", "unsafe", "unsafe\n", "safe\nS1", "safe unsafe", "safely", "not safe", "unsafe S1", "unsafe\nS99", "unsafe\nO1",
