@@ -92,7 +92,7 @@ By kind: {kinds}.
 
 ## Sample replies, as they came
 
-Temperature 0.5, top-p 0.9, seeds 1, 2, 3 and so on in this order, first try.
+Temperature 0.6, top-p 0.9, seeds 1, 2, 3 and so on in this order, first try.
 
 {samples}
 

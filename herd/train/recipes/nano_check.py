@@ -18,7 +18,7 @@ from herd.train.recipes.nano_wording import vary, with_article
 
 __all__ = ["SAMPLING", "Checked", "check", "replies"]
 
-SAMPLING = {"do_sample": True, "temperature": 0.5, "top_p": 0.9}
+SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
 """What generation_config.json recommends: low enough for facts, free enough that stories differ."""
 
 SHOWN = (
@@ -68,7 +68,7 @@ class Speaker:
         return self.headers.tokenizer.decode(ids[:-1] if ended else ids), ended
 
 
-def replies(model: Llama, headers: Headers, texts: Sequence[str], temperature: float = 0.5) -> list[tuple[str, str]]:
+def replies(model: Llama, headers: Headers, texts: Sequence[str], temperature: float = 0.6) -> list[tuple[str, str]]:
     """(text, reply) for each text."""
     speaker = Speaker(model, headers)
     return [(text, speaker.reply(text, temperature, n)[0]) for n, text in enumerate(texts, start=1)]
@@ -91,9 +91,9 @@ def check(model: Llama, headers: Headers, questions: int = 500, stories: int = 4
         stopped += ended
     for n in range(stories):
         topic = rng.choice(HEROES)
-        text, ended = speaker.reply(vary(f"tell me a story about {with_article(topic)}", rng), 0.5, seed + n)
+        text, ended = speaker.reply(vary(f"tell me a story about {with_article(topic)}", rng), 0.6, seed + n)
         stopped += ended
         on_topic += topic in text.lower()
     kinds = {kind: (hits, total) for kind, (hits, total) in sorted(by_kind.items())}
-    samples = tuple((text, speaker.reply(text, 0.5, n)[0]) for n, text in enumerate(SHOWN, start=1))
+    samples = tuple((text, speaker.reply(text, 0.6, n)[0]) for n, text in enumerate(SHOWN, start=1))
     return Checked(right, len(asked), kinds, stopped, on_topic, stories, samples)
