@@ -48,10 +48,12 @@ def _nucleus(probs: Tensor, top_p: float) -> Tensor:
     """probs [R, V] with 0 behind the first tokens, in falling order and ties by id, whose mass exceeds `top_p` of all."""
     limit = top_p * probs.sum(-1, keepdim=True)
     ordered = probs.topk(min(HEAD, probs.shape[-1]), dim=-1).values
-    if ordered.shape[-1] < probs.shape[-1] and (ordered.sum(-1, keepdim=True) <= limit).any():
+    mass = ordered.cumsum(-1)
+    if ordered.shape[-1] < probs.shape[-1] and (mass[..., -1:] <= limit).any():
         ordered = probs.sort(dim=-1, descending=True).values
+        mass = ordered.cumsum(-1)
     # The mass before a token is that up to the one in front of it; 0 for the best one, which therefore always stays.
-    kept = 1 + (ordered.cumsum(-1)[..., :-1] <= limit).sum(-1, keepdim=True)
+    kept = 1 + (mass[..., :-1] <= limit).sum(-1, keepdim=True)
     least = ordered.gather(-1, kept - 1)
     above, tied = probs > least, probs == least
     room = kept - above.sum(-1, keepdim=True)  # how many of the tied ones stay: the first ones
