@@ -26,8 +26,12 @@ from herd.model.accounting import parameters
 __all__ = ["Opened", "open_model"]
 
 SMALL = 50_000_000
-"""Parameters of a model that a CPU runs best in float32 on one thread: its matrices are so small that threads wait for each
-other longer than they work (with another process on the same cores, 50 times longer), and casting costs more than reading."""
+"""Parameters of a model that a CPU runs best in float32 on one thread, where neither is asked for.
+
+Its matrices are so small that threads wait for each other longer than they work, and casting costs more than reading. Nano on
+one quiet core: 460 tokens/s in float32, 310 in bfloat16, 205 in float16; 380 in float32 with two threads on that core. On two
+cores with a training run beside it: 250 with one thread, 2 with two.
+"""
 
 
 @dataclass(frozen=True, slots=True)
