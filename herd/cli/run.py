@@ -53,7 +53,11 @@ Examples:
 @sampling_options
 @model_options
 @click.option("--raw", is_flag=True, help="Continue the prompt as plain text, without a prompt format.")
-@click.option("--suffix", metavar="TEXT", help="Fill in what stands between PROMPT and TEXT (Code Llama).")
+@click.option(
+    "--suffix",
+    metavar="TEXT",
+    help="Fill in what stands between PROMPT, or else what is piped in, and TEXT (Code Llama).",
+)
 @click.option("--spm", is_flag=True, help="With --suffix: show the model the suffix before the prefix.")
 @click.option(
     "--messages",
@@ -122,6 +126,8 @@ def _question(
         raise click.UsageError(f"{with_it} uses no prompt format, so --system and --format have no meaning with it")
     if spm and suffix is None:
         raise click.UsageError("--spm is about filling in the middle: give --suffix TEXT with it")
+    if wait and (suffix is not None or conversation is not None):
+        raise click.UsageError("--wait is about a pipe behind PROMPT, and --suffix and --messages read none")
     if conversation is not None:
         if prompt is not None or system or raw or suffix is not None:
             raise click.UsageError(

@@ -150,6 +150,7 @@ def test_a_chat_with_a_guard_judges_each_message_on_its_own(long_model: str, pip
         (["Hi", "--suffix", "x", "--system", "y"], "--suffix uses no prompt format"),
         (["Hi", "--suffix", "x", "--format", "llama3"], "--suffix uses no prompt format"),
         (["Hi", "--raw", "--format", "llama3"], "--raw uses no prompt format"),
+        (["Hi", "--suffix", "x", "--wait"], "--wait is about a pipe behind PROMPT"),
         (["Hi", "--messages", "FILE"], "--messages is the whole question"),
         (["--suffix", "x", "--messages", "FILE"], "--messages is the whole question"),
     ],
