@@ -183,19 +183,29 @@ def test_a_reply_that_was_cut_off_does_not_teach_to_stop() -> None:
     assert rendered.tokens[-1] == llama3().special.ids["<|eot_id|>"]
 
 
-@pytest.mark.parametrize("conversation", PLAIN + WITH_TOOLS)
-def test_what_is_trained_is_what_is_served(conversation: list[Message]) -> None:
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: Llama3Format(llama3()),
+        lambda: Llama3Format.as_hf(llama3()),
+        lambda: Llama4Format(llama4()),
+        lambda: Llama4Format.as_hf(llama4()),
+    ],
+)
+def test_what_is_trained_is_what_is_served(build: Callable[[], HeaderFormat]) -> None:
     """Up to every assistant message, the training ids are the serving prompt."""
-    format = Llama3Format(llama3())
-    whole = format.render(conversation, generate=False)
-    assert whole.tokens.count(llama3().special.bos) == 1
-    assert whole.tokens[0] == llama3().special.bos
-    for i, message in enumerate(conversation):
-        if message.role == "assistant" and i:
-            prompt = format.render(conversation[:i])
-            assert whole.tokens[: len(prompt.tokens)] == prompt.tokens
-            assert whole.loss_mask[len(prompt.tokens)]
-            assert not whole.loss_mask[len(prompt.tokens) - 1]
+    format = build()
+    bos = format.tokenizer.special.bos
+    for conversation in PLAIN + WITH_TOOLS:
+        whole = format.render(conversation, generate=False)
+        assert whole.tokens.count(bos) == 1
+        assert whole.tokens[0] == bos
+        for i, message in enumerate(conversation):
+            if message.role == "assistant" and i:
+                prompt = format.render(conversation[:i])
+                assert whole.tokens[: len(prompt.tokens)] == prompt.tokens
+                assert whole.loss_mask[len(prompt.tokens)]
+                assert not whole.loss_mask[len(prompt.tokens) - 1]
 
 
 # ---- forging ---------------------------------------------------------------------------------------------------------
