@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from herd.errors import CheckpointError, ConfigError, UnknownModelError
-from herd.model.presets import find
+from herd.model.presets import wanted
+from herd.model.release import Release
 
-__all__ = ["resolve"]
+__all__ = ["resolve", "tuned_release"]
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _FILES = (".gguf", ".safetensors", ".bin", ".pth", ".json", ".model")
@@ -54,39 +55,59 @@ def _embedded() -> Path:
 
 def _from_catalog(name: str) -> Path:
     try:
-        release = find(name)
+        asked = wanted(name)
     except UnknownModelError as unknown:
         cached = _snapshots(hub_cache() / _folder(name)) if _REPO.fullmatch(name) else iter(())
         for snapshot in cached:
             return snapshot
         raise UnknownModelError(f"{unknown}; there is no such file or folder either", near=unknown.near) from None
+    release = asked.release
     if release.why_not is not None:
         raise ConfigError(f"{release.name} cannot be run yet: {release.why_not}")
-    repos, natives = _wanted(name, release.repos), _wanted(name, release.native)
-    for place in _present(repos, natives):
-        return place
+    for place in (place for known in asked.names for place in _places(known, release)):
+        found = place if asked.quant is None else _quantized(place, asked.quant)
+        if found is not None:
+            return found
+    here = [known for known in release.repos + release.native if next(_places(known, release), None)]
+    if here:
+        are = "is here: name it to use it" if len(here) == 1 else "are here: name one to use it"
+        raise CheckpointError(f"{name!r} is not on this machine, only {', '.join(here)} {are}")
     raise CheckpointError(
-        f"{release.name} is not on this machine, and herd cannot download yet. Looked for {len(repos)} folders in "
-        f"{hub_cache()} and {len(natives)} in {_meta_home()}. "
-        "Give the path of a folder or file instead, or try the embedded model, 'nano'"
+        f"{release.name} is not on this machine, and herd cannot download yet. Looked for {len(asked.names)} names in "
+        f"{hub_cache()} and {_meta_home()}. Give the path of a folder or file instead, or try the embedded model, 'nano'"
     )
 
 
-def _wanted(name: str, names: Sequence[str]) -> list[str]:
-    """The names to look for: exactly the one asked for when it is one of them, else all, tuned variants first.
+def tuned_release(path: Path) -> Release | None:
+    """The release whose tuned variant lies at `path`, by its folder's name: Meta's own, or that of the Hugging Face cache."""
+    folder = path.absolute() if path.is_dir() else path.absolute().parent
+    if folder.name == "original":
+        folder = folder.parent
+    name = folder.name
+    if folder.parent.name == "snapshots":
+        name = folder.parents[1].name.removeprefix("models--").replace("--", "/")
+    try:
+        asked = wanted(name)
+    except UnknownModelError:
+        return None
+    return asked.release if asked.exact and asked.tuned else None
 
-    Without the organisation, capitals tell Hugging Face's base model `Llama-3.2-1B` from the catalog's `llama-3.2-1b`.
-    """
-    exact = [n for n in names if n.lower() == name.lower() or n.rpartition("/")[2] == name]
-    return exact or sorted(names, key=lambda n: not re.search(r"instruct|chat|guard", n, re.IGNORECASE))
+
+def _places(name: str, release: Release) -> Iterator[Path]:
+    """Where the weights of the released `name` are on this machine."""
+    if "/" in name:
+        yield from _snapshots(hub_cache() / _folder(name))
+    folder = _meta_home() / name.rpartition("/")[2].replace(":", "-")
+    if name in release.native and (folder / "params.json").is_file():
+        yield folder
 
 
-def _present(repos: Sequence[str], natives: Sequence[str]) -> Iterator[Path]:
-    for repo in repos:
-        yield from _snapshots(hub_cache() / _folder(repo))
-    for folder in _meta_folders(natives):
-        if (folder / "params.json").is_file():
-            yield folder
+def _quantized(place: Path, quant: str) -> Path | None:
+    """The GGUF file in `place` whose name says `quant`, such as "q4-k-m"; of a split one the first part."""
+    spelled = "fp?16" if quant in ("f16", "fp16") else re.escape(quant)
+    said = re.compile(rf"(?<![a-z0-9]){spelled}(?![a-z0-9]|-(?:[sml]|xx?[sl]|nl|\d)(?![a-z0-9]))")
+    named = (file for file in sorted(place.glob("*.gguf")) if said.search(re.sub(r"[\s_]", "-", file.stem.lower())))
+    return next(named, None)
 
 
 def hub_cache() -> Path:
@@ -114,10 +135,6 @@ def _snapshots(folder: Path) -> Iterator[Path]:
             if any(next(place.glob(pattern), None) for pattern in _WEIGHTS):
                 yield place
                 break
-
-
-def _meta_folders(natives: Sequence[str]) -> list[Path]:
-    return [_meta_home() / native.split("/")[-1].replace(":", "-") for native in natives]
 
 
 def _meta_home() -> Path:

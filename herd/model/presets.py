@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from dataclasses import dataclass
 from functools import cache
 
 from herd.errors import UnknownModelError
@@ -15,12 +16,13 @@ from herd.model.presets_guard import GUARDS
 from herd.model.presets_late import LATE
 from herd.model.release import Release
 
-__all__ = ["RELEASES", "find"]
+__all__ = ["RELEASES", "Wanted", "find", "wanted"]
 
 RELEASES: tuple[Release, ...] = EARLY + LATE + GUARDS
 
 _QUANT = re.compile(r"-(i?q\d[\w-]*|fp16|bf16|f16|f32)$")
-_TUNED = re.compile(r"-?(instruct|chat|text|it)$")
+_VARIANT = re.compile(r"-?(instruct|chat|it|text|base)$")
+_PACKED = re.compile(r"fp8|int\d|spinquant|qlora", re.IGNORECASE)
 
 
 def find(name: str) -> Release:
@@ -56,8 +58,62 @@ def _spellings(name: str) -> list[str]:
     """`name` as written, then as an Ollama tag without its endings."""
     plain = _plain(name)
     family, _, tag = plain.removeprefix("library/").partition(":")
-    tag = _TUNED.sub("", _QUANT.sub("", tag))
+    tag = _VARIANT.sub("", _QUANT.sub("", tag))
     return [plain, f"{family}:{tag or 'latest'}"]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a name asks for. `names` are the released names it may mean, best first, of `release.repos` and `release.native`.
+
+    `exact` holds those that it is, letter by letter or without the organisation; `tuned` is None where the name leaves the
+    variant open (then tuned ones come first); `quant` is an Ollama tag's quantization, in small letters with hyphens.
+    """
+
+    release: Release
+    names: tuple[str, ...]
+    exact: tuple[str, ...] = ()
+    tuned: bool | None = None
+    quant: str | None = None
+
+
+def wanted(name: str) -> Wanted:
+    """As `find`, with the variant and the quantization that the name asks for.
+
+    Where only capitals tell a Hugging Face name from a catalog id, they count: `Llama-3.2-1B` is the base model,
+    `llama-3.2-1b` whichever there is.
+    """
+    release = find(name)
+    every = release.repos + release.native
+    exact = tuple(sorted((n for n in every if _is_called(name, n, release)), key=lambda n: n != name))
+    if exact:
+        tuned, packed = release.is_tuned(exact[0]), _packed(exact[0])
+        same = [n for n in every if release.is_tuned(n) == tuned and _packed(n) == packed and n not in exact]
+        return Wanted(release, (*exact, *same), exact, tuned)
+    _, _, tag = _plain(name).partition(":")
+    quant = _QUANT.search(tag)
+    variant = _VARIANT.search(_QUANT.sub("", tag))
+    if variant is None:
+        names = sorted(every, key=lambda n: (bool(_packed(n)), not release.is_tuned(n)))
+        tuned = None
+    else:
+        tuned = variant[1] not in ("text", "base")
+        names = [n for n in every if release.is_tuned(n) == tuned and not _packed(n)]
+    return Wanted(release, tuple(names), (), tuned, quant[1] if quant else None)
+
+
+def _is_called(name: str, released: str, release: Release) -> bool:
+    plain, short = _plain(name), released.rpartition("/")[2]
+    if "/" in released and plain == _plain(released):
+        return True
+    if name == short != release.id:
+        return True
+    return plain == _plain(short) and plain not in {release.id, _plain(release.name), *release.tags}
+
+
+def _packed(name: str) -> list[str]:
+    """The words of a released name that say its numbers are not plain floating point."""
+    return [word.lower() for word in _PACKED.findall(name)]
 
 
 @cache

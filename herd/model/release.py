@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -62,6 +63,10 @@ class Release:
     def repos(self) -> tuple[str, ...]:
         """All Hugging Face ids, tuned ones first."""
         return self.hf_instruct + self.hf_base
+
+    def is_tuned(self, name: str) -> bool:
+        """Whether `name`, one of `repos` or `native`, is a variant that was taught to chat or to judge."""
+        return not self.hf_base or (bool(self.hf_instruct) and re.search("instruct|chat", name, re.I) is not None)
 
 
 def meta(*names: str) -> tuple[str, ...]:

@@ -58,10 +58,11 @@ def test_hub_cache(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     default = cached(places / "home/.cache/huggingface/hub", repo, {"aaa": True, "bbb": True, "ccc": False}, main="bbb")
     for name in (repo, "llama-3.2-1b", "llama3.2:1b", "Llama-3.2-1B-Instruct", repo.lower()):
         assert resolve(name) == default / "bbb", name
-    with pytest.raises(CheckpointError, match=r"not on this machine"):
+    only = r"only meta-llama/Llama-3\.2-1B-Instruct is here: name it to use it"
+    with pytest.raises(CheckpointError, match=only):
         resolve("meta-llama/Llama-3.2-1B")  # the base model is another one
     with pytest.raises(
-        CheckpointError, match=r"Looked for 6 folders in .*huggingface/hub and 2 in .*checkpoints\. "
+        CheckpointError, match=r"Looked for 8 names in .*huggingface/hub and .*checkpoints\. "
     ) as caught:
         resolve("llama-3.1-405b")
     assert len(str(caught.value)) < 300 + 2 * len(str(places))
