@@ -14,23 +14,21 @@ on how it was cut into pieces.
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Collection
 from typing import Any, Literal
 
+from herd.chat.extent import Extent
+from herd.chat.jsoncalls import CALL_KEYS, json_value, parse_json_calls
 from herd.chat.messages import ToolCall
-from herd.chat.pycalls import FUNCTION_NAME, MAX_DEPTH, parse_dotted_call, parse_python_calls
+from herd.chat.pycalls import FUNCTION_NAME, parse_dotted_call, parse_python_calls
 
-__all__ = ["CallScanner", "parse_calls", "parse_json_calls"]
+__all__ = ["CallScanner", "parse_calls"]
 
 Head = Literal["no", "maybe", "json", "python", "tag", "dotted"]
 
 TAG = "<function="
 TAG_END = "</function>"
-_CALL_KEYS = frozenset({"type", "name", "parameters", "arguments", "function", "id"})
-_CLOSING = {"{": "}", "[": "]", "(": ")"}
 _SPACE = " \t\r\n"
 _PIECE = 4096
 _HEAD = 512  # a call says what it is within this many characters, so endless white space does not hold text back
@@ -48,49 +46,6 @@ def parse_calls(text: str) -> list[ToolCall] | None:
     return calls or None
 
 
-def parse_json_calls(text: str) -> list[tuple[str, dict[str, Any]]] | None:
-    """Names and arguments of one JSON call or a JSON array of calls, which must be all of `text`; else None."""
-    value = _json_value(text)
-    calls = [_json_call(item) for item in (value if isinstance(value, list) else [value])]
-    found = [call for call in calls if call is not None]
-    return found if found and len(found) == len(calls) else None
-
-
-def _json_value(text: str) -> Any:
-    """The JSON value that `text` is, or None. Line ends inside strings are taken, for models write them; numbers that are
-    not finite and halves of surrogate pairs are not: nobody could pass them on."""
-    try:
-        value = json.loads(text, strict=False, parse_constant=_refuse, parse_float=_finite)
-        if "\\u" in text:
-            json.dumps(value, ensure_ascii=False).encode()
-    except (ValueError, RecursionError):
-        return None
-    return value
-
-
-def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is not JSON")
-
-
-def _finite(digits: str) -> float:
-    value = float(digits)
-    return value if math.isfinite(value) else _refuse(digits)
-
-
-def _json_call(value: Any) -> tuple[str, dict[str, Any]] | None:
-    if not isinstance(value, dict) or not value.keys() <= _CALL_KEYS or value.get("type", "function") != "function":
-        return None
-    if isinstance(value.get("function"), dict):  # OpenAI's shape, which models have seen too
-        return _json_call(value["function"]) if not {"name", "parameters", "arguments"} & value.keys() else None
-    name = value.get("name", value.get("function"))
-    if not isinstance(name, str) or {"parameters", "arguments"} <= value.keys():
-        return None
-    arguments = value.get("parameters", value.get("arguments", {}))
-    if isinstance(arguments, str):
-        arguments = _json_value(arguments)
-    return (name, arguments) if isinstance(arguments, dict) else None
-
-
 class CallScanner:
     """Text in, in any pieces; text and complete calls out, in order.
 
@@ -106,7 +61,7 @@ class CallScanner:
         self._tag_open = False  # the last call was a function tag whose end has not come
         self._eligible = True  # a call may start at the first character of _text
         self._kind: Head = "no"  # of the candidate at the start of _text, once known
-        self._extent: _Extent | None = None
+        self._extent: Extent | None = None
 
     def feed(self, text: str) -> list[str | ToolCall]:
         """Take more text."""
@@ -153,7 +108,7 @@ class CallScanner:
                 self._eligible = self._text[0] == "\n"
                 self._text = self._text[1:]
             else:
-                self._kind, self._extent = head, _Extent(offset, python=head in ("python", "dotted"))
+                self._kind, self._extent = head, Extent(offset, python=head in ("python", "dotted"))
         return _joined(out)
 
     def _skip_gap(self) -> None:
@@ -210,7 +165,7 @@ class CallScanner:
             found = None if call is None else [call]
         elif kind == "tag":
             name, _, body = region.removeprefix(TAG).partition(">")
-            arguments = _json_value(body)
+            arguments = json_value(body)
             found = [(name, arguments)] if isinstance(arguments, dict) else None
         if found is None or any(not self._known(name) for name, _ in found):
             return None
@@ -257,8 +212,8 @@ class CallScanner:
         """`at` is behind the brace: the first key must be one of a call, and a first key "name" must name a tool."""
         key, at = _string_at(text, at)
         if at < 0:
-            return "maybe" if key is None or any(known.startswith(key) for known in _CALL_KEYS) else "no"
-        if key not in _CALL_KEYS:
+            return "maybe" if key is None or any(known.startswith(key) for known in CALL_KEYS) else "no"
+        if key not in CALL_KEYS:
             return "no"
         if key != "name":
             return "json"
@@ -296,52 +251,6 @@ class CallScanner:
         name = match.group()
         called = name.endswith(".call") and text[match.end()] == "("
         return "dotted" if called and self._known(name.removesuffix(".call")) else "no"
-
-
-class _Extent:
-    """Follows brackets and strings from an opening bracket to its partner, each character once."""
-
-    def __init__(self, start: int, *, python: bool) -> None:
-        self._at = start
-        self._python = python
-        self._open: list[str] = []
-        self._quote = ""
-
-    def run(self, text: str) -> tuple[int | None, bool]:
-        """(end, True) behind the closing bracket, (end, False) where the text stops being balanced, (None, False) when
-        more text is needed."""
-        while self._at < len(text):
-            char = text[self._at]
-            if self._quote:
-                if char == "\\":
-                    if self._at + 1 == len(text):
-                        break
-                    self._at += 2
-                elif text.startswith(self._quote, self._at):
-                    self._at += len(self._quote)
-                    self._quote = ""
-                elif self._quote.startswith(text[self._at :]):
-                    break  # one or two quotes so far of the three that end the string
-                else:
-                    self._at += 1
-                continue
-            if char == '"' or (self._python and char == "'"):
-                if self._python and len(text) - self._at < 3 and text[self._at :] == char * (len(text) - self._at):
-                    break  # two quotes are an empty string or the start of a triple quoted one
-                self._quote = char * 3 if self._python and text.startswith(char * 3, self._at) else char
-                self._at += len(self._quote)
-                continue
-            if char in _CLOSING:
-                self._open.append(_CLOSING[char])
-                if len(self._open) > MAX_DEPTH:
-                    return self._at + 1, False
-            elif char in _CLOSING.values():
-                if self._open.pop() != char:
-                    return self._at + 1, False
-                if not self._open:
-                    return self._at + 1, True
-            self._at += 1
-        return None, False
 
 
 def _skip(text: str, at: int) -> int:
