@@ -12,7 +12,7 @@ from herd.checkpoint.fill import fill
 from herd.checkpoint.open import open_store
 from herd.checkpoint.resolve import resolve
 from herd.checkpoint.store import GenerationDefaults, TensorStore
-from herd.checkpoint.vocabulary import tokenizer_of
+from herd.checkpoint.vocabulary import FormatSource, format_source, tokenizer_of
 from herd.model.llama import Llama
 from herd.tokenizer.tokenizer import Tokenizer
 
@@ -21,13 +21,21 @@ __all__ = ["Checkpoint", "load", "load_model", "open_checkpoint"]
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Everything that came with a model: where it is, its tensors, the model, its tokenizer, its sampling defaults."""
+    """Everything that came with a model: where it is, its tensors, the model, its tokenizer, its sampling defaults.
+
+    `defaults.params()` gives SamplingParams for `herd.generate`, whose own defaults are Meta's.
+    """
 
     path: Path
     store: TensorStore
     model: Llama
     tokenizer: Tokenizer
     defaults: GenerationDefaults
+
+    @property
+    def chat_format_from(self) -> FormatSource | None:
+        """Who says which prompt format the tokenizer has: "files", "catalog" (by the folder's name), or nobody: None."""
+        return format_source(self.tokenizer, self.path)
 
 
 def load(

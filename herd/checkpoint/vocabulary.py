@@ -9,9 +9,9 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 
-from herd.checkpoint.resolve import resolve
+from herd.checkpoint.resolve import resolve, tuned_release
 from herd.errors import CheckpointError
 from herd.tokenizer.files import load_tokenizer as load_files
 from herd.tokenizer.gguf import tokenizer_from_gguf
@@ -20,12 +20,23 @@ from herd.tokenizer.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from herd.checkpoint.store import TensorStore
 
-__all__ = ["MissingTokenizer", "check_vocabulary", "load_tokenizer", "tokenizer_at", "tokenizer_of"]
+__all__ = [
+    "FormatSource",
+    "MissingTokenizer",
+    "check_vocabulary",
+    "format_source",
+    "load_tokenizer",
+    "tokenizer_at",
+    "tokenizer_of",
+]
 
 FILES = ("tokenizer.model", "tokenizer.json", "original/tokenizer.model")
 
 MAX_UNUSED = 512
 """Embedding rows beyond the vocabulary: community checkpoints round up to a power of two or add a few rows."""
+
+FormatSource = Literal["files", "catalog"]
+"""Who says which prompt format a checkpoint was trained with: its files, or, where they do not, the catalog by its folder."""
 
 _CODE_LLAMA = (32_016, 32_000)  # 34B and the Python models: the vocabulary file has 16 infill pieces without rows
 
@@ -56,8 +67,32 @@ def load_tokenizer(path_or_name: str | os.PathLike[str]) -> Tokenizer:
 def tokenizer_at(path: Path, metadata: Mapping[str, Any] | None = None) -> Tokenizer:
     """The tokenizer in the checkpoint folder or file `path`; for GGUF from `metadata`, its keys, when already read.
 
-    Raises CheckpointError or TokenizerError.
+    Meta's own files and some GGUF ones do not say whether they hold a chat model: `chat_format` is then the catalog's, where
+    the folder carries the name of a tuned release. Raises CheckpointError or TokenizerError.
     """
+    tokenizer = _from_files(path, metadata)
+    if tokenizer.chat_format is None and not tokenizer.template:
+        tokenizer.chat_format = _catalog_format(path)
+    return tokenizer
+
+
+def format_source(tokenizer: Tokenizer, path: Path) -> FormatSource | None:
+    """Who says which prompt format `tokenizer` of the checkpoint at `path` has; None when nobody does."""
+    if isinstance(tokenizer, MissingTokenizer):
+        return None
+    if tokenizer.template:
+        return "files"
+    if tokenizer.chat_format is None:
+        return None
+    return "catalog" if tokenizer.chat_format == _catalog_format(path) else "files"
+
+
+def _catalog_format(path: Path) -> str | None:
+    release = tuned_release(path)
+    return None if release is None else release.chat_format
+
+
+def _from_files(path: Path, metadata: Mapping[str, Any] | None) -> Tokenizer:
     if metadata is not None:
         return tokenizer_from_gguf(metadata)
     gguf = _gguf_in(path)

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
 
+from herd.chat.formats import detect
+from herd.checkpoint.load import open_checkpoint
 from herd.checkpoint.resolve import resolve, tuned_release
+from herd.checkpoint.vocabulary import load_tokenizer
 from herd.errors import CheckpointError
+from herd.model.config import plain
 from herd.model.presets import RELEASES, find, wanted
+from tests.build import build, tiny
+from tests.checkpoint.folders import write_meta
+from tests.cli.tiny import write_folder
 
 BASE, TUNED = "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B-Instruct"
 
@@ -141,3 +152,37 @@ def test_tuned_releases_by_their_folders(home: Path) -> None:
         home,
     ):
         assert tuned_release(path) is None, path
+
+
+def test_metas_own_folders_chat(home: Path) -> None:
+    """Meta's files never say whether they hold a chat model: the catalog does, by the folder's name."""
+    config = replace(tiny("llama-3.1"), vocab_size=128_256, layers=plain(1))
+    folder = home / ".llama/checkpoints/Llama3.1-8B-Instruct"
+    write_meta(folder, build(config))
+    shutil.copy(str(files("llama_models") / "llama3" / "tokenizer.model"), folder)
+    for name in ("Llama3.1-8B-Instruct", "llama3.1:8b", folder, folder / "params.json"):
+        checkpoint = open_checkpoint(name)
+        assert detect(checkpoint.tokenizer).name == "llama3.1"
+        assert checkpoint.chat_format_from == "catalog"
+        assert load_tokenizer(name).chat_format == "llama3.1"
+    base = folder.rename(folder.with_name("Llama3.1-8B"))
+    checkpoint = open_checkpoint(base)
+    assert checkpoint.tokenizer.chat_format is checkpoint.chat_format_from is None
+    (base / "tokenizer.model").unlink()
+    assert open_checkpoint(base).chat_format_from is None
+
+
+def test_what_the_files_say_is_never_overridden(home: Path) -> None:
+    """Llama 3's template in a folder that is called Llama 3.1."""
+    folder = write_folder(home / "Llama-3.1-8B-Instruct")
+    checkpoint = open_checkpoint(folder)
+    assert (detect(checkpoint.tokenizer).name, checkpoint.chat_format_from) == ("llama3", "files")
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    del settings["chat_template"]
+    file.write_text(json.dumps(settings | {"chat_format": "llama3.2"}))
+    checkpoint = open_checkpoint(folder)
+    assert (detect(checkpoint.tokenizer).name, checkpoint.chat_format_from) == ("llama3.2", "files")
+    file.write_text(json.dumps(settings))
+    checkpoint = open_checkpoint(folder)
+    assert (detect(checkpoint.tokenizer).name, checkpoint.chat_format_from) == ("llama3.1", "catalog")
