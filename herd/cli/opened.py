@@ -55,7 +55,7 @@ class Opened:
         """Raises PromptError when nothing says that the model chats, saying how it is used."""
         if self.chat.format.name == "base":
             raise PromptError(
-                f"{self.name} has files that do not say whether it chats: let it continue a text with "
+                f"the files of {self.name} do not say whether it chats: let it continue a text with "
                 f'herd run --raw {self.name} "TEXT", or name the prompt format it was tuned for with --format'
             )
 

@@ -141,7 +141,7 @@ def test_a_base_model_continues_text_with_raw(base_model: str, capsys: Captured)
         assert run(args) == 1
         out, err = capsys.readouterr()
         assert out == ""
-        assert "files that do not say whether it chats" in err
+        assert f"the files of {base_model} do not say whether it chats" in err
         assert f'herd run --raw {base_model} "TEXT"' in err
 
 
