@@ -63,12 +63,15 @@ class Opened:
         """The facts of /show, by name."""
         model = self.chat.session.model
         weight = model.tok_embeddings.weight
+        format = self.chat.format.name
+        if self.checkpoint.chat_format_from == "catalog" and format == self.checkpoint.tokenizer.chat_format:
+            format += " (by the name of its folder: its files do not say)"
         return {
             "model": self.name,
             "path": str(self.checkpoint.path),
             "parameters": short_count(parameters(model.config)),
             "numbers": f"{str(weight.dtype).removeprefix('torch.')} on {weight.device}",
-            "format": self.chat.format.name,
+            "format": format,
         }
 
 

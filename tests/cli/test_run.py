@@ -64,17 +64,6 @@ def test_the_checkpoint_gives_the_defaults(chat_model: str, capsys: Captured) ->
     assert capsys.readouterr().out == expected("Hello", params) + "\n"
 
 
-def test_every_default_of_the_checkpoint_counts(tmp_path: Path, capsys: Captured) -> None:
-    folder = write_folder(tmp_path / "own")
-    own = {"do_sample": True, "top_k": 40, "min_p": 0.01, "repetition_penalty": 1.3, "max_new_tokens": 4}
-    (folder / "generation_config.json").write_text(json.dumps(own))
-    assert run(["run", str(folder), "Hello", "--seed", "3"]) == 0
-    params = SamplingParams(top_k=40, min_p=0.01, repetition_penalty=1.3, max_tokens=4, seed=3)
-    out, err = capsys.readouterr()
-    assert out == expected("Hello", params) + "\n"
-    assert err == "[cut at 4 tokens: --max-tokens allows more]\n"
-
-
 @pytest.mark.parametrize(
     ("prompt", "data", "asked"),
     [
@@ -152,21 +141,6 @@ def test_a_base_model_chats_in_a_format_that_is_named(base_model: str, chat_mode
     assert capsys.readouterr().out == named
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_dtypes(chat_model: str, dtype: str, capsys: Captured) -> None:
-    assert run(["run", chat_model, "Hello", "--dtype", dtype, *GREEDY]) == 0
-    assert capsys.readouterr().out
-
-
-@pytest.mark.parametrize(("dtype", "used"), [("auto", "float32"), ("float16", "float16")])
-def test_a_small_model_runs_in_float32_unless_told_otherwise(
-    dtype: str, used: str, piped: Piped, capsys: Captured
-) -> None:
-    piped("/show\n")
-    assert run(["chat", "nano", "--dtype", dtype]) == 0  # stored as float16
-    assert f"{used} on cpu" in capsys.readouterr().err
-
-
 def one_line_error(args: list[str], capsys: Captured) -> str:
     """Runs a command that must fail; its one line."""
     status = run(args)
@@ -186,16 +160,6 @@ def test_wrong_paths_and_names(tmp_path: Path, capsys: Captured) -> None:
     assert "xyzzy" in one_line_error(["chat", "xyzzy"], capsys)
     assert "not on this machine" in one_line_error(["run", "llama3.1:405b", "Hi"], capsys)
     assert "cannot be run yet" in one_line_error(["run", "llama-3.2-11b-vision", "Hi"], capsys)
-
-
-def test_a_store_is_opened_once(chat_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from herd.checkpoint import hf
-
-    opened = []
-    real = hf.HFStore.__init__
-    monkeypatch.setattr(hf.HFStore, "__init__", lambda self, *args: (opened.append(args), real(self, *args))[1])
-    assert run(["run", chat_model, "Hello", *GREEDY]) == 0
-    assert len(opened) == 1
 
 
 def test_wrong_formats(tmp_path: Path, chat_model: str, capsys: Captured) -> None:
