@@ -46,7 +46,8 @@ def load(
     `dtype` is a torch dtype or its name ("float32", "bfloat16", "float16"); "auto" and None keep the one the weights are
     stored in, bfloat16 for quantized files. `device` is a name such as "cuda:0"; "auto" takes the fastest kind that is here.
     Parameters do not require gradients; on the CPU they may be views of the file. A checkpoint without a tokenizer loads,
-    too, and using its tokenizer raises CheckpointError.
+    too, and using its tokenizer raises CheckpointError. `open_checkpoint` also gives its sampling defaults, which
+    `herd.generate` does not know: its own are Meta's.
 
     Raises UnknownModelError, CheckpointError, ConfigError or TokenizerError.
     """

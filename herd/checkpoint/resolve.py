@@ -68,7 +68,7 @@ def _from_catalog(name: str) -> Path:
         found = place if asked.quant is None else _quantized(place, asked.quant)
         if found is not None:
             return found
-    here = [known for known in release.repos + release.native if next(_places(known, release), None)]
+    here = [held for known in release.repos + release.native if (held := _held(known, release))]
     if here:
         are = "is here: name it to use it" if len(here) == 1 else "are here: name one to use it"
         raise CheckpointError(f"{name!r} is not on this machine, only {', '.join(here)} {are}")
@@ -100,6 +100,13 @@ def _places(name: str, release: Release) -> Iterator[Path]:
     folder = _meta_home() / name.rpartition("/")[2].replace(":", "-")
     if name in release.native and (folder / "params.json").is_file():
         yield folder
+
+
+def _held(name: str, release: Release) -> str | None:
+    """The released `name`, with its GGUF files where it has such, when it is on this machine."""
+    places = list(_places(name, release))
+    files = [str(file) for place in places for file in sorted(place.glob("*.gguf"))[:4]]
+    return (f"{name} ({', '.join(files)})" if files else name) if places else None
 
 
 def _quantized(place: Path, quant: str) -> Path | None:
