@@ -15,12 +15,15 @@ from herd.checkpoint.files import short
 __all__ = ["check_keys", "check_rope"]
 
 _READ = {
-    "architectures", "attention_bias", "attention_chunk_size", "attn_scale", "attn_temperature_tuning", "eos_token_id",
-    "floor_scale", "head_dim", "hidden_act", "hidden_size", "interleave_moe_layer_step", "intermediate_size",
-    "intermediate_size_mlp", "layer_types", "max_position_embeddings", "mlp_bias", "model_type", "moe_layers",
-    "no_rope_layer_interval", "no_rope_layers", "num_attention_heads", "num_experts_per_tok", "num_hidden_layers",
-    "num_key_value_heads", "num_local_experts", "quantization_config", "rms_norm_eps", "rope_parameters", "rope_scaling",
-    "rope_theta", "text_config", "tie_word_embeddings", "use_qk_norm", "vision_config", "vocab_size",
+    "architectures", "attention_bias", "eos_token_id", "head_dim", "hidden_act", "hidden_size", "intermediate_size",
+    "layer_types", "max_position_embeddings", "mlp_bias", "model_type", "num_attention_heads", "num_hidden_layers",
+    "num_key_value_heads", "quantization_config", "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta",
+    "tie_word_embeddings", "vocab_size",
+}  # fmt: skip
+_READ_4 = {
+    "attention_chunk_size", "attn_scale", "attn_temperature_tuning", "floor_scale", "interleave_moe_layer_step",
+    "intermediate_size_mlp", "moe_layers", "no_rope_layer_interval", "no_rope_layers", "num_experts_per_tok",
+    "num_local_experts", "text_config", "use_qk_norm", "vision_config",
 }  # fmt: skip
 
 _HARMLESS = {
@@ -54,6 +57,14 @@ _FOREIGN: dict[str, tuple[Any, ...]] = {
 }
 """Keys of Granite, Gemma, Cohere and Mistral -> the values with which they change nothing, beside null and false."""
 
+_DEFAULTS = {
+    "diversity_penalty": 0, "do_sample": False, "early_stopping": False, "encoder_no_repeat_ngram_size": 0,
+    "length_penalty": 1, "min_length": 0, "no_repeat_ngram_size": 0, "num_beam_groups": 1, "num_beams": 1,
+    "num_return_sequences": 1, "output_scores": False, "remove_invalid_values": False, "repetition_penalty": 1,
+    "return_dict_in_generate": False, "temperature": 1, "top_k": 50, "top_p": 1, "typical_p": 1,
+}  # fmt: skip
+"""Sampling keys that transformers 4 wrote into every nested config -> their values, which mean nothing was chosen."""
+
 _CLASSES = {
     "llama": ("LlamaForCausalLM", "LLaMAForCausalLM"),
     "llama4": ("Llama4ForConditionalGeneration", "Llama4ForCausalLM"),
@@ -83,7 +94,9 @@ def check_keys(f: Fields, kind: str) -> None:
     full = isinstance(kinds, list) and all(layer == "full_attention" for layer in kinds)
     if kind == "llama" and kinds is not None and not full:
         f.fail("layer_types", f"is {short(kinds)}: every layer of a Llama 1 to 3 is 'full_attention'")
-    _say_unknown(f, _READ | _HARMLESS | _FOREIGN.keys())
+    chosen = {key for key, value in _DEFAULTS.items() if f.data.get(key) != value}
+    known = _READ | _HARMLESS | _FOREIGN.keys() | (_DEFAULTS.keys() - chosen)
+    _say_unknown(f, known if kind == "llama" else known | _READ_4)
 
 
 def check_rope(rope: Fields) -> None:

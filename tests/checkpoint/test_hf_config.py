@@ -176,6 +176,7 @@ NEUTRAL = [
     {"layer_types": ["full_attention"] * 32},
     {"pretraining_tp": 2},  # another order of the same sums
     {"architectures": None},
+    {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "num_beams": 1, "do_sample": False, "prefix": None},
     {"some_new_key": None},
 ]
 
@@ -192,8 +193,10 @@ def test_unknown_keys_are_said_once() -> None:
     scaling = DENSE["rope_scaling"] | {"beta_fast": 32}
     with pytest.warns(UserWarning, match=r"unknown keys are ignored: rope_scaling\.beta_fast$"):
         read(DENSE | {"rope_scaling": scaling})
-    with pytest.warns(UserWarning, match=r"unknown keys are ignored: text_config\.new$"):
-        text4(new=7)
+    with pytest.warns(UserWarning, match=r"unknown keys are ignored: text_config\.new, text_config\.top_k$"):
+        text4(new=7, top_k=10, top_p=1.0)
+    with pytest.warns(UserWarning, match=r"unknown keys are ignored: num_local_experts, use_qk_norm$"):
+        read(DENSE | {"use_qk_norm": True, "num_local_experts": 8})  # Llama 4's, in a dense model
 
 
 RELEASED = [
