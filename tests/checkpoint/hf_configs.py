@@ -7,7 +7,7 @@ from typing import Any
 from herd.checkpoint.hf_config import read_config
 from herd.model.config import ModelConfig
 
-__all__ = ["DENSE", "LLAMA4", "TEXT4", "read", "text4"]
+__all__ = ["DENSE", "TEXT4", "read", "text4"]
 
 DENSE: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -59,7 +59,6 @@ TEXT4: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
     "max_position_embeddings": 10485760,
 }
-LLAMA4: dict[str, Any] = {"model_type": "llama4", "text_config": TEXT4, "vision_config": {"hidden_size": 1408}}
 
 
 def read(data: dict[str, Any]) -> ModelConfig:
