@@ -32,8 +32,8 @@ class BaseFormat:
     def render(self, messages: Sequence[Message], tools: Sequence[ToolSpec] = (), *, generate: bool = True) -> Rendered:
         """Always raises PromptError: a base model was not trained on conversations."""
         raise PromptError(
-            "this is a base model without a chat format, so it takes text, not messages: give it a text to go on with, "
-            "or name the format that it was tuned for with --format (for example --format llama3.1)"
+            "its files name no chat format, as those of base models, so it takes text, not messages: give it a text "
+            "to go on with, or name the format that it was tuned for with --format (for example --format llama3.1)"
         )
 
     def parser(self, tools: Sequence[ToolSpec] | None = ()) -> ReplyParser:
