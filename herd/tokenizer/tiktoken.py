@@ -14,7 +14,7 @@ from functools import cached_property
 import tiktoken
 
 from herd.errors import TokenizerError
-from herd.tokenizer.cuts import cut
+from herd.tokenizer.cuts import MAX_RUN, cut
 from herd.tokenizer.special import SpecialSplitter
 from herd.tokenizer.tokenizer import Family, SpecialTokens, check_text, printable
 
@@ -85,16 +85,11 @@ class TiktokenTokenizer:
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False, allow_special: bool = False) -> list[int]:
         """Ids of `text`: see Tokenizer.encode. Trusted text that already has its BOS or EOS does not get a second one."""
-        ids: list[int] = []
-        encode = self._core.encode_ordinary
         try:
-            for part in cut(text):
-                for piece in self._splitter.split(part) if allow_special else (part,):
-                    more = [piece] if isinstance(piece, int) else encode(piece)
-                    if ids:
-                        ids += more
-                    else:
-                        ids = more
+            if allow_special or len(text) > MAX_RUN:
+                ids = self._encode_parts(text, allow_special)
+            else:
+                ids = self._core.encode_ordinary(text)
         except UnicodeEncodeError:
             check_text(text)
             raise
@@ -102,6 +97,18 @@ class TiktokenTokenizer:
             ids.insert(0, self.special.bos)
         if eos and ids[-1:] != [self.special.eos]:
             ids.append(self.special.eos)
+        return ids
+
+    def _encode_parts(self, text: str, allow_special: bool) -> list[int]:
+        """Ids of a text that Meta's limits may cut, or that may hold special names."""
+        ids: list[int] = []
+        for part in cut(text):
+            for piece in self._splitter.split(part) if allow_special else (part,):
+                more = [piece] if isinstance(piece, int) else self._core.encode_ordinary(piece)
+                if ids:
+                    ids += more
+                else:
+                    ids = more
         return ids
 
     def encode_batch(
