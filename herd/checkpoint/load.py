@@ -16,7 +16,7 @@ from herd.checkpoint.vocabulary import FormatSource, format_source, tokenizer_of
 from herd.model.llama import Llama
 from herd.tokenizer.tokenizer import Tokenizer
 
-__all__ = ["Checkpoint", "load", "load_model", "open_checkpoint"]
+__all__ = ["Checkpoint", "load", "load_model", "open_checkpoint", "read_checkpoint"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,13 @@ def open_checkpoint(
 ) -> Checkpoint:
     """As `load`, with everything else the checkpoint holds."""
     path = resolve(path_or_name)
-    store = open_store(path)
+    return read_checkpoint(path, open_store(path), dtype, device)
+
+
+def read_checkpoint(
+    path: Path, store: TensorStore, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> Checkpoint:
+    """The rest of `open_checkpoint`, for callers that look at the opened `store` first to choose dtype or device."""
     tokenizer = tokenizer_of(store)
     defaults = getattr(store, "generation", GenerationDefaults())
     return Checkpoint(path, store, fill(store, dtype, device), tokenizer, defaults)

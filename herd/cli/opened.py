@@ -12,13 +12,10 @@ import torch
 from herd.chat.formats import FORMATS
 from herd.chat.guard import GuardFormat
 from herd.chat.params import SamplingParams
-from herd.checkpoint.fill import fill
-from herd.checkpoint.load import Checkpoint
+from herd.checkpoint.load import Checkpoint, read_checkpoint
 from herd.checkpoint.open import open_store
 from herd.checkpoint.placement import device_named, dtype_named
 from herd.checkpoint.resolve import resolve
-from herd.checkpoint.store import GenerationDefaults
-from herd.checkpoint.vocabulary import tokenizer_of
 from herd.engine.local import LocalChat
 from herd.errors import PromptError
 from herd.model.accounting import parameters
@@ -92,11 +89,8 @@ def open_model(
     small = where.type == "cpu" and parameters(store.config) <= SMALL
     if small and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
-    tokenizer = tokenizer_of(store)
-    model = fill(store, dtype_named(dtype, torch.float32 if small else None), where)
-    defaults = getattr(store, "generation", GenerationDefaults())
-    checkpoint = Checkpoint(path, store, model, tokenizer, defaults)
-    chat = LocalChat(model, tokenizer, format=format_name, max_len=max_len)
+    checkpoint = read_checkpoint(path, store, dtype_named(dtype, torch.float32 if small else None), where)
+    chat = LocalChat(checkpoint.model, checkpoint.tokenizer, format=format_name, max_len=max_len)
     return Opened(name, checkpoint, chat)
 
 

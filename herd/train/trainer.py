@@ -18,7 +18,7 @@ from torch import Tensor
 
 from herd.data.batch import Loader, LoaderState, TokenBatch
 from herd.data.encode import IGNORE
-from herd.errors import CheckpointError
+from herd.errors import CheckpointError, HerdError
 from herd.model.attend import Packed
 from herd.model.llama import Llama
 from herd.train.config import TrainConfig
@@ -108,7 +108,10 @@ class Trainer:
             total += self._backward(batch, max(1, learned))
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip))
         if not math.isfinite(norm):
-            raise FloatingPointError(f"step {self.step}: the gradient norm is {norm}")
+            raise HerdError(
+                f"step {self.step}: the gradient norm is {norm}, so the step was not taken: "
+                "lower the learning rate or go on from the last checkpoint"
+            )
         for optimiser in self.optimisers:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)

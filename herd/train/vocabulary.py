@@ -15,38 +15,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from herd.errors import ConfigError
+from herd.tokenizer.special import LLAMA3_NAMED, llama3_names
+from herd.tokenizer.tiktoken import REGEX
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as FastTokenizer
 
-__all__ = ["LLAMA3_REGEX", "special_ids", "special_names", "tokenizer_config", "train_vocabulary", "write_tokenizer"]
-
-LLAMA3_REGEX = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-_NAMED = (
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|reserved_special_token_0|>",
-    "<|reserved_special_token_1|>",
-    "<|finetune_right_pad_id|>",
-    "<|step_id|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eom_id|>",
-    "<|eot_id|>",
-    "<|python_tag|>",
-    "<|image|>",
-)
+__all__ = ["special_ids", "special_names", "tokenizer_config", "train_vocabulary", "write_tokenizer"]
 
 
 def special_names(count: int) -> tuple[str, ...]:
     """The `count` special tokens in Llama 3's order: the named ones, then reserved ones numbered from 2."""
-    if count < len(_NAMED):
-        raise ConfigError(f"{count} special tokens asked for, Llama 3 names {len(_NAMED)}")
-    return _NAMED + tuple(f"<|reserved_special_token_{i + 2}|>" for i in range(count - len(_NAMED)))
+    if count < len(LLAMA3_NAMED):
+        raise ConfigError(f"{count} special tokens asked for, Llama 3 names {len(LLAMA3_NAMED)}")
+    return llama3_names(count)
 
 
 def special_ids(tokenizer: FastTokenizer, count: int = 32) -> dict[str, int]:
@@ -71,7 +53,7 @@ def train_vocabulary(texts: Iterable[str], vocab_size: int, n_special: int = 32)
     tokenizer = Tokenizer(models.BPE(ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
         [
-            pre_tokenizers.Split(Regex(LLAMA3_REGEX), behavior="isolated", invert=False),
+            pre_tokenizers.Split(Regex(REGEX["llama3"]), behavior="isolated", invert=False),
             pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=False),
         ]
     )
