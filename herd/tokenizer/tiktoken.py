@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cache, cached_property
 
 import tiktoken
 
 from herd.errors import TokenizerError
-from herd.tokenizer.cuts import MAX_RUN, cut
+from herd.tokenizer.cuts import MAX_RUN, MAX_SLICE, cut
 from herd.tokenizer.special import SpecialSplitter
 from herd.tokenizer.tokenizer import Family, SpecialTokens, check_text, printable
 
@@ -101,14 +101,26 @@ class TiktokenTokenizer:
 
     def _encode_parts(self, text: str, allow_special: bool) -> list[int]:
         """Ids of a text that Meta's limits may cut, or that may hold special names."""
+        parts = cut(text)
+        if allow_special:
+            encoded = map(self._encode_trusted, parts)
+        elif len(text) > MAX_SLICE and _cores() > 1:
+            encoded = _pool().map(self._core.encode_ordinary, parts)
+        else:
+            encoded = map(self._core.encode_ordinary, parts)
+        ids = next(encoded)
+        for more in encoded:
+            ids += more
+        return ids
+
+    def _encode_trusted(self, text: str) -> list[int]:
+        """Ids of a text whose special names count."""
         ids: list[int] = []
-        for part in cut(text):
-            for piece in self._splitter.split(part) if allow_special else (part,):
-                more = [piece] if isinstance(piece, int) else self._core.encode_ordinary(piece)
-                if ids:
-                    ids += more
-                else:
-                    ids = more
+        for piece in self._splitter.split(text):
+            if isinstance(piece, int):
+                ids.append(piece)
+            else:
+                ids += self._core.encode_ordinary(piece)
         return ids
 
     def encode_batch(
@@ -165,6 +177,16 @@ class TiktokenTokenizer:
         if name is None:
             raise TokenizerError(f"token id {id} is not in this vocabulary of {self.vocab_size} ids")
         return name
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    """Threads for the slices of long texts. They stay: tiktoken's regex warms up anew in every thread."""
+    return ThreadPoolExecutor(_cores(), thread_name_prefix="herd-encode")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
 
 
 def _cores() -> int:

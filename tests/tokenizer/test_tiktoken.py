@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import time
 import unicodedata
 
 import pytest
 
 from herd.errors import TokenizerError
+from herd.tokenizer import tiktoken as module
+from herd.tokenizer.cuts import MAX_SLICE
 from herd.tokenizer.special import byte_bpe_specials
 from herd.tokenizer.tiktoken import REGEX, TiktokenTokenizer
 from tests.tokenizer import texts
@@ -157,6 +160,27 @@ def test_batch_equals_one_by_one(family: str) -> None:
     for threads in (1, 3):
         assert tokenizer.encode_batch(many, bos=True, threads=threads) == [tokenizer.encode(t, bos=True) for t in many]
     assert tokenizer.encode_batch([]) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_long_texts_are_encoded_in_threads_that_survive_a_fork(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = opened(family)
+    long = ("".join(texts.generate(2_000, seed=6)) * 40)[: 2 * MAX_SLICE + 17]
+    monkeypatch.setattr(module, "_cores", lambda: 1)
+    alone = tokenizer.encode(long)
+    monkeypatch.setattr(module, "_cores", lambda: 3)
+    assert len(long) > 2 * MAX_SLICE
+    assert tokenizer.encode(long, bos=True)[1:] == alone
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if tokenizer.encode(long) == alone else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_lone_surrogate_in_a_long_text_is_refused(family: str) -> None:
+    with pytest.raises(TokenizerError, match=r"U\+D83D at character 900000"):
+        opened(family).encode("ab " * 300_000 + "\ud83d")
 
 
 def test_lone_surrogate_is_refused(family: str) -> None:
