@@ -4,8 +4,8 @@
 
 All encoders run in this process and take turns, each on a fresh copy of the text, so that other load and cached UTF-8 favour
 none. Rates are medians by the clock, and by CPU time of all threads (herd encodes the slices of a long text on all cores); the
-spread is (slowest - fastest) / median. "own" is what herd spends outside tiktoken's core. Texts come from the shared folder when it is there,
-else Python's own library is the only text. Packages that are not installed are left out.
+spread is (slowest - fastest) / median. "own" is the CPU time herd spends outside tiktoken's core. Texts come from the shared
+folder when it is there, else Python's own library is the only text. Packages that are not installed are left out.
 """
 
 from __future__ import annotations
