@@ -1,0 +1,1 @@
+"""The same Llama, tuned: adapters as data."""

@@ -1,0 +1,1 @@
+"""The other direction: checkpoints written in every format, one tensor in memory at a time."""

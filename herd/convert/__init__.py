@@ -1,0 +1,1 @@
+"""Changing clothes with proof: conversion, and the comparison of any two checkpoints."""

@@ -1,0 +1,1 @@
+"""Where checkpoints come from: downloads and the caches that tools share. No torch."""
