@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from herd.errors import CheckpointError
 from herd.model.llama import Llama
 from herd.model.rope import Rope
 
-__all__ = ["check_store", "fill", "stored_dtype"]
+__all__ = ["check_store", "fill", "read_as", "stored_dtype"]
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -37,17 +39,24 @@ def fill(store: TensorStore, dtype: str | torch.dtype | None = None, device: str
     check_store(store)
     dtype = stored_dtype(store) if dtype is None else dtype
     _say_skipped(store)
-    with _Unfilled(), torch.device("meta"):
+    with without_storage():
         model = Llama(store.config)
     with torch.device(device):
         model.rope = Rope(store.config)
     for name in shapes(store.config):
         home, _, field = name.rpartition(".")
-        weight = nn.Parameter(_read(store, name, dtype, device), requires_grad=False)
+        weight = nn.Parameter(read_as(store, name, dtype, device), requires_grad=False)
         model.get_submodule(home).register_parameter(field, weight)
     if store.config.tie_embeddings:
         model.output.weight = model.tok_embeddings.weight
     return model.eval()
+
+
+@contextmanager
+def without_storage() -> Iterator[None]:
+    """Inside, modules are built as outlines: shapes without data, to be given their tensors afterwards."""
+    with _Unfilled(), torch.device("meta"):
+        yield
 
 
 class _Unfilled(TorchFunctionMode):
@@ -89,7 +98,11 @@ def stored_dtype(store: TensorStore) -> torch.dtype:
     return counts.most_common(1)[0][0]
 
 
-def _read(store: TensorStore, name: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def read_as(store: TensorStore, name: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """One tensor in `dtype` on `device`: a view of the file when it already fits, otherwise a copy made a few rows at a time.
+
+    Raises CheckpointError for a stored type that means nothing without scales.
+    """
     info = store.info(name)
     if info.dtype not in FLOATS:
         raise _meaningless(store, name)
