@@ -7,22 +7,15 @@ encryption and overlap are checked while the directory is walked. Format: PKWARE
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 from herd.checkpoint.files import short
-from herd.checkpoint.mapped import MappedFile
+from herd.checkpoint.mapped import MappedFile, Span
 from herd.errors import CheckpointError
 
-__all__ = ["Span", "read_archive"]
+__all__ = ["read_archive"]
 
 MAX_ENTRIES = 100_000
-
-
-class Span(NamedTuple):
-    """Byte range of an entry's data in the file."""
-
-    start: int
-    size: int
 
 
 def read_archive(file: MappedFile) -> dict[str, Span]:

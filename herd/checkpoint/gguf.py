@@ -11,8 +11,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-
-import torch
+from typing import TYPE_CHECKING
 
 from herd.checkpoint.files import short
 from herd.checkpoint.gguf_metadata import Cursor, Metadata
@@ -20,6 +19,9 @@ from herd.checkpoint.mapped import MappedFile
 from herd.checkpoint.store import TensorInfo
 from herd.errors import CheckpointError
 from herd.quant.scheme import BlockType, QuantTensor, block_type
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["Entry", "GGUFFile"]
 
@@ -53,8 +55,7 @@ class GGUFFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.map = MappedFile(path)
         self.path = self.map.path
-        data = self.map.tensor(0, torch.uint8, (self.map.size,)).numpy().data.toreadonly()
-        cursor = Cursor(data, self.path)
+        cursor = Cursor(self.map.view(), self.path)
         self.version, tensors, keys = _header(cursor)
         self.metadata = Metadata(cursor, keys, MAX_KEY)
         self.alignment = _alignment(self.metadata)
@@ -69,19 +70,21 @@ class GGUFFile:
     def describe(self, name: str) -> TensorInfo:
         """Shape and stored type; the dtype is that of the values: float32 for quantized blocks."""
         entry = self.entries[name]
-        return TensorInfo(entry.shape, entry.type.dtype or torch.float32, entry.type.name, entry.stop - entry.start)
+        return TensorInfo(entry.shape, entry.type.number or "float32", entry.type.name, entry.stop - entry.start)
 
     def tensor(self, name: str) -> torch.Tensor:
         """The values: a view of the file for plain types, dequantized to float32 otherwise. Raises CheckpointError."""
         stored = self.raw(name)
-        if isinstance(stored, torch.Tensor):
+        if not isinstance(stored, QuantTensor):
             return stored
-        if stored.type.decode is None:
+        if not stored.type.decodable:
             raise CheckpointError(f"herd cannot dequantize {stored.type.name} blocks", path=self.path, tensor=name)
         return stored.dequantize()
 
     def raw(self, name: str) -> torch.Tensor | QuantTensor:
         """What the file holds, as a view of it: a tensor of a plain type, or quantized blocks."""
+        import torch
+
         entry = self.entries[name]
         if entry.type.dtype is not None:
             return self.map.tensor(entry.start, entry.type.dtype, entry.shape)

@@ -15,28 +15,28 @@ What llama.cpp knows without being told, and herd therefore too (src/models/llam
 Ollama writes `llama4` files with `intermediate_size`, `intermediate_size_moe` and `use_qk_norm`, and reads
 `attention.chunk_size` (convert/convert_llama4.go, model/models/llama4). These keys, and GGUF's general
 `attention.temperature_length` and `attention.temperature_scale` (0: no temperature), say what is constant in llama.cpp; they
-are honoured when present.
+are honoured when present. What herd's own writer has to say beyond all of them is in `herd.config` (`gguf_own`).
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import NoReturn
+from dataclasses import replace
+from typing import Any, NoReturn
 
 import numpy as np
-import torch
 
 from herd.checkpoint.files import short
 from herd.checkpoint.gguf_metadata import Metadata
-from herd.checkpoint.gguf_rope import recover
+from herd.checkpoint.gguf_own import OWN_KEY, own_facts
+from herd.checkpoint.gguf_rope import matches, recover
 from herd.checkpoint.limits import plausible
 from herd.checkpoint.store import GenerationDefaults
 from herd.errors import CheckpointError, ConfigError
 from herd.model.config import MAX_LAYERS, LayerSpec, ModelConfig, MoEConfig, RopeScaling, Temper, irope, plain
-from herd.quant.scheme import QuantTensor
 
-__all__ = ["ROPE_TABLE", "Tensors", "read_config", "read_sampling"]
+__all__ = ["ROPE_TABLE", "Shapes", "read_config", "read_sampling"]
 
 ROPE_TABLE = "rope_freqs.weight"
 
@@ -51,20 +51,20 @@ _VISION = {
     "mllama": "Llama 3.2 Vision, which is not runnable yet: herd reads text models",
 }
 
-Tensors = Mapping[str, torch.Tensor | QuantTensor]
-"""Tensor name -> what the file holds, as a view. Only the table of divisors is looked at beyond its shape."""
+Shapes = Mapping[str, tuple[int, ...]]
+"""Tensor name -> shape, outermost dimension first."""
 
 
-def read_config(metadata: Metadata, tensors: Tensors) -> ModelConfig:
-    """The model that a file with this metadata and these tensors holds.
+def read_config(metadata: Metadata, tensors: Shapes, rope_table: np.ndarray | None = None) -> ModelConfig:
+    """The model that a file with this metadata and tensors of these shapes holds; `rope_table` is what ROPE_TABLE holds.
 
     Raises CheckpointError naming the key or tensor that is missing, damaged, or says something that herd's Llama cannot do.
     """
     arch = _architecture(metadata)
-    keys = _Keys(metadata, f"{arch}.")
+    keys = _Keys(metadata, f"{arch}.", _own_facts(metadata))
     try:
-        config = (_llama if arch == "llama" else _llama4)(keys, tensors)
-        return plausible(config, f"{arch}.* keys")
+        config = (_llama if arch == "llama" else _llama4)(keys, tensors, rope_table)
+        return plausible(_with_own(config, keys), f"{arch}.* keys")
     except ConfigError as error:
         metadata.fail("general.architecture", f"is {arch!r}, but its keys describe no model: {error}")
 
@@ -101,11 +101,31 @@ def _architecture(metadata: Metadata) -> str:
     return arch
 
 
-class _Keys:
-    """The keys of one architecture, each checked for its type. Every failure is a CheckpointError at the key."""
+def _own_facts(metadata: Metadata) -> dict[str, Any]:
+    """What `herd.config` says; nothing in files that herd did not write."""
+    if OWN_KEY not in metadata:
+        return {}
+    try:
+        return own_facts(metadata[OWN_KEY], metadata.path)
+    except ConfigError as error:
+        metadata.fail(OWN_KEY, str(error))
 
-    def __init__(self, metadata: Metadata, prefix: str) -> None:
-        self.metadata, self.prefix = metadata, prefix
+
+def _with_own(config: ModelConfig, keys: _Keys) -> ModelConfig:
+    layers = keys.own.get("layers", config.layers)
+    if len(layers) != config.n_layers:
+        keys.metadata.fail(OWN_KEY, f"has {len(layers)} layers, but block_count is {config.n_layers}")
+    return replace(config, **keys.own)
+
+
+class _Keys:
+    """The keys of one architecture, each checked for its type. Every failure is a CheckpointError at the key.
+
+    `own` is what `herd.config` says over them.
+    """
+
+    def __init__(self, metadata: Metadata, prefix: str, own: Mapping[str, Any] | None = None) -> None:
+        self.metadata, self.prefix, self.own = metadata, prefix, own or {}
 
     def fail(self, key: str, why: str) -> NoReturn:
         self.metadata.fail(self.prefix + key, why)
@@ -150,13 +170,13 @@ def _decimal(value: float) -> float:
     return next(d for n in range(1, 18) if np.float32(d := float(f"{value:.{n}g}")) == np.float32(value))
 
 
-def _llama(keys: _Keys, tensors: Tensors) -> ModelConfig:
+def _llama(keys: _Keys, tensors: Shapes, table: np.ndarray | None) -> ModelConfig:
     if keys.whole("expert_count", 0, least=0):
         keys.fail("expert_count", "is set in a file of architecture 'llama': a Mixtral model is not a Llama")
-    return _decoder(keys, tensors, layers=plain(_layer_count(keys)))
+    return _decoder(keys, tensors, table, layers=plain(_layer_count(keys)))
 
 
-def _llama4(keys: _Keys, tensors: Tensors) -> ModelConfig:
+def _llama4(keys: _Keys, tensors: Shapes, table: np.ndarray | None) -> ModelConfig:
     experts = keys.whole("expert_count", 0, least=0)
     moe = None
     if experts:
@@ -169,7 +189,7 @@ def _llama4(keys: _Keys, tensors: Tensors) -> ModelConfig:
         attn_scale=keys.number("attention.temperature_scale", 0.1),
     )
     layers = _llama4_layers(keys, experts, tempered=temper.attn_scale > 0)
-    return _decoder(keys, tensors, layers=layers, moe=moe, temper=temper)
+    return _decoder(keys, tensors, table, layers=layers, moe=moe, temper=temper)
 
 
 def _llama4_layers(keys: _Keys, experts: int, *, tempered: bool) -> tuple[LayerSpec, ...]:
@@ -199,7 +219,8 @@ def _layer_count(keys: _Keys) -> int:
 
 def _decoder(
     keys: _Keys,
-    tensors: Tensors,
+    tensors: Shapes,
+    table: np.ndarray | None,
     *,
     layers: tuple[LayerSpec, ...],
     moe: MoEConfig | None = None,
@@ -218,7 +239,7 @@ def _decoder(
         layers=layers,
         norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
         rope_theta=theta,
-        rope_scaling=_scaling(keys, tensors.get(ROPE_TABLE), head_dim, theta),
+        rope_scaling=_scaling(keys, table, head_dim, theta),
         max_seq_len=keys.whole("context_length"),
         tie_embeddings="output.weight" not in tensors,
         moe=moe,
@@ -238,13 +259,13 @@ def _head_dim(keys: _Keys, dim: int, heads: int) -> int:
     return head_dim
 
 
-def _vocab_size(keys: _Keys, tensors: Tensors) -> int:
+def _vocab_size(keys: _Keys, tensors: Shapes) -> int:
     """Rows of the embedding, which the keys and the tokenizer must agree with."""
     embedding = tensors.get("token_embd.weight")
-    if embedding is None or len(embedding.shape) != 2:
-        why = "is missing" if embedding is None else f"has shape {tuple(embedding.shape)}: expected two dimensions"
+    if embedding is None or len(embedding) != 2:
+        why = "is missing" if embedding is None else f"has shape {embedding}: expected two dimensions"
         raise CheckpointError(why, path=keys.metadata.path, tensor="token_embd.weight")
-    rows = embedding.shape[0]
+    rows = embedding[0]
     if keys.whole("vocab_size", rows) != rows:
         keys.fail("vocab_size", f"is {keys.whole('vocab_size')}, but token_embd.weight has {rows} rows")
     tokens = "tokenizer.ggml.tokens"
@@ -256,7 +277,7 @@ def _vocab_size(keys: _Keys, tensors: Tensors) -> int:
     return rows
 
 
-def _scaling(keys: _Keys, table: torch.Tensor | QuantTensor | None, head_dim: int, theta: float) -> RopeScaling | None:
+def _scaling(keys: _Keys, table: np.ndarray | None, head_dim: int, theta: float) -> RopeScaling | None:
     kind = keys.metadata.get(keys.prefix + "rope.scaling.type", "none")
     if kind != "none" and not (kind == "linear" and keys.number("rope.scaling.factor", 1.0) == 1.0):
         keys.fail("rope.scaling.type", f"is {short(kind)}: herd has the scaling of Llama 3.1 only ('none' and a table)")
@@ -266,11 +287,20 @@ def _scaling(keys: _Keys, table: torch.Tensor | QuantTensor | None, head_dim: in
         _say_unscaled(keys, theta)
         return None
     try:
-        if not isinstance(table, torch.Tensor) or table.dtype != torch.float32 or table.shape != (head_dim // 2,):
-            raise ConfigError(f"shape {tuple(table.shape)}: expected ({head_dim // 2},) of type F32")
+        if table.shape != (head_dim // 2,):
+            raise ConfigError(f"shape {table.shape}: expected ({head_dim // 2},) of type F32")
+        if "rope_scaling" in keys.own:
+            return _checked(table, keys.own.get("rope_theta", theta), keys.own["rope_scaling"])
         return recover(table, theta, keys.whole("rope.scaling.original_context_length", 8192))
     except ConfigError as error:
         raise CheckpointError(str(error), path=keys.metadata.path, tensor=ROPE_TABLE) from error
+
+
+def _checked(table: np.ndarray, theta: float, scaling: RopeScaling | None) -> RopeScaling | None:
+    """`scaling`, which must be that of the table: llama.cpp goes by the table."""
+    if scaling is None or not matches(table, theta, scaling):
+        raise ConfigError(f"these divisors are not those of the scaling in {OWN_KEY}")
+    return scaling
 
 
 def _say_unscaled(keys: _Keys, theta: float) -> None:

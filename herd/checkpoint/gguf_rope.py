@@ -9,54 +9,84 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import ArrayLike
 
 from herd.errors import ConfigError
 from herd.model.config import RopeScaling
-from herd.model.rope import frequencies
 
-__all__ = ["divisors", "recover"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["divisors", "matches", "recover"]
 
 TOLERANCE = 1e-5
 """Relative: float32 evaluations of the blend differ by some 1e-6, two plausible sets of parameters by far more."""
 
 
 def divisors(head_dim: int, theta: float, scaling: RopeScaling) -> Tensor:
-    """The table of `scaling` [head_dim / 2] float32, in llama.cpp's order of operations."""
-    low, high, context = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_seq_len
-    wavelength = 2 * math.pi / frequencies(head_dim, theta)
-    table = torch.where(wavelength > context / low, scaling.factor, 1.0)
-    if high == low:  # Llama 4 Scout: a hard step
-        return table
-    blend = (context / wavelength - low) / (high - low)
-    between = (wavelength >= context / high) & (wavelength <= context / low)
-    return torch.where(between, 1 / ((1 - blend) / scaling.factor + blend), table)
+    """The table of `scaling` [head_dim / 2] float32, in llama.cpp's order of operations. Imports torch."""
+    import torch
+
+    from herd.model.rope import frequencies
+
+    return torch.from_numpy(_table(frequencies(head_dim, theta).numpy(), scaling))
 
 
-def recover(table: Tensor, theta: float, original: int = 8192) -> RopeScaling | None:
+def recover(table: ArrayLike, theta: float, original: int = 8192) -> RopeScaling | None:
     """The scaling that gives `table` [head_dim / 2] over a context of `original` positions; None: it scales nothing.
 
     Only the ratios of both factors to `original` show in a table, so `original` is the caller's word. Raises ConfigError
     when no parameters of the rule reproduce the table.
     """
-    table = table.float()
-    if not bool(((table > 0) & table.isfinite()).all()):
+    stored = np.asarray(table, np.float32)
+    if not ((stored > 0) & np.isfinite(stored)).all():
         raise ConfigError("a divisor is not a positive number")
-    if bool((table == 1).all()):
+    if (stored == 1).all():
         return None
-    wanted = frequencies(2 * len(table), theta) / table
-    for scaling in _candidates(table, theta, original):
-        error = (frequencies(2 * len(table), theta, scaling) / wanted - 1).abs().max()
-        if float(error) <= TOLERANCE:
+    frequencies = _frequencies(len(stored), theta)
+    for scaling in _candidates(stored, frequencies, original):
+        if _far(stored, _table(frequencies, scaling)) <= TOLERANCE:
             return scaling
     raise ConfigError("these divisors are not a Llama 3.1 frequency scaling, the only one that herd's RoPE has")
 
 
-def _candidates(table: Tensor, theta: float, original: int) -> Iterator[RopeScaling]:
-    turns = (original * frequencies(2 * len(table), theta).double() / (2 * math.pi)).tolist()
-    stored = table.double().tolist()
+def matches(table: ArrayLike, theta: float, scaling: RopeScaling) -> bool:
+    """Whether `table` [head_dim / 2] is that of `scaling`."""
+    stored = np.asarray(table, np.float32)
+    return _far(stored, _table(_frequencies(len(stored), theta), scaling)) <= TOLERANCE
+
+
+def _far(stored: np.ndarray, table: np.ndarray) -> float:
+    """The largest relative difference; NaN when a number is infinite."""
+    with np.errstate(all="ignore"):
+        return float(np.abs(stored / table - 1).max())
+
+
+def _frequencies(count: int, theta: float) -> np.ndarray:
+    """Unscaled rotary frequencies [count] float32, to the last bit or two those of `herd.model.rope.frequencies`."""
+    with np.errstate(all="ignore"):  # a theta of 0 gives infinities, which no table fits
+        return (1.0 / theta ** (np.arange(count, dtype=np.float64) / count)).astype(np.float32)
+
+
+def _table(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    """What `scaling` divides each of `frequencies` [head_dim / 2] float32 by."""
+    low, high, context = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_seq_len
+    with np.errstate(all="ignore"):  # hostile numbers overflow to infinity and then fit nothing
+        wavelength = np.float32(2 * math.pi) / frequencies
+        table = np.where(wavelength > context / low, np.float32(scaling.factor), np.float32(1.0))
+        if high == low:  # Llama 4 Scout: a hard step
+            return table
+        blend = (context / wavelength - low) / (high - low)
+        between = (wavelength >= context / high) & (wavelength <= context / low)
+        return np.where(between, 1 / ((1 - blend) / scaling.factor + blend), table)
+
+
+def _candidates(table: np.ndarray, frequencies: np.ndarray, original: int) -> Iterator[RopeScaling]:
+    turns = (original * frequencies.astype(np.float64) / (2 * math.pi)).tolist()
+    stored = table.tolist()
     largest = max(stored)
     for low, high in ((1.0, 4.0), (1.0, 1.0)):  # Llama 3.1 to 3.3; Llama 4 Scout
         yield from _scaling(largest, low, high, original)

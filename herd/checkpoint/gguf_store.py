@@ -11,22 +11,25 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 
 from herd.checkpoint.files import short
 from herd.checkpoint.gguf import GGUFFile
-from herd.checkpoint.gguf_config import read_config, read_sampling
+from herd.checkpoint.gguf_config import ROPE_TABLE, read_config, read_sampling
 from herd.checkpoint.mapped import slices
 from herd.checkpoint.names import homes, ignored, shapes
 from herd.checkpoint.store import TensorInfo
 from herd.errors import CheckpointError
 from herd.quant.scheme import BLOCK_TYPES, QuantTensor
 
+if TYPE_CHECKING:
+    import torch
+
 __all__ = ["GGUFStore"]
 
-PLAIN = (torch.float32, torch.float16, torch.bfloat16)
+PLAIN = ("F32", "F16", "BF16")
 MAX_PARTS = 4096
 
 _PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
@@ -47,8 +50,8 @@ class GGUFStore:
         self._parts = _open_parts(Path(path))
         self._files = {name: part for part in self._parts for name in part.entries}
         self._metadata = self._parts[0].metadata
-        found = {name: part.raw(name) for name, part in self._files.items()}
-        self.config = read_config(self._metadata, found)
+        found = {name: part.entries[name].shape for name, part in self._files.items()}
+        self.config = read_config(self._metadata, found, self._rope_table())
         self._homes = {name: home.name for name, home in homes(self.config, "gguf").items()}
         early_fusion = self._metadata["general.architecture"] == "llama4"
         self.skipped = tuple(name for name in found if early_fusion and name.startswith(_VISION))
@@ -68,7 +71,7 @@ class GGUFStore:
         """A view of the file for F32, F16 and BF16; quantized blocks dequantized to a float32 tensor of its own."""
         file, foreign = self._home(name)
         tensor = file.tensor(foreign)
-        if file.entries[foreign].type.decode is not None:
+        if file.entries[foreign].type.decodable:
             file.release(foreign)
         return tensor
 
@@ -103,6 +106,16 @@ class GGUFStore:
         """The file that holds the canonical tensor `name`."""
         return self._home(name)[0].path
 
+    def _rope_table(self) -> np.ndarray | None:
+        """The divisors of Llama 3.1's frequencies, when the file has them."""
+        part = self._files.get(ROPE_TABLE)
+        if part is None:
+            return None
+        entry = part.entries[ROPE_TABLE]
+        if entry.type.name != "F32":
+            raise CheckpointError(f"type {entry.type.name}: expected F32", path=part.path, tensor=ROPE_TABLE)
+        return np.frombuffer(part.map.bytes(entry.start, entry.stop - entry.start), "<f4").reshape(entry.shape)
+
     def _home(self, name: str) -> tuple[GGUFFile, str]:
         foreign = self._homes.get(name)
         if foreign is None:
@@ -128,8 +141,8 @@ class GGUFStore:
                 raise CheckpointError(
                     f"shape {entry.shape}, but the metadata describes {shape}", path=file.path, tensor=foreign
                 )
-            if entry.type.decode is None and entry.type.dtype not in PLAIN:
-                readable = ", ".join(t.name for t in BLOCK_TYPES if t.decode or t.dtype in PLAIN)
+            if not entry.type.decodable and entry.type.name not in PLAIN:
+                readable = ", ".join(t.name for t in BLOCK_TYPES if t.decodable or t.name in PLAIN)
                 raise CheckpointError(
                     f"type {entry.type.name} cannot be read: herd reads {readable}", path=file.path, tensor=foreign
                 )

@@ -11,20 +11,22 @@ import os
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from herd.checkpoint.files import read_json, safe_join, short
 from herd.checkpoint.generation import read_generation
 from herd.checkpoint.hf_config import read_config
 from herd.checkpoint.layout import fitting
-from herd.checkpoint.mapped import same_rows
 from herd.checkpoint.names import Column, Home, homes, ignored, shapes
 from herd.checkpoint.safetensors import SafetensorsFile
 from herd.checkpoint.store import TensorFile, TensorInfo
 from herd.checkpoint.torchfile import TorchFile
+from herd.checkpoint.twins import same_stored
 from herd.errors import CheckpointError, ConfigError
+from herd.quant.numbers import NUMBER_BYTES
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["HFStore"]
 
@@ -68,7 +70,7 @@ class HFStore:
         stored = self._files[foreign].describe(foreign)
         with self._fitting(foreign, home, stored.shape):
             shape = home.read_shape(stored.shape, self.config)
-        return TensorInfo(shape, stored.dtype, stored.stored, stored.dtype.itemsize * math.prod(shape))
+        return TensorInfo(shape, stored.number, stored.stored, NUMBER_BYTES[stored.number] * math.prod(shape))
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor in canonical layout; a view of the file except for the re-paired q and k rows."""
@@ -134,12 +136,7 @@ class HFStore:
 
     def _check_twin(self, twin: str, source: str) -> None:
         """A tied checkpoint may still carry the output matrix; it must equal the embedding."""
-
-        def release() -> None:
-            self._files[source].release(source)
-            self._files[twin].release(twin)
-
-        if not same_rows(self._files[source].tensor(source), self._files[twin].tensor(twin), release):
+        if not same_stored(self._files[source], source, self._files[twin], twin):
             raise CheckpointError(
                 "differs from the embedding, but config.json sets tie_word_embeddings: one of them is wrong",
                 path=self._files[twin].path,

@@ -1,6 +1,6 @@
 """The few ways in which file formats rearrange a weight, each with its inverse.
 
-All work on views of the mapped file and on meta tensors alike, so shapes can be asked for without data.
+All work on views of the mapped file and on outlines alike, so shapes can be asked for without data and without torch.
 Letters: E experts, I and O inner and outer width, Dh head_dim.
 """
 
@@ -10,16 +10,20 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 from herd.checkpoint.files import short
+from herd.checkpoint.outline import Outline
 from herd.errors import CheckpointError
 from herd.model.config import ModelConfig
 
-__all__ = ["Fused", "Interleave", "Stack", "Step", "Transpose", "fitting"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Fused", "Interleave", "Shaped", "Stack", "Step", "Transpose", "fitting"]
+
+Shaped = TypeVar("Shaped", "Tensor", Outline)
+"""A tensor, or only its shape. (torch gives `unflatten` no types, hence the ignored returns.)"""
 
 Heads = Literal["n_heads", "n_kv_heads"]
 
@@ -27,9 +31,9 @@ Heads = Literal["n_heads", "n_kv_heads"]
 class Step(Protocol):
     """One rearrangement: `read` foreign -> canonical, `write` back."""
 
-    def read(self, tensor: Tensor, config: ModelConfig) -> Tensor: ...
+    def read(self, tensor: Shaped, config: ModelConfig) -> Shaped: ...
 
-    def write(self, tensor: Tensor, config: ModelConfig) -> Tensor: ...
+    def write(self, tensor: Shaped, config: ModelConfig) -> Shaped: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,21 +42,21 @@ class Interleave:
 
     heads: Heads
 
-    def read(self, tensor: Tensor, config: ModelConfig) -> Tensor:
-        return tensor.unflatten(0, (getattr(config, self.heads), 2, -1)).transpose(1, 2).flatten(0, 2)
+    def read(self, tensor: Shaped, config: ModelConfig) -> Shaped:
+        return tensor.unflatten(0, (getattr(config, self.heads), 2, -1)).transpose(1, 2).flatten(0, 2)  # pyright: ignore[reportReturnType]
 
-    def write(self, tensor: Tensor, config: ModelConfig) -> Tensor:
-        return tensor.unflatten(0, (getattr(config, self.heads), -1, 2)).transpose(1, 2).flatten(0, 2)
+    def write(self, tensor: Shaped, config: ModelConfig) -> Shaped:
+        return tensor.unflatten(0, (getattr(config, self.heads), -1, 2)).transpose(1, 2).flatten(0, 2)  # pyright: ignore[reportReturnType]
 
 
 @dataclass(frozen=True, slots=True)
 class Transpose:
     """Matrices stored [..., in, out] (used as x @ W) <-> [..., out, in]."""
 
-    def read(self, tensor: Tensor, config: ModelConfig) -> Tensor:
+    def read(self, tensor: Shaped, config: ModelConfig) -> Shaped:
         return tensor.transpose(-1, -2)
 
-    def write(self, tensor: Tensor, config: ModelConfig) -> Tensor:
+    def write(self, tensor: Shaped, config: ModelConfig) -> Shaped:
         return tensor.transpose(-1, -2)
 
 
@@ -60,12 +64,12 @@ class Transpose:
 class Stack:
     """Experts stacked in two dimensions [E * I, O] <-> [E, I, O]."""
 
-    def read(self, tensor: Tensor, config: ModelConfig) -> Tensor:
+    def read(self, tensor: Shaped, config: ModelConfig) -> Shaped:
         if config.moe is None:
             raise CheckpointError("an expert matrix in a model without experts")
-        return tensor.unflatten(0, (config.moe.n_experts, -1))
+        return tensor.unflatten(0, (config.moe.n_experts, -1))  # pyright: ignore[reportReturnType]
 
-    def write(self, tensor: Tensor, config: ModelConfig) -> Tensor:
+    def write(self, tensor: Shaped, config: ModelConfig) -> Shaped:
         return tensor.flatten(0, 1)
 
 
@@ -81,7 +85,7 @@ class Fused:
     index: int
     shares: tuple[int | Heads, ...]
 
-    def cut(self, tensor: Tensor, config: ModelConfig) -> Tensor:
+    def cut(self, tensor: Shaped, config: ModelConfig) -> Shaped:
         """The part of the fused tensor."""
         shares = [s if isinstance(s, int) else getattr(config, s) for s in self.shares]
         unit, rest = divmod(tensor.shape[self.axis], sum(shares))
@@ -92,6 +96,8 @@ class Fused:
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """All parts in order -> the fused tensor. Inverse of `cut`."""
+        import torch
+
         return torch.cat(list(parts), dim=self.axis)
 
 

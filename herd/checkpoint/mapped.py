@@ -9,21 +9,30 @@ import math
 import mmap
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING, NamedTuple
 
 from herd.checkpoint.files import short
 from herd.errors import CheckpointError
 
-__all__ = ["MappedFile", "same_bytes", "same_rows", "slices"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["SLICE", "MappedFile", "Span", "same_bytes", "slices"]
 
 SLICE = 8 << 20
 """Bytes of a large tensor worked on at a time, so that passing copies and file pages stay few."""
 
 # Linux: a private writable mapping larger than the memory is refused unless it reserves none.
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0)
+
+
+class Span(NamedTuple):
+    """A byte range of a file."""
+
+    start: int
+    size: int
 
 
 class MappedFile:
@@ -46,6 +55,10 @@ class MappedFile:
         """A copy of `size` bytes at `offset`; the caller has checked both."""
         return self._map[offset : offset + size]
 
+    def view(self) -> memoryview:
+        """The whole file, read-only."""
+        return memoryview(self._map).toreadonly()
+
     def find_last(self, needle: bytes, start: int) -> int:
         """Offset of the last `needle` at or after `start`, or -1."""
         return self._map.rfind(needle, start)
@@ -55,6 +68,8 @@ class MappedFile:
 
         Raises CheckpointError when it does not lie inside the file.
         """
+        import torch
+
         count = math.prod(shape)
         nbytes = count * dtype.itemsize
         if offset < 0 or offset + nbytes > self.size:
@@ -71,6 +86,8 @@ class MappedFile:
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset).view(shape)
 
     def _empty(self, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+        import torch
+
         try:
             return torch.empty(shape, dtype=dtype)
         except (RuntimeError, OverflowError):  # sizes beside the zero may be absurd
@@ -86,6 +103,8 @@ class MappedFile:
 
 def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors have one shape and dtype and the same bytes; NaN equals NaN, and any dtype may be asked about."""
+    import torch
+
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     a, b = (tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, other))
@@ -97,19 +116,6 @@ def slices(tensor: torch.Tensor, nbytes: int = SLICE) -> Iterator[slice]:
     rows = tensor.shape[0]
     step = max(1, nbytes * rows // max(tensor.numel() * tensor.element_size(), 1))
     return (slice(start, start + step) for start in range(0, rows, step))
-
-
-def same_rows(one: torch.Tensor, other: torch.Tensor, release: Callable[[], None]) -> bool:
-    """As `same_bytes` for large views of files, slice by slice until the first difference; `release` is called after each,
-    to let go of the pages."""
-    if one.shape != other.shape or not one.ndim:
-        return False
-    for rows in slices(one):
-        same = same_bytes(one[rows], other[rows])
-        release()
-        if not same:
-            return False
-    return True
 
 
 def _map(descriptor: int) -> mmap.mmap:

@@ -13,18 +13,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
-
-import torch
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from herd.checkpoint.files import read_json, short
 from herd.checkpoint.layout import fitting
-from herd.checkpoint.mapped import same_bytes, same_rows
+from herd.checkpoint.mapped import same_bytes
 from herd.checkpoint.meta_config import read_params
 from herd.checkpoint.names import Column, Home, homes, ignored, shapes
 from herd.checkpoint.store import GenerationDefaults, TensorInfo
 from herd.checkpoint.torchfile import TorchFile
+from herd.checkpoint.twins import same_stored
 from herd.errors import CheckpointError, ConfigError
+from herd.quant.numbers import NUMBER_BYTES
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["MetaStore"]
 
@@ -83,13 +86,15 @@ class MetaStore:
             shape[dim] *= len(self._ranks)
         if _KV.fullmatch(name):
             shape[0] //= self._copies
-        return TensorInfo(tuple(shape), stored.dtype, stored.stored, stored.dtype.itemsize * math.prod(shape))
+        return TensorInfo(tuple(shape), stored.number, stored.stored, NUMBER_BYTES[stored.number] * math.prod(shape))
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor in canonical layout: a view with one rank, joined anew with several."""
         home = self._home(name)
         if len(self._ranks) == 1:
             return self._piece(home, 0)
+        import torch
+
         info = self.info(name)
         joined = torch.empty(info.shape, dtype=info.dtype)
         self.read_into(name, joined)
@@ -108,6 +113,8 @@ class MetaStore:
                         "differs from the first rank's, but all hold it whole: is it from elsewhere?", home, rank
                     )
         elif self._copies > 1 and _KV.fullmatch(name):
+            import torch
+
             joined = torch.cat([self._piece(home, rank) for rank in range(len(self._ranks))], dim)
             out.copy_(self._one_of_copies(home, joined))
         else:
@@ -167,7 +174,7 @@ class MetaStore:
     def _tie(self) -> None:
         """Tied models store the output as a second name or a copy of the embedding: it is dropped when it is the same."""
         if all(_OUTPUT in rank.specs and _EMBEDDING in rank.specs for rank in self._ranks):
-            same = all(_same(rank, _OUTPUT, _EMBEDDING) for rank in self._ranks)
+            same = all(same_stored(rank, _OUTPUT, rank, _EMBEDDING) for rank in self._ranks)
             if self.config.tie_embeddings and not same:
                 raise CheckpointError(
                     "differs from the embedding, but params.json ties them", path=self._ranks[0].path, tensor=_OUTPUT
@@ -188,12 +195,9 @@ class MetaStore:
             self.config = replace(config, n_kv_heads=ranks // 2)
 
     def _heads_come_in_pairs(self) -> bool:
-        heads = [
-            rank.tensor("layers.0.attention.wk.weight")
-            for rank in self._ranks
-            if "layers.0.attention.wk.weight" in rank.specs
-        ]
-        return all(same_bytes(a, b) for a, b in zip(heads[::2], heads[1::2], strict=False))
+        name = "layers.0.attention.wk.weight"
+        holders = [rank for rank in self._ranks if name in rank.specs]
+        return all(same_stored(a, name, b, name) for a, b in zip(holders[::2], holders[1::2], strict=False))
 
     def _one_of_copies(self, home: Home, joined: torch.Tensor) -> torch.Tensor:
         heads = joined.unflatten(0, (self.config.n_kv_heads, self._copies, -1))
@@ -210,8 +214,8 @@ class MetaStore:
                     self._fail("missing, but params.json describes it", home, number)
                 if rank.specs[home.name].shape != self._ranks[0].specs[home.name].shape:
                     self._fail(f"shape {rank.specs[home.name].shape} differs from the first rank's", home, number)
-                if rank.specs[home.name].dtype != self._ranks[0].specs[home.name].dtype:
-                    self._fail(f"{rank.specs[home.name].dtype} differs from the first rank's dtype", home, number)
+                if rank.specs[home.name].number != self._ranks[0].specs[home.name].number:
+                    self._fail(f"{rank.specs[home.name].number} differs from the first rank's dtype", home, number)
             for name in rank.names():
                 tied = name == _OUTPUT and self.config.tie_embeddings
                 if not (name in expected or name in self.skipped or tied or ignored(self._column, name)):
@@ -244,18 +248,6 @@ class MetaStore:
             path=self._ranks[0].path,
             tensor=self._homes[name].name,
         )
-
-
-def _same(rank: TorchFile, one: str, other: str) -> bool:
-    """Whether two tensors share storage, or have the same bytes."""
-    if rank.specs[one] == rank.specs[other]:
-        return True
-
-    def release() -> None:
-        rank.release(one)
-        rank.release(other)
-
-    return same_rows(rank.tensor(one), rank.tensor(other), release)
 
 
 def _read_params_json(path: Path) -> dict[str, Any]:

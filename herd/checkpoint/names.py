@@ -22,15 +22,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from herd.checkpoint.files import short
-from herd.checkpoint.layout import Fused, Interleave, Stack, Step, Transpose
+from herd.checkpoint.layout import Fused, Interleave, Shaped, Stack, Step, Transpose
+from herd.checkpoint.outline import Outline
 from herd.errors import CheckpointError
 from herd.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "COLUMNS",
@@ -329,12 +330,12 @@ class Home:
     def read_shape(self, shape: tuple[int, ...], config: ModelConfig) -> tuple[int, ...]:
         """Shape of what `read` makes of a foreign tensor of `shape`, without data. Raises CheckpointError as `read` does."""
         try:
-            outline = torch.empty(shape, device="meta")
-        except (RuntimeError, OverflowError) as error:
+            outline = Outline(shape)
+        except OverflowError as error:
             raise CheckpointError(f"shape {short(shape)} overflows", tensor=self.name) from error
-        return tuple(self.read(outline, config).shape)
+        return self.read(outline, config).shape
 
-    def read(self, tensor: Tensor, config: ModelConfig) -> Tensor:
+    def read(self, tensor: Shaped, config: ModelConfig) -> Shaped:
         """Foreign tensor (or one rank's piece of it) -> canonical; a view wherever torch can make one.
 
         Raises CheckpointError when the shape cannot be cut or rearranged as the format says.
@@ -343,7 +344,7 @@ class Home:
             part = tensor if self.cell.fused is None else self.cell.fused.cut(tensor, config)
             for step in self.cell.steps:
                 part = step.read(part, config)
-        except (RuntimeError, IndexError) as error:  # torch's way to say that a shape does not fit
+        except (RuntimeError, IndexError) as error:  # torch's and Outline's way to say that a shape does not fit
             raise CheckpointError(f"shape {tuple(tensor.shape)} does not fit this model", tensor=self.name) from error
         return part
 

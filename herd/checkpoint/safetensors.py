@@ -10,14 +10,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NoReturn
-
-import torch
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from herd.checkpoint.files import parse_json, short
-from herd.checkpoint.mapped import MappedFile
+from herd.checkpoint.mapped import MappedFile, Span
 from herd.checkpoint.store import TensorInfo
 from herd.errors import CheckpointError
+from herd.quant.numbers import torch_dtype
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["Entry", "SafetensorsFile"]
 
@@ -30,13 +32,14 @@ BITS = {
     "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
 
-DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu, "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32,
-    "U32": torch.uint32, "F32": torch.float32, "I64": torch.int64, "U64": torch.uint64, "F64": torch.float64,
-    "C64": torch.complex64,
+NUMBERS = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn",
+    "F8_E8M0": "float8_e8m0fnu", "F8_E5M2FNUZ": "float8_e5m2fnuz", "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "I16": "int16", "U16": "uint16", "F16": "float16", "BF16": "bfloat16", "I32": "int32",
+    "U32": "uint32", "F32": "float32", "I64": "int64", "U64": "uint64", "F64": "float64",
+    "C64": "complex64",
 }  # fmt: skip
+"""The format's word -> the torch dtype's name. The formats narrower than a byte have no dtype."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,23 +71,28 @@ class SafetensorsFile:
     def describe(self, name: str) -> TensorInfo:
         """Shape, dtype and size from the header. Raises CheckpointError for dtypes torch does not have."""
         entry = self.entries[name]
-        return TensorInfo(entry.shape, self._dtype(name), entry.dtype, entry.stop - entry.start)
+        return TensorInfo(entry.shape, self._number(name), entry.dtype, entry.stop - entry.start)
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor `name`, a view of the file. Raises CheckpointError for dtypes torch does not have."""
         entry = self.entries[name]
-        return self.map.tensor(entry.start, self._dtype(name), entry.shape)
+        return self.map.tensor(entry.start, torch_dtype(self._number(name)), entry.shape)
+
+    def span(self, name: str) -> Span:
+        """Where the bytes of `name` lie."""
+        entry = self.entries[name]
+        return Span(entry.start, entry.stop - entry.start)
 
     def release(self, name: str) -> None:
         """Drop the memory behind a tensor that has been copied."""
         entry = self.entries[name]
         self.map.release(entry.start, entry.stop - entry.start)
 
-    def _dtype(self, name: str) -> torch.dtype:
-        dtype = DTYPES.get(self.entries[name].dtype)
-        if dtype is None:
+    def _number(self, name: str) -> str:
+        number = NUMBERS.get(self.entries[name].dtype)
+        if number is None:
             raise CheckpointError(f"dtype {self.entries[name].dtype} cannot be read", path=self.path, tensor=name)
-        return dtype
+        return number
 
     def _header(self) -> tuple[dict[str, Any], int]:
         size = self.map.size

@@ -2,6 +2,7 @@
 
 A TensorStore names tensors as `herd.model.llama.Llama` does (Meta's names) and gives them in that model's layout: RoPE
 rows interleaved, experts stacked [E, out, in]. The Meta, Hugging Face and GGUF stores differ only below this line.
+Opening a store and asking it anything but numbers imports no torch.
 """
 
 from __future__ import annotations
@@ -9,12 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
-
-import torch
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from herd.chat.params import SamplingParams
 from herd.model.config import ModelConfig
+from herd.quant.numbers import torch_dtype
+
+if TYPE_CHECKING:
+    import torch
+
+    from herd.checkpoint.mapped import MappedFile, Span
 
 __all__ = ["GenerationDefaults", "ReadsInto", "Releases", "TensorFile", "TensorInfo", "TensorStore"]
 
@@ -23,13 +28,18 @@ __all__ = ["GenerationDefaults", "ReadsInto", "Releases", "TensorFile", "TensorI
 class TensorInfo:
     """A tensor before it is read: its final shape, how the file stores it, and its bytes on disk.
 
-    `dtype` is the torch dtype `read` returns; `stored` the file's own word ("BF16", "Q4_K", ...).
+    `number` names the torch dtype that `read` returns; `stored` is the file's own word ("BF16", "Q4_K", ...).
     """
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    number: str
     stored: str
     nbytes: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The torch dtype that `read` returns. Imports torch."""
+        return torch_dtype(self.number)
 
 
 class TensorStore(Protocol):
@@ -79,6 +89,7 @@ class TensorFile(Protocol):
     """One file of named tensors, in its own names: what the Meta and Hugging Face stores are built from."""
 
     path: Path
+    map: MappedFile
 
     def names(self) -> Iterable[str]: ...
 
@@ -86,6 +97,10 @@ class TensorFile(Protocol):
 
     def tensor(self, name: str) -> torch.Tensor:
         """The stored tensor, a view of the mapped file."""
+        ...
+
+    def span(self, name: str) -> Span | None:
+        """Where the tensor's bytes lie, row-major; None when it is stored with other strides."""
         ...
 
     def release(self, name: str) -> None:

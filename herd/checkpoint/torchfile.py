@@ -6,18 +6,19 @@ The old format from before torch 1.6, a bare pickle followed by data, is refused
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from herd.checkpoint.archive import Span, read_archive
-from herd.checkpoint.mapped import MappedFile
+from herd.checkpoint.archive import read_archive
+from herd.checkpoint.mapped import MappedFile, Span
 from herd.checkpoint.store import TensorInfo
 from herd.checkpoint.unpickle import ForbiddenGlobalError, TensorSpec, unpickle
 from herd.errors import CheckpointError
+from herd.quant.numbers import torch_dtype
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["TorchFile"]
 
@@ -27,7 +28,7 @@ MAX_PICKLE = 32 << 20
 _ALIASING = 4
 """Tensors may share storage (tied weights do), but not claim more than this many times the file's size together."""
 
-_WORDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+_WORDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 
 
 class TorchFile:
@@ -52,7 +53,7 @@ class TorchFile:
         total = 0
         for name, spec in self.specs.items():
             self._place(name, spec)
-            total += _nbytes(spec)
+            total += spec.nbytes
         if total > _ALIASING * self.map.size:
             raise CheckpointError(f"its tensors claim {total} bytes, the file has {self.map.size}", path=self.path)
 
@@ -63,18 +64,24 @@ class TorchFile:
     def describe(self, name: str) -> TensorInfo:
         """Shape, dtype and size, without touching the data."""
         spec = self.specs[name]
-        word = _WORDS.get(spec.dtype, str(spec.dtype).removeprefix("torch.").upper())
-        return TensorInfo(spec.shape, spec.dtype, word, _nbytes(spec))
+        return TensorInfo(spec.shape, spec.number, _WORDS.get(spec.number, spec.number.upper()), spec.nbytes)
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor `name`, a view of the file with the strides it was saved with."""
         spec = self.specs[name]
         span = self._place(name, spec)
-        flat = self.map.tensor(span.start, spec.dtype, (spec.storage.nbytes // spec.dtype.itemsize,))
+        flat = self.map.tensor(span.start, torch_dtype(spec.number), (spec.storage.nbytes // spec.itemsize,))
         try:
             return flat.as_strided(spec.shape, spec.strides, flat.storage_offset() + spec.offset)
         except (RuntimeError, OverflowError) as error:  # empty, with absurd sizes beside the zero
             raise CheckpointError(f"shape {spec.shape} overflows", path=self.path, tensor=name[:200]) from error
+
+    def span(self, name: str) -> Span | None:
+        """Where the bytes of `name` lie; None when it was saved with strides of its own."""
+        spec = self.specs[name]
+        if not spec.contiguous:
+            return None
+        return Span(self._place(name, spec).start + spec.offset * spec.itemsize, spec.nbytes)
 
     def release(self, name: str) -> None:
         """Drop the memory behind a tensor that has been copied."""
@@ -127,7 +134,3 @@ class TorchFile:
                 offset=span.start,
             )
         return span
-
-
-def _nbytes(spec: TensorSpec) -> int:
-    return math.prod(spec.shape) * spec.dtype.itemsize

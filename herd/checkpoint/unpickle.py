@@ -7,15 +7,15 @@ one ends the reading with a CheckpointError that names it, and opcodes that torc
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-import torch
-
 from herd.checkpoint.files import short
 from herd.errors import CheckpointError
+from herd.quant.numbers import NUMBER_BYTES
 
 __all__ = ["ForbiddenGlobalError", "Storage", "TensorSpec", "unpickle"]
 
@@ -23,17 +23,15 @@ MAX_OPCODES = 250_000
 """About thirty per tensor: enough for 8,000 tensors in one file, and a bound on the time a hostile one can take."""
 
 STORAGES = {
-    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16,
-    "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool, "UntypedStorage": torch.uint8,
+    "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16", "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16",
+    "CharStorage": "int8", "ByteStorage": "uint8", "BoolStorage": "bool", "UntypedStorage": "uint8",
 }  # fmt: skip
 
-DTYPES = {
-    "float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
-    "float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2, "int64": torch.int64, "int32": torch.int32,
-    "int16": torch.int16, "int8": torch.int8, "uint8": torch.uint8, "uint16": torch.uint16, "uint32": torch.uint32,
-    "uint64": torch.uint64, "bool": torch.bool,
-}  # fmt: skip
+DTYPES = (
+    "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int64", "int32", "int16", "int8",
+    "uint8", "uint16", "uint32", "uint64", "bool",
+)  # fmt: skip
 
 
 class ForbiddenGlobalError(CheckpointError):
@@ -42,10 +40,10 @@ class ForbiddenGlobalError(CheckpointError):
 
 @dataclass(frozen=True, slots=True)
 class Symbol:
-    """A global that is known: what REDUCE may apply or a tensor may mention."""
+    """A global that is known: what REDUCE may apply or a tensor may mention. `number` names a torch dtype."""
 
     name: str
-    dtype: torch.dtype | None = None
+    number: str | None = None
 
 
 GLOBALS = {
@@ -55,32 +53,55 @@ GLOBALS = {
     ("torch._utils", "_rebuild_tensor_v3"): Symbol("tensor"),
     ("torch._utils", "_rebuild_parameter"): Symbol("parameter"),
     **{
-        (module, name): Symbol("storage", dtype)
-        for name, dtype in STORAGES.items()
+        (module, name): Symbol("storage", number)
+        for name, number in STORAGES.items()
         for module in ("torch", "torch.storage")
     },
-    **{("torch", name): Symbol("dtype", dtype) for name, dtype in DTYPES.items()},
+    **{("torch", name): Symbol("dtype", name) for name in DTYPES},
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """A block of `nbytes` bytes that lives in the archive under `key`."""
+    """A block of `nbytes` bytes that lives in the archive under `key`; `number` names the torch dtype of its elements."""
 
     key: str
-    dtype: torch.dtype
+    number: str
     nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A tensor before it is read: `offset` and `strides` count elements of `dtype` in `storage`; bounds are checked."""
+    """A tensor before it is read: `offset` and `strides` count elements in `storage`; bounds are checked.
+
+    `number` names the torch dtype.
+    """
 
     storage: Storage
-    dtype: torch.dtype
+    number: str
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return NUMBER_BYTES[self.number]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all elements."""
+        return math.prod(self.shape) * self.itemsize
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether its elements lie row-major, without gaps."""
+        step = 1
+        for n, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if n != 1 and stride != step:
+                return False
+            step *= n
+        return True
 
 
 _MARK = Symbol("mark")
@@ -219,8 +240,8 @@ class _Machine:
 
     def persistent(self) -> None:
         match self.pop():
-            case ("storage", Symbol("storage", torch.dtype() as dtype), str(key), str(), int(count)) if count >= 0:
-                self.stack.append(Storage(key, dtype, count * dtype.itemsize))
+            case ("storage", Symbol("storage", str(number)), str(key), str(), int(count)) if count >= 0:
+                self.stack.append(Storage(key, number, count * NUMBER_BYTES[number]))
             case _:
                 self.fail("a reference to data outside of the pickle is no torch storage")
 
@@ -241,9 +262,9 @@ class _Machine:
 
     def tensor(self, storage: Storage, offset: Any, shape: Any, strides: Any, hooks: dict, rest: list) -> TensorSpec:
         """Arguments of torch._utils._rebuild_tensor_v2 and _v3, checked against their storage."""
-        dtype = storage.dtype
-        if rest and isinstance(rest[0], Symbol) and rest[0].dtype is not None:
-            dtype, rest = rest[0].dtype, rest[1:]
+        number = storage.number
+        if rest and isinstance(rest[0], Symbol) and rest[0].number is not None:
+            number, rest = rest[0].number, rest[1:]
         if hooks or any(rest):
             self.fail("a tensor carries hooks or flags, which no weight has")
         whole = _size(offset) and isinstance(shape, tuple) and isinstance(strides, tuple) and len(shape) == len(strides)
@@ -253,12 +274,12 @@ class _Machine:
         for n, stride in zip(shape, strides, strict=True):
             count *= n
             last += max(n - 1, 0) * stride
-        held = storage.nbytes // dtype.itemsize
+        held = storage.nbytes // NUMBER_BYTES[number]
         if any(n >= 1 << 48 for n in shape) or (count and (last >= held or count > held)):
             self.fail(
                 f"a tensor of shape {shape} and strides {strides} at {offset} leaves its storage of {held} elements"
             )
-        return TensorSpec(storage, dtype, offset, shape, strides)
+        return TensorSpec(storage, number, offset, shape, strides)
 
     def build(self) -> None:
         state = self.pop()

@@ -1,0 +1,45 @@
+"""Whether two stored tensors are the same bytes: tied matrices saved twice, key/value heads copied for more ranks."""
+
+from __future__ import annotations
+
+from herd.checkpoint.mapped import SLICE, same_bytes, slices
+from herd.checkpoint.store import TensorFile
+
+__all__ = ["same_stored"]
+
+
+def same_stored(one: TensorFile, name: str, other: TensorFile, twin: str) -> bool:
+    """Whether tensor `name` of `one` and `twin` of `other` have one shape and dtype and the same bytes.
+
+    Slice by slice until the first difference, letting go of the file pages after each; no torch, unless a tensor is stored
+    with unusual strides.
+    """
+    a, b = one.describe(name), other.describe(twin)
+    if (a.shape, a.number) != (b.shape, b.number):
+        return False
+    here, there = one.span(name), other.span(twin)
+    if here is None or there is None:
+        return _same_values(one, name, other, twin)
+    if one.path == other.path and here == there:
+        return True
+    for at in range(0, here.size, SLICE):
+        size = min(SLICE, here.size - at)
+        same = one.map.bytes(here.start + at, size) == other.map.bytes(there.start + at, size)
+        one.map.release(here.start + at, size)
+        other.map.release(there.start + at, size)
+        if not same:
+            return False
+    return True
+
+
+def _same_values(one: TensorFile, name: str, other: TensorFile, twin: str) -> bool:
+    a, b = one.tensor(name), other.tensor(twin)
+    if not a.ndim:
+        return same_bytes(a, b)
+    for rows in slices(a):
+        same = same_bytes(a[rows], b[rows])
+        one.release(name)
+        other.release(twin)
+        if not same:
+            return False
+    return True
