@@ -18,7 +18,7 @@ from herd.tokenizer.huggingface import open_tokenizer_json
 from herd.tokenizer.pieces import NORMAL, PieceModel
 from herd.tokenizer.ranks import parse_ranks
 from herd.tokenizer.settings import read_file, read_settings
-from herd.tokenizer.special import RANKS
+from herd.tokenizer.special import INFILL_PIECES, RANKS, STEP_PIECE
 from herd.tokenizer.tokenizer import Family, Tokenizer
 from herd.tokenizer.vocabulary import ByteVocabulary, PieceVocabulary, Settings, TokenizerFilesWarning, build_tokenizer
 
@@ -155,7 +155,12 @@ def _difference(first: ByteVocabulary | PieceVocabulary, second: ByteVocabulary 
 
 def _order(model: PieceModel, *, formed_only: bool = False) -> list[int]:
     """Ids of the longer pieces, best score first; `formed_only`: only those that a merge of two others gives."""
-    longer = [id for id, piece in enumerate(model.pieces) if len(piece) > 1 and model.types[id] == NORMAL]
+    special = {*INFILL_PIECES, STEP_PIECE}  # never formed from text, whatever type a file gives them
+    longer = [
+        id
+        for id, piece in enumerate(model.pieces)
+        if len(piece) > 1 and model.types[id] == NORMAL and piece not in special
+    ]
     if formed_only:
         known = set(model.pieces)
         splits = {id: range(1, len(model.pieces[id])) for id in longer}

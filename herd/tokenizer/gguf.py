@@ -88,6 +88,12 @@ def _pieces(metadata: Mapping[str, Any]) -> PieceVocabulary:
         known = {"<unk>": UNKNOWN, "<s>": CONTROL, "</s>": CONTROL}
         types = [BYTE if byte_piece(token) is not None else known.get(token, NORMAL) for token in tokens]
     scores = [float(score) for score in metadata.get("tokenizer.ggml.scores") or ()]
+    size = len(tokens)
+    while size and types[size - 1] == UNUSED and tokens[size - 1] == f"[PAD{size - 1}]":
+        size -= 1  # converters fill embedding rows without a token
+    if len(scores) == len(tokens):
+        scores = scores[:size]
+    tokens, types = tokens[:size], types[:size]
     notes: tuple[str, ...] = ()
     if len({score for score, kind in zip(scores, types, strict=False) if kind == NORMAL}) <= 1:
         if not is_llama2(tokens):

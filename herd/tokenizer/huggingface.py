@@ -19,8 +19,8 @@ from typing import Any
 from herd.errors import CheckpointError, TokenizerError
 from herd.tokenizer.bytelevel import from_alphabet
 from herd.tokenizer.merges import check_byte_merges, scores_of_merges
-from herd.tokenizer.pieces import BYTE, CONTROL, NORMAL, UNKNOWN, PieceModel, byte_piece
-from herd.tokenizer.released import is_llama2, llama2_scores, released_family
+from herd.tokenizer.pieces import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, PieceModel, byte_piece
+from herd.tokenizer.released import LLAMA2_PIECES, is_llama2, llama2_scores, released_family
 from herd.tokenizer.settings import MAX_JSON, parse_json, read_file
 from herd.tokenizer.tokenizer import Family
 from herd.tokenizer.vocabulary import ByteVocabulary, PieceVocabulary
@@ -185,16 +185,18 @@ def _piece_vocabulary(
     if [vocab[name] for name in names] != list(range(len(names))):
         raise TokenizerError("model.vocab has a gap or a double id; ids must count up from 0")
     control = {name for name, id in added.items() if vocab.get(name) == id and id not in visible} | {"<s>", "</s>"}
-    types = [_piece_type(name, unk, control) for name in names]
+    types = [
+        USER_DEFINED if id in visible and name in added else _piece_type(name, unk, control)
+        for id, name in enumerate(names)
+    ]
     formed = scores_of_merges(names, types, model.get("merges") or ())
     # Pieces that nothing forms (single characters) never win a merge; their score only has to be low.
     scores = [formed.get(name, -float(len(names))) for name in names]
     notes: tuple[str, ...] = ()
     if is_llama2(names):
         released = llama2_scores(names)
-        if _order(formed) != _order(
-            {name: score for name, score in zip(names, released, strict=True) if name in formed}
-        ):
+        known = {name: score for name, score in zip(names[:LLAMA2_PIECES], released, strict=False) if name in formed}
+        if _order({name: formed[name] for name in known}) != _order(known):
             scores = released
             notes = ("model.merges are not in Llama 2's order, though the tokens are Llama 2's. Using Llama 2's order",)
     return PieceVocabulary(

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from herd.tokenizer.special import RANKS
 from herd.tokenizer.tokenizer import Family
 
-__all__ = ["is_llama2", "llama2_scores", "released_family"]
+__all__ = ["LLAMA2_PIECES", "is_llama2", "llama2_scores", "released_family"]
 
 # sha256 of the bytes of all ranks in order, joined by newlines.
 _RANKS_SHA256: dict[str, Family] = {
@@ -22,7 +22,7 @@ _RANKS_SHA256: dict[str, Family] = {
 }
 # sha256 of the 32,000 pieces of Llama 1 and 2 in order, joined by zero characters.
 _LLAMA2_SHA256 = "b43c657d6772da32c3e0971ab610fc3d6a7e45089582758d1bc5160e5cdbe588"
-_LLAMA2_PIECES = 32_000
+LLAMA2_PIECES = 32_000
 _FIRST_NORMAL = 259  # after <unk>, <s>, </s> and the byte pieces
 _LAST_SCORE = -1e9
 
@@ -36,9 +36,9 @@ def released_family(ranks: Sequence[bytes]) -> Family | None:
 
 def is_llama2(pieces: Sequence[str]) -> bool:
     """Whether these are the 32,000 pieces of Llama 1 and 2, alone or with more behind them (Code Llama, added tokens)."""
-    if len(pieces) < _LLAMA2_PIECES:
+    if len(pieces) < LLAMA2_PIECES:
         return False
-    return hashlib.sha256("\0".join(pieces[:_LLAMA2_PIECES]).encode()).hexdigest() == _LLAMA2_SHA256
+    return hashlib.sha256("\0".join(pieces[:LLAMA2_PIECES]).encode()).hexdigest() == _LLAMA2_SHA256
 
 
 def llama2_scores(pieces: Sequence[str]) -> list[float]:

@@ -38,6 +38,7 @@ codecs.register_error("herd.sentencepiece", _one_per_byte)
 class SentencePieceTokenizer:
     """Tokenizer of a SentencePiece vocabulary, whichever file it came from.
 
+    `original` is the vocabulary as it was given, `model` the one text is encoded with: there, no text yields a special piece.
     `visible` are user-defined or added pieces whose name is text (decoded, not skipped). Raises TokenizerError when the
     library refuses the vocabulary.
     """
@@ -58,6 +59,7 @@ class SentencePieceTokenizer:
         types = list(model.types)
         for id in named | self._visible:
             types[id] = CONTROL
+        self.original = model
         self.model = model if types == list(model.types) else model.with_types(types)
         self.special = piece_specials(model.pieces, reserved | named)
         self.family: Family = "codellama" if named else "llama2"

@@ -21,6 +21,7 @@ __all__ = [
     "STEP_PIECE",
     "SpecialSplitter",
     "byte_bpe_specials",
+    "known_aliases",
     "llama3_names",
     "llama4_names",
     "piece_specials",
@@ -93,6 +94,11 @@ def llama4_names() -> tuple[str, ...]:
         *reserved("", 0, 903),
     ]
     return tuple(f"<|{name}|>" for name in names)
+
+
+def known_aliases(family: Family) -> Collection[str]:
+    """The other spellings that every vocabulary of this family understands, whatever its files list."""
+    return _ALIASES.get(family, {}).keys()
 
 
 def byte_bpe_specials(family: Family, n_ranks: int, listed: Mapping[str, int] | None = None) -> SpecialTokens:
