@@ -25,10 +25,12 @@ _HOME = {
     "ToolSpec": "herd.chat.format",
     "TokenizerError": "herd.errors",
     "UnknownModelError": "herd.errors",
+    "convert": "herd.convert",
     "generate": "herd.engine.local",
     "load": "herd.checkpoint.load",
     "load_tokenizer": "herd.checkpoint.vocabulary",
     "render": "herd.chat.render",
+    "verify": "herd.convert.verify",
 }
 
 __all__ = [
@@ -47,10 +49,12 @@ __all__ = [
     "ToolSpec",
     "UnknownModelError",
     "__version__",
+    "convert",
     "generate",
     "load",
     "load_tokenizer",
     "render",
+    "verify",
 ]
 
 if TYPE_CHECKING:
@@ -61,6 +65,8 @@ if TYPE_CHECKING:
     from herd.chat.render import render
     from herd.checkpoint.load import load
     from herd.checkpoint.vocabulary import load_tokenizer
+    from herd.convert.driver import convert
+    from herd.convert.verify import verify
     from herd.engine.local import generate
     from herd.errors import (
         CheckpointError,
@@ -78,7 +84,8 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'herd' has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name)
+    home = import_module(_HOME[name])
+    value = home if name == "convert" else getattr(home, name)  # that floor is its function: herd/convert/__init__.py
     globals()[name] = value
     return value
 

@@ -10,7 +10,7 @@ import pytest
 
 import herd
 
-TORCH_FREE = sorted(set(herd.__all__) - {"Llama", "generate", "load"})
+TORCH_FREE = sorted(set(herd.__all__) - {"Llama", "generate", "load", "verify"})
 
 
 def test_the_list_is_what_it_was_meant_to_be() -> None:
@@ -31,20 +31,33 @@ def test_the_list_is_what_it_was_meant_to_be() -> None:
         "ToolSpec",
         "UnknownModelError",
         "__version__",
+        "convert",
         "generate",
         "load",
         "load_tokenizer",
         "render",
+        "verify",
     ]
     assert dir(herd) == sorted(herd.__all__)
 
 
-@pytest.mark.parametrize("name", sorted(set(herd.__all__) - {"__version__"}))
+@pytest.mark.parametrize("name", sorted(set(herd.__all__) - {"__version__", "convert"}))
 def test_every_public_name_is_the_one_of_its_home(name: str) -> None:
     home = import_module(herd._HOME[name])
     assert getattr(herd, name) is getattr(home, name)
     assert name in home.__all__
     assert getattr(herd, name).__doc__
+
+
+@pytest.mark.parametrize("first", ["herd.convert.driver", "herd"])
+def test_convert_is_a_floor_that_can_be_called_whatever_was_imported_first(first: str) -> None:
+    code = (
+        f"import herd, {first}\n"
+        "try: herd.convert('no such model', 'x', to='hf')\n"
+        "except herd.UnknownModelError: print('called')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.returncode) == ("called\n", 0), done.stderr
 
 
 def test_homes_and_list_agree() -> None:

@@ -42,6 +42,8 @@ class Entry(NamedTuple):
 COMMANDS = {
     "chat": Entry("herd.cli.chat", "Talk with a model, turn by turn.", "Talk"),
     "run": Entry("herd.cli.run", "Answer one prompt and exit (without a prompt: chat).", "Talk"),
+    "convert": Entry("herd.cli.convert", "Write a checkpoint in another format, with proof.", "Files"),
+    "verify": Entry("herd.cli.verify", "Prove that two checkpoints are the same model.", "Files"),
     "models": Entry("herd.cli.models", "List the Llama models that herd knows.", "Look"),
     "tokens": Entry("herd.cli.tokens", "Show how a text or a conversation becomes tokens.", "Look"),
 }

@@ -1,0 +1,277 @@
+"""A checkpoint in another format, with proof (`herd.convert`): written beside its name, read back, compared, and only then named.
+
+The result is opened as any other checkpoint and held against the source by `herd.convert.verify` before it gets its name, so
+what lies at the destination has passed. A result that fails is deleted, or kept as `DST.failed` when that is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from herd.chat.formats import detect
+from herd.chat.templates import template_of
+from herd.checkpoint.placement import dtype_named
+from herd.checkpoint.resolve import resolve
+from herd.checkpoint.store import TensorStore
+from herd.checkpoint.vocabulary import MissingTokenizer
+from herd.checkpoint.write.atomic import check_destination, new_file, new_folder
+from herd.checkpoint.write.source import Source
+from herd.convert.report import FileEntry, Report
+from herd.convert.verify import Opened, Watch, compare, open_side
+from herd.convert.weights import tensor_bytes
+from herd.errors import ConfigError, PromptError
+from herd.model.accounting import parameters
+from herd.quant.scheme import block_type
+
+__all__ = ["REPORT", "Target", "convert", "report_beside"]
+
+Target = Literal["meta", "hf", "gguf"]
+TARGETS: tuple[Target, ...] = ("meta", "hf", "gguf")
+REPORT = "herd-report"
+"""Name, without suffix, of the reports in a converted folder."""
+
+_HASH_CHUNK = 8 << 20
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+"""The short names of the command line."""
+
+
+def convert(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    *,
+    to: Target,
+    dtype: str | torch.dtype | None = None,
+    quant: str | None = None,
+    shards: int | None = None,
+    bin: bool = False,
+    overwrite: bool = False,
+    keep_failed: bool = False,
+    greedy: int | None = None,
+    watch: Watch | None = None,
+    command: str = "",
+) -> Report:
+    """Write checkpoint `src` (a path or a name that `resolve` knows) to `dst` in format `to`, and prove that nothing was lost.
+
+    "hf" and "meta" make a folder, "gguf" a file. Without `dtype` (f32, f16, bf16) every tensor keeps its type; quantized
+    sources become bfloat16 unless `to` is "gguf". `quant` names a GGUF type or mix (q8_0, q4_k_m, ...). `shards` is the number
+    of files (hf) or of model-parallel ranks (meta); `bin` writes pytorch_model.bin instead of safetensors. Memory: one tensor
+    while writing, one layer of each side while comparing.
+
+    The report says what was compared (see `herd.verify`) and lies beside the result: `herd-report.json` and `.txt` in a folder,
+    `NAME.gguf.report.json` and `.txt` beside a file. When it has not `passed`, there is nothing at `dst`; `keep_failed`
+    keeps the result as `dst.failed`.
+
+    Raises a HerdError when the source cannot be read, the format cannot hold it, or the destination cannot be written.
+    """
+    _check_options(to, dtype, quant, shards, bin, Path(dst))
+    wanted = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    wanted = dtype_named(wanted)
+    path, place = resolve(src), Path(dst).expanduser()
+    check_destination(place, folder=to != "gguf", overwrite=overwrite, inputs=[path])
+    a = open_side(path)
+    source, notes = _source(a)
+    size = _size(a.store, wanted, quant, keeps_blocks=to == "gguf")
+    rejected: Report | None = None
+    watch = watch or (lambda what, done, total: None)
+    seconds: dict[str, float] = {}
+    try:
+        with (new_file if to == "gguf" else new_folder)(place, size=size, overwrite=overwrite, inputs=[path]) as new:
+            with _timed(seconds, "writing"):
+                _write(source, new, to, wanted, quant, shards, bin, _counting(watch, "writing", size))
+            b = open_side(new)
+            notes += _changes(a.store, b.store)
+            report = compare(
+                a, b, title=f"convert to {to}", greedy=greedy, watch=watch, notes=tuple(notes), shown_as=str(place)
+            )
+            with _timed(seconds, "hashing"):
+                report = _signed(report, a, new, watch)
+            report = replace(report, command=command, seconds=seconds | dict(report.seconds))
+            if not report.passed:
+                rejected = report
+                if keep_failed:
+                    kept = _keep(new, place)
+                    rejected = replace(report, notes=(*report.notes, f"the failed result was kept as {kept}"))
+                raise _Rejected
+            if to != "gguf":
+                _write_reports(report, new / REPORT)
+    except _Rejected:
+        assert rejected is not None
+        return rejected
+    else:
+        if to == "gguf":
+            _write_reports(report, report_beside(place))
+        return report
+
+
+def report_beside(file: Path) -> Path:
+    """The reports of a single file, without the last suffix (.json, .txt)."""
+    return file.with_name(file.name + ".report")
+
+
+class _Rejected(Exception):
+    """The result failed its proof: leave the block without giving it its name."""
+
+
+def _check_options(
+    to: str, dtype: str | torch.dtype | None, quant: str | None, shards: int | None, bin: bool, dst: Path
+) -> None:
+    if to not in TARGETS:
+        raise ConfigError(f"there is no format {to!r} to convert to: choose one of {', '.join(TARGETS)}")
+    if quant is not None and to != "gguf":
+        raise ConfigError(f"--quant makes GGUF files, and the result is {to}: use --to gguf, or leave --quant out")
+    if quant is not None and dtype is not None:
+        raise ConfigError("--quant and --dtype exclude each other: a quantization says how every tensor is stored")
+    if bin and to != "hf":
+        raise ConfigError(f"--bin makes pytorch_model.bin, a Hugging Face file, and the result is {to}")
+    if shards is not None and to == "gguf":
+        raise ConfigError("--shards is for hf and meta: GGUF files are written in one piece")
+    if shards is not None and shards < 1:
+        raise ConfigError(f"{shards} shards: give at least 1")
+    if to == "gguf" and dst.suffix != ".gguf":
+        raise ConfigError(f"{dst}: a GGUF result is one file, name it {dst.name or 'model'}.gguf")
+
+
+def _source(a: Opened) -> tuple[Source, list[str]]:
+    """What the writers get, and what had to be decided."""
+    if isinstance(a.tokenizer, MissingTokenizer):
+        note = "the source has no tokenizer, so the result has none: neither prompts nor texts could be compared"
+        return Source(a.store, None, a.generation, None), [note]
+    if a.tokenizer.template:
+        return Source(a.store, a.tokenizer, a.generation, a.tokenizer.template), []
+    try:
+        name = detect(a.tokenizer).name
+    except PromptError:
+        return Source(a.store, a.tokenizer, a.generation, None), []
+    template = template_of(name)
+    notes = [] if template is None else [f"the source has no chat template: {name} in herd's own words goes with it"]
+    return Source(a.store, a.tokenizer, a.generation, template), notes
+
+
+def _write(
+    source: Source,
+    new: Path,
+    to: Target,
+    dtype: torch.dtype | None,
+    quant: str | None,
+    shards: int | None,
+    bin: bool,
+    tick: Callable[[int], None],
+) -> None:
+    # Imported where used: one format should not pay for the others.
+    if to == "hf":
+        from herd.checkpoint.write.hf import write_hf
+
+        write_hf(source, new, dtype=dtype, shards=shards, bin=bin, tick=tick)
+    elif to == "meta":
+        from herd.checkpoint.write.meta import write_meta
+
+        write_meta(source, new, dtype=dtype, shards=1 if shards is None else shards, tick=tick)
+    else:
+        from herd.checkpoint.write.gguf_model import write_gguf
+
+        write_gguf(source, new, dtype=dtype, quant=quant, tick=tick)
+
+
+def _size(store: TensorStore, dtype: torch.dtype | None, quant: str | None, *, keeps_blocks: bool) -> int:
+    """About how many bytes the weights of the result take: for the free-space check and the bar."""
+    if quant is not None:
+        named = next((kind for word in quant.upper().split("_M") if (kind := block_type(word))), None)
+        bits = 4.5 if named is None else 8 * named.nbytes / named.values
+        return int(parameters(store.config) * bits / 8)
+    if dtype is not None:
+        return parameters(store.config) * dtype.itemsize
+    if keeps_blocks:
+        return tensor_bytes(store)
+    total = 0
+    for name in store.names():
+        info = store.info(name)
+        kind = block_type(info.stored)
+        itemsize = 2 if kind is not None and kind.decode is not None else info.dtype.itemsize
+        total += torch.Size(info.shape).numel() * itemsize
+    return total
+
+
+def _changes(a: TensorStore, b: TensorStore) -> list[str]:
+    """Which types became which others, in words: nothing is dequantized or cast without a line."""
+    changed: dict[tuple[str, str], int] = {}
+    for name in b.names():
+        if name in set(a.names()):
+            pair = a.info(name).stored, b.info(name).stored
+            changed[pair] = changed.get(pair, 0) + 1
+    notes = []
+    for (before, after), count in changed.items():
+        if before != after:
+            old, new = block_type(before), block_type(after)
+            word = "cast"
+            if old is not None and old.decode is not None:
+                word = "dequantized" if new is None or new.decode is None else "dequantized and quantized again"
+            elif new is not None and new.decode is not None:
+                word = "quantized"
+            notes.append(f"{count} tensors were {word}: {before} to {after}")
+    return notes
+
+
+def _signed(report: Report, a: Opened, new: Path, watch: Watch) -> Report:
+    """The report with the SHA-256 of every file of both sides."""
+    sides = (report.a, a.path), (report.b, new)
+    total = sum(entry.nbytes for side, _ in sides for entry in side.files)
+    tick = _counting(watch, "hashing", total)
+    signed = []
+    for side, path in sides:
+        folder = path if path.is_dir() else path.parent
+        files = (FileEntry(e.name, e.nbytes, _sha256(folder / e.name, tick)) for e in side.files)
+        signed.append(replace(side, files=tuple(files)))
+    return replace(report, a=signed[0], b=signed[1])
+
+
+def _sha256(file: Path, tick: Callable[[int], None]) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as opened:
+        while chunk := opened.read(_HASH_CHUNK):
+            digest.update(chunk)
+            tick(len(chunk))
+    return digest.hexdigest()
+
+
+def _write_reports(report: Report, stem: Path) -> None:
+    """`stem`.json and `stem`.txt."""
+    data = json.dumps(report.as_dict(), indent=1, ensure_ascii=False) + "\n"
+    stem.with_name(stem.name + ".json").write_text(data, encoding="utf-8")
+    stem.with_name(stem.name + ".txt").write_text(report.text(), encoding="utf-8")
+
+
+def _keep(new: Path, dst: Path) -> Path:
+    kept = dst.with_name(dst.name + ".failed")
+    if kept.is_dir():
+        shutil.rmtree(kept)
+    new.replace(kept)
+    return kept
+
+
+def _counting(watch: Watch, what: str, total: int) -> Callable[[int], None]:
+    done = 0
+
+    def tick(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        watch(what, done, max(total, done))
+
+    return tick
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], what: str) -> Iterator[None]:
+    start = time.monotonic()
+    yield
+    seconds[what] = time.monotonic() - start

@@ -1,0 +1,211 @@
+"""Two checkpoints of any formats held against each other: tensors, config, tokenizer, prompts, logits (`herd.verify`)."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import herd
+from herd.checkpoint.open import open_store
+from herd.checkpoint.resolve import resolve
+from herd.checkpoint.store import GenerationDefaults, TensorStore
+from herd.checkpoint.vocabulary import MissingTokenizer, tokenizer_of
+from herd.convert.drift import BIG, FEW, check_logits, greedy_count, readings
+from herd.convert.prompts import check_prompts
+from herd.convert.report import Check, FileEntry, Report, Side
+from herd.convert.vocabulary import check_tokenizers
+from herd.convert.weights import compare_tensors, tensor_bytes
+from herd.model.accounting import parameters
+from herd.model.config import ModelConfig
+from herd.tokenizer.tokenizer import Tokenizer
+
+__all__ = ["Opened", "Watch", "compare", "open_side", "verify", "versions"]
+
+Watch = Callable[[str, int, int], None]
+"""Told (what is being done, bytes done, bytes in all)."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint that is looked at: its place, tensors, tokenizer (a MissingTokenizer without one), sampling defaults."""
+
+    path: Path
+    store: TensorStore
+    tokenizer: Tokenizer
+    generation: GenerationDefaults
+    remarks: tuple[str, ...] = ()
+
+
+def verify(
+    a: str | os.PathLike[str], b: str | os.PathLike[str], *, greedy: int | None = None, watch: Watch | None = None
+) -> Report:
+    """Whether checkpoint `b` is `a` in other clothes; each a path, or any name that `resolve` knows.
+
+    Nothing is written and never is more than one layer of each side in memory. All of B's tensors must be A's: exactly, or
+    where their stored type is lower, inside the bound of that type. `greedy` is how many greedy tokens are compared (default
+    16; 4 from 8 GiB of weights on, since each one reads A once more). `Report.passed` is the verdict.
+
+    Raises a HerdError when one of the two cannot be opened or read.
+    """
+    one, other = open_side(resolve(a)), open_side(resolve(b))
+    title = "verify: B is A" if one.store.kind == other.store.kind else "verify: B is A in another format"
+    return compare(one, other, title=title, greedy=greedy, watch=watch)
+
+
+def open_side(path: Path) -> Opened:
+    """Open the checkpoint at `path`, headers only. What its readers warn about becomes remarks. Raises HerdErrors."""
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        store = open_store(path)
+        tokenizer = tokenizer_of(store)
+    remarks = tuple(dict.fromkeys(" ".join(str(w.message).split()) for w in heard))
+    skipped: tuple[str, ...] = getattr(store, "skipped", ())
+    if skipped:
+        groups = ", ".join(sorted({name.split(".")[0] for name in skipped}))
+        remarks += (f"{path}: text model only, {len(skipped)} tensors of {groups} are left out",)
+    return Opened(path, store, tokenizer, getattr(store, "generation", GenerationDefaults()), remarks)
+
+
+def compare(
+    a: Opened,
+    b: Opened,
+    *,
+    title: str,
+    greedy: int | None = None,
+    watch: Watch | None = None,
+    notes: tuple[str, ...] = (),
+    shown_as: str | None = None,
+) -> Report:
+    """The report on two open checkpoints; `shown_as` is the name that B is going to have."""
+    watch = watch or (lambda what, done, total: None)
+    seconds: dict[str, float] = {}
+    count = greedy_count(a.store, greedy)
+    both = tensor_bytes(a.store) + tensor_bytes(b.store)
+    start = time.monotonic()
+    tensors = tuple(compare_tensors(a.store, b.store, _ticking(watch, "comparing tensors", both)))
+    seconds["tensors"] = time.monotonic() - start
+    checks = [_check_config(a, b)]
+    start = time.monotonic()
+    checks += [
+        check_tokenizers(a.tokenizer, b.tokenizer),
+        check_prompts(a.tokenizer, b.tokenizer, kind_b=b.store.kind),
+    ]
+    seconds["tokenizer and prompts"] = time.monotonic() - start
+    start = time.monotonic()
+    total = readings(count) * tensor_bytes(a.store) + 2 * tensor_bytes(b.store)
+    tick = _ticking(watch, "comparing logits", total)
+    checks.append(check_logits(a.store, b.store, tensors, a.tokenizer, count, tick))
+    seconds["logits"] = time.monotonic() - start
+    watch("comparing logits", total, total)
+    remarks = [*notes, *a.remarks, *_generation_notes(a, b)]
+    if greedy is None and count == FEW:
+        size = f"{tensor_bytes(a.store) / 1e9:.0f} GB"
+        remarks.append(
+            f"{FEW} greedy tokens, since each reads all {size} of A (from {BIG >> 30} GiB on): --greedy 16 for more"
+        )
+    return Report(
+        title,
+        _side(a),
+        _side(b, shown_as),
+        tensors,
+        tuple(checks),
+        tuple(dict.fromkeys(remarks)),
+        versions=versions(),
+        seconds=seconds,
+    )
+
+
+def versions() -> dict[str, str]:
+    """Of what made a report."""
+    return {"herd": herd.__version__, "torch": str(torch.__version__), "python": platform.python_version()}
+
+
+def _side(opened: Opened, shown_as: str | None = None) -> Side:
+    store = opened.store
+    stored = Counter(store.info(name).stored for name in store.names())
+    path = shown_as or str(opened.path)
+    folder = opened.path if opened.path.is_dir() else opened.path.parent
+    files = sorted(folder.iterdir()) if opened.path.is_dir() else [opened.path]
+    entries = tuple(FileEntry(f.name, f.stat().st_size) for f in files if f.is_file())
+    return Side(path, store.kind, parameters(store.config), tensor_bytes(store), dict(stored.most_common()), entries)
+
+
+def _ticking(watch: Watch, what: str, total: int) -> Callable[[int], None]:
+    done = 0
+
+    def tick(nbytes: int) -> None:
+        nonlocal done
+        done = min(done + nbytes, total - 1)  # the end is told by the caller, when it is there
+        watch(what, done, total)
+
+    return tick
+
+
+def _check_config(a: Opened, b: Opened) -> Check:
+    """The geometry, field by field. The context is not part of Meta's format; a tied output may also be stored twice."""
+    one, other = _fields(a.store.config), _fields(b.store.config)
+    wrong, said = [], []
+    for field in [*one, *(name for name in other if name not in one)]:
+        left, right = one.get(field), other.get(field)
+        if left == right:
+            continue
+        line = f"{field} is {left} in A, {right} in B"
+        if field == "max_seq_len" and "meta" in (a.store.kind, b.store.kind):
+            said.append(line + " (Meta's format has no place for it)")
+        elif field == "tie_embeddings":
+            said.append(line + " (compared as tensors)")
+        else:
+            wrong.append(line)
+    if wrong:
+        return Check("config", False, tuple(wrong + said))
+    return Check("config", True, (f"{len(one)} fields, layer by layer", *said))
+
+
+def _fields(config: ModelConfig) -> dict[str, Any]:
+    """Flat: rope_scaling.factor, layers[3].chunk, ..."""
+    flat: dict[str, Any] = {}
+    for name, value in asdict(config).items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{key}": inner for key, inner in value.items()}
+        elif name != "layers":
+            flat[name] = value
+    flat["n_layers"] = config.n_layers
+    for i, spec in enumerate(config.layers):
+        flat |= {f"layers[{i}].{key}": inner for key, inner in asdict(spec).items()}
+    return {name: value for name, value in flat.items() if value is not None}
+
+
+def _generation_notes(a: Opened, b: Opened) -> list[str]:
+    """Sampling defaults that A has and B has not, or has otherwise. They do not change the model."""
+    one, other = asdict(a.generation), asdict(b.generation)
+    lost = [
+        f"{k} {_told(v)}"
+        for k, v in one.items()
+        if v not in (None, frozenset(), {}) and other[k] in (None, frozenset(), {})
+    ]
+    other_value = [
+        f"{k} {_told(one[k])} is {_told(other[k])} in B"
+        for k in one
+        if one[k] not in (None, frozenset(), {}) and other[k] not in (None, frozenset(), {}) and one[k] != other[k]
+    ]
+    notes = []
+    stops = not isinstance(b.tokenizer, MissingTokenizer) and a.generation.stop_ids <= b.tokenizer.special.stop
+    lost = [line for line in lost if not (line.startswith("stop_ids") and stops)]
+    if lost:
+        notes.append(f"sampling defaults that B does not hold: {', '.join(lost)}")
+    if other_value:
+        notes.append(f"sampling defaults that differ: {', '.join(other_value)}")
+    return notes
+
+
+def _told(value: Any) -> str:
+    return str(sorted(value) if isinstance(value, frozenset) else value)
