@@ -26,7 +26,15 @@ from herd.chat.pycalls import print_python_calls
 from herd.chat.toolspec import parameters_of
 from herd.errors import PromptError
 
-__all__ = ["DIALECTS", "Dialect", "dialect_named", "with_system_text"]
+__all__ = [
+    "DIALECTS",
+    "JSON_INTRODUCTION",
+    "LLAMA4_SYSTEM",
+    "PYTHONIC_SYSTEM",
+    "Dialect",
+    "dialect_named",
+    "with_system_text",
+]
 
 Messages = tuple[Message, ...]
 
@@ -90,7 +98,7 @@ def _described(tool: ToolSpec) -> dict[str, Any]:
 
 # ---- json -----------------------------------------------------------------------------------------------------------
 
-_JSON_INTRODUCTION = (
+JSON_INTRODUCTION = (
     "Given the following functions, please respond with a JSON for a function call "
     "with its proper arguments that best answers the given prompt.\n\n"
     'Respond in the format {"name": function name, "parameters": dictionary of argument name and its value}.'
@@ -101,7 +109,7 @@ _JSON_INTRODUCTION = (
 def _place_json(messages: Messages, tools: Sequence[ToolSpec]) -> Messages:
     i = _first_user(messages, "json")
     described = "".join(_dump({"type": "function", "function": _described(tool)}, indent=4) + "\n\n" for tool in tools)
-    return (*messages[:i], _prefixed(messages[i], _JSON_INTRODUCTION + described), *messages[i + 1 :])
+    return (*messages[:i], _prefixed(messages[i], JSON_INTRODUCTION + described), *messages[i + 1 :])
 
 
 def _print_json(calls: Sequence[ToolCall]) -> str:
@@ -204,7 +212,7 @@ def _print_tags(calls: Sequence[ToolCall]) -> str:
 
 # ---- pythonic, pythonic_user, pythonic_user_3.3, llama4 -------------------------------------------------------------
 
-_PYTHONIC_SYSTEM = (
+PYTHONIC_SYSTEM = (
     "You are an expert in composing functions. You are given a question and a set of possible functions.\n"
     "Based on the question, you will need to make one or more function/tool calls to achieve the purpose.\n"
     "If none of the function can be used, point it out. If the given question lacks the parameters required by the "
@@ -215,7 +223,7 @@ _PYTHONIC_SYSTEM = (
     "Here is a list of functions in JSON format that you can invoke.\n\n"
 )
 # Opening line, format line and closing line are Meta's (prompt_format.md of Llama 4); the rules between are ours, shorter.
-_LLAMA4_SYSTEM = (
+LLAMA4_SYSTEM = (
     "You are a helpful assistant and an expert in function composition. You can answer general questions using your "
     "internal knowledge OR invoke functions when necessary. Follow these strict guidelines:\n\n"
     "1. FUNCTION CALLS:\n"
@@ -247,11 +255,11 @@ def _python_description(tools: Sequence[ToolSpec]) -> str:
 
 
 def _place_pythonic(messages: Messages, tools: Sequence[ToolSpec]) -> Messages:
-    return with_system_text(messages, _PYTHONIC_SYSTEM + _python_description(tools), "\n\n")
+    return with_system_text(messages, PYTHONIC_SYSTEM + _python_description(tools), "\n\n")
 
 
 def _place_llama4(messages: Messages, tools: Sequence[ToolSpec]) -> Messages:
-    return with_system_text(messages, _LLAMA4_SYSTEM + _python_description(tools), "\n\n")
+    return with_system_text(messages, LLAMA4_SYSTEM + _python_description(tools), "\n\n")
 
 
 _PYTHONIC_USER = (

@@ -26,6 +26,7 @@ from herd.chat.guard_categories import CATEGORIES
 from herd.chat.llama2 import Llama2Format
 from herd.chat.llama3 import Llama3Format
 from herd.chat.llama4 import Llama4Format
+from herd.chat.templates import named_in
 from herd.errors import PromptError
 from herd.tokenizer.tokenizer import Tokenizer
 
@@ -87,7 +88,10 @@ def detect(tokenizer: Tokenizer) -> ChatFormat:
 
 
 def _name_from_template(template: str, tokenizer: Tokenizer) -> str | None:
-    """Which format a template writes, from the tokens and words that only that format has."""
+    """Which format a template writes: the one it names when herd wrote it, else from tokens and words that only one has."""
+    named = named_in(template)
+    if named in FORMATS:
+        return named
     guard = "UNSAFE CONTENT CATEGORIES" in template
     if "<|header_start|>" in template:
         return "llama-guard-4" if guard else "llama4"

@@ -14,25 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from herd.chat.templates import template_of
 from herd.checkpoint.names import homes
 from herd.errors import ConfigError
 from herd.model.config import ModelConfig
 from herd.model.llama import Llama
 
-__all__ = ["CHAT_TEMPLATE", "export_folder", "hf_config", "hf_tensors", "write_safetensors"]
+__all__ = ["export_folder", "hf_config", "hf_tensors", "write_safetensors"]
 
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-
-CHAT_TEMPLATE = """\
-{{- bos_token }}
-{%- for message in messages %}
-{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
-{%- endif %}
-"""
-"""Llama 3 headers, nothing else: no default system message, no tools."""
 
 
 def hf_config(config: ModelConfig, dtype: torch.dtype, *, bos: int, stop: Sequence[int], pad: int) -> dict[str, Any]:
@@ -112,5 +102,5 @@ def export_folder(
     config = hf_config(model.config, dtype, bos=bos, stop=stop, pad=pad)
     for name, content in (("config.json", config), ("generation_config.json", generation)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(template_of("llama3") or "", encoding="utf-8")
     write_safetensors(folder / "model.safetensors", hf_tensors(model, dtype))

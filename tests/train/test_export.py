@@ -3,13 +3,14 @@ import json
 import pytest
 import torch
 
+from herd.chat.templates import template_of
 from herd.checkpoint.load import fill
 from herd.checkpoint.open import open_store
 from herd.errors import ConfigError
 from herd.model.config import ModelConfig, RopeScaling, irope, plain
 from herd.model.init import init_weights
 from herd.model.llama import Llama
-from herd.train.export import CHAT_TEMPLATE, export_folder, hf_config
+from herd.train.export import export_folder, hf_config
 
 SHAPE = {"dim": 32, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "hidden_dim": 48, "vocab_size": 64, "max_seq_len": 40}
 
@@ -53,7 +54,7 @@ def test_settings_are_written(exported):
     _, folder = exported
     generation = json.loads((folder / "generation_config.json").read_text())
     assert generation == {"bos_token_id": 0, "eos_token_id": [1, 2], "pad_token_id": 3, "temperature": 0.5}
-    assert (folder / "chat_template.jinja").read_text() == CHAT_TEMPLATE
+    assert (folder / "chat_template.jinja").read_text() == template_of("llama3")
 
 
 @pytest.mark.parametrize(
