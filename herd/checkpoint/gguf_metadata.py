@@ -97,6 +97,7 @@ class Metadata(Mapping[str, Any]):
         self._data, self.path = cursor.data, cursor.path
         self._places: dict[str, _Place] = {}
         self._keys_at: dict[str, int] = {}
+        self._spans: dict[str, tuple[int, int]] = {}
         self._values: dict[str, Any] = {}
         self._strings = 0
         for index in range(count):
@@ -106,8 +107,9 @@ class Metadata(Mapping[str, Any]):
                 cursor.fail(f"metadata key {index} is empty", start)
             if key in self._places:
                 cursor.fail(f"metadata key {key!r} is given twice", start)
-            self._keys_at[key] = start
+            self._keys_at[key], begin = start, cursor.at
             self._places[key] = self._walk(cursor, f"metadata key {key!r}")
+            self._spans[key] = begin, cursor.at
 
     def __getitem__(self, key: str) -> Any:
         if key not in self._values:
@@ -128,6 +130,11 @@ class Metadata(Mapping[str, Any]):
         """The number of elements of an array, without decoding it; None for a single value."""
         place = self._places[key]
         return place.count if place.kind == ARRAY else None
+
+    def encoded(self, key: str) -> bytes:
+        """The type and value of `key` as the file holds them."""
+        begin, end = self._spans[key]
+        return bytes(self._data[begin:end])
 
     def fail(self, key: str, why: str) -> NoReturn:
         """Raise a CheckpointError about `key`, at its place in the file when it is there."""

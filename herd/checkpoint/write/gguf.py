@@ -20,7 +20,7 @@ from herd.checkpoint.write.planned import Planned, Tick
 from herd.errors import CheckpointError
 from herd.quant.scheme import QuantTensor, block_type
 
-__all__ = ["Encoded", "Typed", "encoded", "write_gguf_file"]
+__all__ = ["Encoded", "Typed", "encoded", "encoded_metadata", "write_gguf_file"]
 
 VERSION = 3
 ALIGNMENT = 32
@@ -82,9 +82,7 @@ def write_gguf_file(
     _check_names(place, planned)
     with open(place, "wb") as file:
         file.write(struct.pack("<4sIQQ", b"GGUF", VERSION, len(planned), len(keys)))
-        for key, value in keys.items():
-            file.write(_text(key))
-            file.write(_value(place, key, value))
+        file.write(encoded_metadata(keys, place))
         offset = 0
         for plan in planned:
             file.write(_description(plan, offset))
@@ -95,6 +93,11 @@ def write_gguf_file(
             _pad(file, alignment)
         file.flush()
         os.fsync(file.fileno())
+
+
+def encoded_metadata(metadata: Mapping[str, Any], path: Path) -> bytes:
+    """All keys and values, as `write_gguf_file` puts them into the file `path`. Raises CheckpointError naming the key."""
+    return b"".join(_text(key) + _value(path, key, value) for key, value in metadata.items())
 
 
 def encoded(value: Any) -> bytes:
