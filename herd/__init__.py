@@ -15,6 +15,7 @@ _HOME = {
     "ConfigError": "herd.errors",
     "ContextFullError": "herd.errors",
     "HerdError": "herd.errors",
+    "HubError": "herd.errors",
     "Llama": "herd.model.llama",
     "Message": "herd.chat.messages",
     "ModelConfig": "herd.model.config",
@@ -38,6 +39,7 @@ __all__ = [
     "ConfigError",
     "ContextFullError",
     "HerdError",
+    "HubError",
     "Llama",
     "Message",
     "ModelConfig",
@@ -73,10 +75,12 @@ if TYPE_CHECKING:
         ConfigError,
         ContextFullError,
         HerdError,
+        HubError,
         PromptError,
         TokenizerError,
         UnknownModelError,
     )
+    from herd.hub.pull import pull
     from herd.model.config import ModelConfig
     from herd.model.llama import Llama
 

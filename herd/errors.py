@@ -6,6 +6,7 @@
     +-- TokenizerError     a vocabulary or text that cannot be encoded or decoded (also a ValueError)
     +-- PromptError        a conversation that its prompt format cannot express (also a ValueError)
     +-- ContextFullError   more tokens than the context holds (also a ValueError)
+    +-- HubError           a download that the hub, the network or the disk refused
     +-- UnknownModelError  a model name that is neither a path nor in the catalog (also a LookupError)
 
 Every message says what is wrong and what to change. Anything else that escapes herd is a bug in herd.
@@ -20,6 +21,7 @@ __all__ = [
     "ConfigError",
     "ContextFullError",
     "HerdError",
+    "HubError",
     "PromptError",
     "TokenizerError",
     "UnknownModelError",
@@ -57,6 +59,18 @@ class UnknownModelError(HerdError, LookupError):
     def __init__(self, message: str, *, near: tuple[str, ...] = ()) -> None:
         super().__init__(message)
         self.near = near
+
+
+class HubError(HerdError):
+    """A download that the hub, the network or the disk refused.
+
+    `cause` is one word for programs: no_token, bad_token, not_requested, pending, rejected, token_scope, no_repo, no_revision,
+    no_file, disabled, expired_url, limited, network, server, offline, mismatch, space, mirror, options, disk.
+    """
+
+    def __init__(self, message: str, *, cause: str) -> None:
+        super().__init__(message)
+        self.cause = cause
 
 
 class CheckpointError(HerdError, ValueError):

@@ -20,6 +20,7 @@ def test_the_list_is_what_it_was_meant_to_be() -> None:
         "ConfigError",
         "ContextFullError",
         "HerdError",
+        "HubError",
         "Llama",
         "Message",
         "ModelConfig",
