@@ -76,7 +76,10 @@ def read_sampling(metadata: Metadata) -> GenerationDefaults:
     """
     keys = _Keys(metadata, "general.sampling.")
     names = [key.removeprefix(keys.prefix) for key in metadata if key.startswith(keys.prefix)]
-    extra = {name: metadata[keys.prefix + name] for name in names if name not in ("temp", "top_p", "top_k", "min_p")}
+    honoured = {"temp", "top_p", "top_k", "min_p"}
+    if metadata.get(keys.prefix + "penalty_last_n") == -1:  # over the whole context, as herd has it
+        honoured |= {"penalty_repeat", "penalty_last_n"}
+    extra = {name: metadata[keys.prefix + name] for name in names if name not in honoured}
     if extra:
         warnings.warn(f"{metadata.path}: not honoured: {', '.join(map(short, extra))} of {keys.prefix}*", stacklevel=2)
     return GenerationDefaults(
@@ -84,6 +87,7 @@ def read_sampling(metadata: Metadata) -> GenerationDefaults:
         top_p=keys.number("top_p") if keys.has("top_p") else None,
         top_k=keys.whole("top_k", least=0) if keys.has("top_k") else None,
         min_p=keys.number("min_p") if keys.has("min_p") else None,
+        repetition_penalty=keys.number("penalty_repeat") if "penalty_repeat" in honoured & set(names) else None,
         extra=extra,
     )
 
