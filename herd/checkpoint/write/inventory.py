@@ -69,6 +69,7 @@ def kept(store: TensorStore, dtype: torch.dtype | None = None) -> Form:
     """
     if dtype is not None:
         return lambda name, info: _word(dtype)
+    check_store(store)
     usual = stored_dtype(store)
 
     def form(name: str, info: TensorInfo) -> str:
