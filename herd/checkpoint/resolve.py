@@ -1,24 +1,28 @@
-"""Which files a model name means: a path, the embedded model, or a catalog name found on this machine. No torch.
+"""Which files a model name means: a path, the embedded model, or a name that is found on this machine. No torch.
 
-Checkpoints that other tools downloaded are read where they are: the Hugging Face cache and Meta's ~/.llama/checkpoints.
+Checkpoints that other tools downloaded are read where they are. What is looked at, first hit wins: a path; `nano`; the Hugging
+Face cache (which `herd pull` fills); Meta's ~/.llama/checkpoints; Ollama's store; LM Studio's folders. The originals come
+first, so that a name means the same numbers whether or not some other tool has a quantized copy, too.
 """
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from herd.errors import CheckpointError, ConfigError, UnknownModelError
-from herd.model.presets import wanted
+from herd.errors import CheckpointError, ConfigError, HubError, UnknownModelError
+from herd.hub import ollama
+from herd.hub.asked import asked as asked_for
+from herd.hub.cached import gguf_of, snapshots
+from herd.hub.folders import lm_studio_models, meta_home, meta_model
+from herd.hub.settings import hub_cache
+from herd.model.presets import Wanted, wanted
 from herd.model.release import Release
 
 __all__ = ["resolve", "tuned_release"]
 
-_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _FILES = (".gguf", ".safetensors", ".bin", ".pth", ".json", ".model")
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf", "consolidated.*.pth")
 
 
 def resolve(path_or_name: str | os.PathLike[str]) -> Path:
@@ -57,25 +61,66 @@ def _from_catalog(name: str) -> Path:
     try:
         asked = wanted(name)
     except UnknownModelError as unknown:
-        cached = _snapshots(hub_cache() / _folder(name)) if _REPO.fullmatch(name) else iter(())
-        for snapshot in cached:
-            return snapshot
+        for place in _elsewhere(name):
+            return place
         raise UnknownModelError(f"{unknown}; there is no such file or folder either", near=unknown.near) from None
     release = asked.release
     if release.why_not is not None:
         raise ConfigError(f"{release.name} cannot be run yet: {release.why_not}")
     for place in (place for known in asked.names for place in _places(known, release)):
-        found = place if asked.quant is None else _quantized(place, asked.quant)
+        found = place if asked.quant is None else gguf_of(place, asked.quant)
         if found is not None:
             return found
+    for place in _copies(name, asked):
+        return place
     here = [held for known in release.repos + release.native if (held := _held(known, release))]
     if here:
         are = "is here: name it to use it" if len(here) == 1 else "are here: name one to use it"
         raise CheckpointError(f"{name!r} is not on this machine, only {', '.join(here)} {are}")
     raise CheckpointError(
-        f"{release.name} is not on this machine, and herd cannot download yet. Looked for {len(asked.names)} names in "
-        f"{hub_cache()} and {_meta_home()}. Give the path of a folder or file instead, or try the embedded model, 'nano'"
+        f"{release.name} is not on this machine: {_how_to_get(name)}. Looked for {len(asked.names)} names in {hub_cache()} and "
+        f"{meta_home()}, and in Ollama's and LM Studio's folders. A path works, too, and so does the embedded model, 'nano'"
     )
+
+
+def _how_to_get(name: str) -> str:
+    """The command that downloads `name`, or why there is none."""
+    try:
+        asked_for(name)
+    except HubError as error:
+        return str(error)
+    return f"download it with herd pull {name}"
+
+
+def _elsewhere(name: str) -> Iterator[Path]:
+    """Where a model outside of the catalog is: ORG/NAME[@REVISION][:QUANT] in the caches, or anything that Ollama has."""
+    try:
+        repo = asked_for(name)
+    except (HubError, UnknownModelError):
+        repo = None
+    if repo is not None:
+        for place in snapshots(hub_cache(), repo.repo, repo.revision):
+            file = place if repo.quant is None else gguf_of(place, repo.quant)
+            if file is not None:
+                yield file
+    if (found := ollama.find(name)) is not None:
+        yield found
+    if repo is not None and repo.revision is None:
+        yield from lm_studio_models(repo.repo, repo.quant)
+
+
+def _copies(name: str, asked: Wanted) -> Iterator[Path]:
+    """What Ollama and LM Studio have of a release. Their quantized copies are used for names that ask for no certain files."""
+    if asked.exact:
+        for known in asked.exact:
+            yield from lm_studio_models(known)
+        return
+    tags = (name,) if asked.quant is not None or asked.tuned is not None else (name, *asked.release.tags)
+    for tag in tags:
+        if (found := ollama.find(tag)) is not None:
+            yield found
+    for known in asked.names:
+        yield from lm_studio_models(known, asked.quant)
 
 
 def tuned_release(path: Path) -> Release | None:
@@ -94,11 +139,10 @@ def tuned_release(path: Path) -> Release | None:
 
 
 def _places(name: str, release: Release) -> Iterator[Path]:
-    """Where the weights of the released `name` are on this machine."""
+    """Where the weights of the released `name` are on this machine, as they were released."""
     if "/" in name:
-        yield from _snapshots(hub_cache() / _folder(name))
-    folder = _meta_home() / name.rpartition("/")[2].replace(":", "-")
-    if name in release.native and (folder / "params.json").is_file():
+        yield from snapshots(hub_cache(), name)
+    if name in release.native and (folder := meta_model(name)) is not None:
         yield folder
 
 
@@ -107,43 +151,3 @@ def _held(name: str, release: Release) -> str | None:
     places = list(_places(name, release))
     files = [str(file) for place in places for file in sorted(place.glob("*.gguf"))[:4]]
     return (f"{name} ({', '.join(files)})" if files else name) if places else None
-
-
-def _quantized(place: Path, quant: str) -> Path | None:
-    """The GGUF file in `place` whose name says `quant`, such as "q4-k-m"; of a split one the first part."""
-    spelled = "fp?16" if quant in ("f16", "fp16") else re.escape(quant)
-    said = re.compile(rf"(?<![a-z0-9]){spelled}(?![a-z0-9]|-(?:[sml]|xx?[sl]|nl|\d)(?![a-z0-9]))")
-    named = (file for file in sorted(place.glob("*.gguf")) if said.search(re.sub(r"[\s_]", "-", file.stem.lower())))
-    return next(named, None)
-
-
-def hub_cache() -> Path:
-    """The Hugging Face cache, as huggingface_hub finds it."""
-    if direct := os.environ.get("HF_HUB_CACHE"):
-        return Path(direct).expanduser()
-    home = os.environ.get("HF_HOME")
-    base = Path(home) if home else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    return base.expanduser() / "hub"
-
-
-def _folder(repo: str) -> str:
-    return "models--" + repo.replace("/", "--")
-
-
-def _snapshots(folder: Path) -> Iterator[Path]:
-    """Snapshots with weights in them, the one that `main` points to first."""
-    main = folder / "refs" / "main"
-    commit = main.read_text(errors="replace").strip()[:64] if main.is_file() else ""
-    snapshots = folder / "snapshots"
-    if not snapshots.is_dir():
-        return
-    for snapshot in sorted(snapshots.iterdir(), key=lambda s: (s.name != commit, s.name)):
-        for place in (snapshot, snapshot / "original"):
-            if any(next(place.glob(pattern), None) for pattern in _WEIGHTS):
-                yield place
-                break
-
-
-def _meta_home() -> Path:
-    """Where Meta's own tool puts what it downloads."""
-    return Path(os.environ.get("LLAMA_MODELS_CONFIG_DIR") or "~/.llama").expanduser() / "checkpoints"

@@ -165,7 +165,7 @@ def _weights(files: Sequence[RemoteFile], plain: Sequence[RemoteFile], safetenso
 def _others(files: Sequence[RemoteFile], known: Sequence[RemoteFile]) -> list[str]:
     names = {file.path for file in known}
     rest = [file for file in files if file.path not in names and not file.path.rpartition("/")[2].startswith(".git")]
-    return [f"what herd does not read ({_names(rest)}): --include"] if rest else []
+    return [f"what herd does not read ({_names(rest)}): --include PATTERN"] if rest else []
 
 
 def _matches(path: str, patterns: Sequence[str]) -> bool:

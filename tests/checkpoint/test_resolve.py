@@ -22,7 +22,14 @@ from tests.checkpoint.folders import write_hf, write_meta
 @pytest.fixture(autouse=True)
 def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty home, so that nothing of this machine is found."""
-    for name in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME", "LLAMA_MODELS_CONFIG_DIR"):
+    for name in (
+        "HF_HUB_CACHE",
+        "HF_HOME",
+        "XDG_CACHE_HOME",
+        "LLAMA_MODELS_CONFIG_DIR",
+        "OLLAMA_MODELS",
+        "LMSTUDIO_HOME",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
@@ -62,7 +69,8 @@ def test_hub_cache(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CheckpointError, match=only):
         resolve("meta-llama/Llama-3.2-1B")  # the base model is another one
     with pytest.raises(
-        CheckpointError, match=r"Looked for 8 names in .*huggingface/hub and .*checkpoints\. "
+        CheckpointError,
+        match=r"herd pull llama-3\.1-405b\. Looked for 8 names in .*huggingface/hub and .*checkpoints, ",
     ) as caught:
         resolve("llama-3.1-405b")
     assert len(str(caught.value)) < 300 + 2 * len(str(places))
