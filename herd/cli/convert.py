@@ -40,6 +40,7 @@ a GGUF file beside it. Without a passing report there is no result, and the exit
 @click.option("--shards", type=click.IntRange(1), help="Files (hf) or model-parallel ranks (meta).")
 @click.option("--bin", "bin", is_flag=True, help="hf: pytorch_model.bin instead of safetensors.")
 @click.option("--base", metavar="MODEL", help="Adapters: the model they belong to.")
+@click.option("--herd-only", is_flag=True, help="gguf: also models that llama.cpp would run as another one.")
 @click.option("--overwrite", is_flag=True, help="Replace what is at DST, once the new result has passed.")
 @click.option("--keep-failed", is_flag=True, help="Keep a result that did not pass as DST.failed.")
 @click.option("--greedy", type=click.IntRange(0, 256), help="Greedy tokens to compare (16; 4 from 8 GiB on).")
@@ -54,6 +55,7 @@ def command(
     shards: int | None,
     bin: bool,
     base: str | None,
+    herd_only: bool,
     overwrite: bool,
     keep_failed: bool,
     greedy: int | None,
@@ -75,6 +77,8 @@ def command(
             quant=quant,
             shards=shards,
             bin=bin,
+            base=base,
+            herd_only=herd_only,
             overwrite=overwrite,
             keep_failed=keep_failed,
             greedy=greedy,

@@ -11,9 +11,10 @@ import json
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +28,7 @@ from herd.checkpoint.store import TensorStore
 from herd.checkpoint.vocabulary import MissingTokenizer
 from herd.checkpoint.write.atomic import check_destination, new_file, new_folder
 from herd.checkpoint.write.source import Source
+from herd.convert.adapters import adapter_kind, compare_adapters, open_adapter, write_adapter
 from herd.convert.report import FileEntry, Report
 from herd.convert.verify import Opened, Watch, compare, open_side
 from herd.convert.weights import tensor_bytes
@@ -36,8 +38,8 @@ from herd.quant.scheme import block_type
 
 __all__ = ["REPORT", "Target", "convert", "report_beside"]
 
-Target = Literal["meta", "hf", "gguf"]
-TARGETS: tuple[Target, ...] = ("meta", "hf", "gguf")
+Target = Literal["meta", "hf", "gguf", "peft"]
+TARGETS: tuple[Target, ...] = ("meta", "hf", "gguf", "peft")
 REPORT = "herd-report"
 """Name, without suffix, of the reports in a converted folder."""
 
@@ -55,6 +57,8 @@ def convert(
     quant: str | None = None,
     shards: int | None = None,
     bin: bool = False,
+    base: str | os.PathLike[str] | None = None,
+    herd_only: bool = False,
     overwrite: bool = False,
     keep_failed: bool = False,
     greedy: int | None = None,
@@ -69,49 +73,45 @@ def convert(
     while writing, one layer of each side while comparing.
 
     The report says what was compared (see `herd.verify`) and lies beside the result: `herd-report.json` and `.txt` in a folder,
-    `NAME.gguf.report.json` and `.txt` beside a file. When it has not `passed`, there is nothing at `dst`; `keep_failed`
+    `NAME.gguf.report.json` and `.txt` beside a file. A LoRA adapter (a PEFT folder or a GGUF file) becomes "peft" or "gguf", and
+    `base` is the model that it belongs to. When it has not `passed`, there is nothing at `dst`; `keep_failed`
     keeps the result as `dst.failed`.
+
+    `herd_only` writes GGUF files that herd reads and llama.cpp would run as another model (Llama 4 with numbers of its own).
 
     Raises a HerdError when the source cannot be read, the format cannot hold it, or the destination cannot be written.
     """
     _check_options(to, dtype, quant, shards, bin, Path(dst))
-    wanted = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    wanted = dtype_named(wanted)
     path, place = resolve(src), Path(dst).expanduser()
     check_destination(place, folder=to != "gguf", overwrite=overwrite, inputs=[path])
-    a = open_side(path)
-    source, notes = _source(a)
-    size = _size(a.store, wanted, quant, keeps_blocks=to == "gguf")
-    rejected: Report | None = None
     watch = watch or (lambda what, done, total: None)
+    job = _adapter_job if adapter_kind(path) else _model_job
+    made = job(path, place, to, _Options(dtype, quant, shards, bin, base, herd_only, greedy), watch)
     seconds: dict[str, float] = {}
+    report: Report | None = None
     try:
-        with (new_file if to == "gguf" else new_folder)(place, size=size, overwrite=overwrite, inputs=[path]) as new:
+        with (new_file if to == "gguf" else new_folder)(
+            place, size=made.size, overwrite=overwrite, inputs=[path]
+        ) as new:
             with _timed(seconds, "writing"):
-                _write(source, new, to, wanted, quant, shards, bin, _counting(watch, "writing", size))
-            b = open_side(new)
-            notes += _changes(a.store, b.store)
-            report = compare(
-                a, b, title=f"convert to {to}", greedy=greedy, watch=watch, notes=tuple(notes), shown_as=str(place)
-            )
+                made.write(new, _counting(watch, "writing", made.size))
+            report = made.compare(new)
             with _timed(seconds, "hashing"):
-                report = _signed(report, a, new, watch)
+                report = _signed(report, path, new, watch)
             report = replace(report, command=command, seconds=seconds | dict(report.seconds))
             if not report.passed:
-                rejected = report
                 if keep_failed:
-                    kept = _keep(new, place)
-                    rejected = replace(report, notes=(*report.notes, f"the failed result was kept as {kept}"))
+                    kept = f"the failed result was kept as {_keep(new, place)}"
+                    report = replace(report, notes=(*report.notes, kept))
                 raise _Rejected
             if to != "gguf":
                 _write_reports(report, new / REPORT)
     except _Rejected:
-        assert rejected is not None
-        return rejected
-    else:
-        if to == "gguf":
-            _write_reports(report, report_beside(place))
+        assert report is not None
         return report
+    if to == "gguf":
+        _write_reports(report, report_beside(place))
+    return report
 
 
 def report_beside(file: Path) -> Path:
@@ -121,6 +121,76 @@ def report_beside(file: Path) -> Path:
 
 class _Rejected(Exception):
     """The result failed its proof: leave the block without giving it its name."""
+
+
+@dataclass(frozen=True)
+class _Options:
+    dtype: str | torch.dtype | None
+    quant: str | None
+    shards: int | None
+    bin: bool
+    base: str | os.PathLike[str] | None
+    herd_only: bool
+    greedy: int | None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is to be done: about how many bytes come, the function that writes them, and the one that compares."""
+
+    size: int
+    write: Callable[[Path, Callable[[int], None]], None]
+    compare: Callable[[Path], Report]
+
+
+def _model_job(path: Path, place: Path, to: Target, options: _Options, watch: Watch) -> _Job:
+    if to == "peft":
+        raise ConfigError(f"{path} is a model, and --to peft is for LoRA adapters: choose meta, hf or gguf")
+    if options.base is not None:
+        raise ConfigError(f"{path} is a model, and --base is for LoRA adapters: leave it out")
+    named = DTYPES.get(options.dtype, options.dtype) if isinstance(options.dtype, str) else options.dtype
+    dtype = dtype_named(named)
+    a = open_side(path)
+    source, notes = _source(a)
+
+    def write(new: Path, tick: Callable[[int], None]) -> None:
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            notes.extend(_write(source, new, to, dtype, options, tick))
+        notes.extend(dict.fromkeys(" ".join(str(w.message).split()) for w in heard))
+
+    def compared(new: Path) -> Report:
+        b = open_side(new)
+        said = (*notes, *_changes(a.store, b.store))
+        title = f"convert to {to}"
+        return compare(a, b, title=title, greedy=options.greedy, watch=watch, notes=said, shown_as=str(place))
+
+    return _Job(_size(a.store, dtype, options.quant, keeps_blocks=to == "gguf"), write, compared)
+
+
+def _adapter_job(path: Path, place: Path, to: Target, options: _Options, watch: Watch) -> _Job:
+    if to not in ("peft", "gguf"):
+        raise ConfigError(f"{path} is a LoRA adapter, which cannot become {to}: choose peft or gguf")
+    for word, given in (
+        ("dtype", options.dtype),
+        ("quant", options.quant),
+        ("shards", options.shards),
+        ("bin", options.bin),
+    ):
+        if given:
+            raise ConfigError(f"{path} is a LoRA adapter: --{word} is for models")
+    a = open_adapter(path, options.base)
+    notes: list[str] = []
+    size = sum(t.nbytes for pair in a.adapter.factors.values() for t in (pair.a, pair.b))
+    size += sum(t.nbytes for t in a.adapter.whole.values())
+
+    def write(new: Path, tick: Callable[[int], None]) -> None:
+        notes.extend(write_adapter(a, new, to, tick))
+
+    def compared(new: Path) -> Report:
+        return compare_adapters(a, new, to, notes=tuple(notes), shown_as=str(place))
+
+    return _Job(size, write, compared)
 
 
 def _check_options(
@@ -134,8 +204,8 @@ def _check_options(
         raise ConfigError("--quant and --dtype exclude each other: a quantization says how every tensor is stored")
     if bin and to != "hf":
         raise ConfigError(f"--bin makes pytorch_model.bin, a Hugging Face file, and the result is {to}")
-    if shards is not None and to == "gguf":
-        raise ConfigError("--shards is for hf and meta: GGUF files are written in one piece")
+    if shards is not None and to in ("gguf", "peft"):
+        raise ConfigError(f"--shards is for hf and meta: {to} files are written in one piece")
     if shards is not None and shards < 1:
         raise ConfigError(f"{shards} shards: give at least 1")
     if to == "gguf" and dst.suffix != ".gguf":
@@ -161,26 +231,25 @@ def _source(a: Opened) -> tuple[Source, list[str]]:
 def _write(
     source: Source,
     new: Path,
-    to: Target,
+    to: str,
     dtype: torch.dtype | None,
-    quant: str | None,
-    shards: int | None,
-    bin: bool,
+    options: _Options,
     tick: Callable[[int], None],
-) -> None:
+) -> list[str]:
+    """Call the writer; what it says was not carried over."""
     # Imported where used: one format should not pay for the others.
     if to == "hf":
         from herd.checkpoint.write.hf import write_hf
 
-        write_hf(source, new, dtype=dtype, shards=shards, bin=bin, tick=tick)
-    elif to == "meta":
+        return write_hf(source, new, dtype=dtype, shards=options.shards, bin=options.bin, tick=tick)
+    if to == "meta":
         from herd.checkpoint.write.meta import write_meta
 
-        write_meta(source, new, dtype=dtype, shards=1 if shards is None else shards, tick=tick)
-    else:
-        from herd.checkpoint.write.gguf_model import write_gguf
+        return list(write_meta(source, new, dtype=dtype, shards=options.shards or 1, tick=tick) or [])
+    from herd.checkpoint.write.gguf_model import write_gguf
 
-        write_gguf(source, new, dtype=dtype, quant=quant, tick=tick)
+    write_gguf(source, new, dtype=dtype, quant=options.quant, herd_only=options.herd_only, tick=tick)
+    return []
 
 
 def _size(store: TensorStore, dtype: torch.dtype | None, quant: str | None, *, keeps_blocks: bool) -> int:
@@ -222,9 +291,9 @@ def _changes(a: TensorStore, b: TensorStore) -> list[str]:
     return notes
 
 
-def _signed(report: Report, a: Opened, new: Path, watch: Watch) -> Report:
+def _signed(report: Report, source: Path, new: Path, watch: Watch) -> Report:
     """The report with the SHA-256 of every file of both sides."""
-    sides = (report.a, a.path), (report.b, new)
+    sides = (report.a, source), (report.b, new)
     total = sum(entry.nbytes for side, _ in sides for entry in side.files)
     tick = _counting(watch, "hashing", total)
     signed = []

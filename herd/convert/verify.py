@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import time
 import warnings
 from collections import Counter
@@ -12,9 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import herd
 from herd.checkpoint.open import open_store
 from herd.checkpoint.resolve import resolve
 from herd.checkpoint.store import GenerationDefaults, TensorStore
@@ -22,13 +18,14 @@ from herd.checkpoint.vocabulary import MissingTokenizer, tokenizer_of
 from herd.convert.drift import BIG, FEW, check_logits, greedy_count, readings
 from herd.convert.prompts import check_prompts
 from herd.convert.report import Check, FileEntry, Report, Side
+from herd.convert.versions import versions
 from herd.convert.vocabulary import check_tokenizers
 from herd.convert.weights import compare_tensors, tensor_bytes
 from herd.model.accounting import parameters
 from herd.model.config import ModelConfig
 from herd.tokenizer.tokenizer import Tokenizer
 
-__all__ = ["Opened", "Watch", "compare", "open_side", "verify", "versions"]
+__all__ = ["Opened", "Watch", "compare", "open_side", "verify"]
 
 Watch = Callable[[str, int, int], None]
 """Told (what is being done, bytes done, bytes in all)."""
@@ -122,11 +119,6 @@ def compare(
         versions=versions(),
         seconds=seconds,
     )
-
-
-def versions() -> dict[str, str]:
-    """Of what made a report."""
-    return {"herd": herd.__version__, "torch": str(torch.__version__), "python": platform.python_version()}
 
 
 def _side(opened: Opened, shown_as: str | None = None) -> Side:

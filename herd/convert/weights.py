@@ -133,8 +133,7 @@ def _values(part: Tensor | QuantTensor) -> Tensor:
 
 
 def _compare_rows(result: _Result, a: Tensor | QuantTensor, b: Tensor | QuantTensor, offset: int) -> None:
-    blocks = isinstance(a, QuantTensor) and isinstance(b, QuantTensor) and a.type is b.type
-    if blocks and torch.equal(a.blocks, b.blocks):  # NaN scales included
+    if isinstance(a, QuantTensor) and isinstance(b, QuantTensor) and _same_blocks(a, b):
         return
     values_a, values_b = _values(a), _values(b)
     if isinstance(b, Tensor):
@@ -149,6 +148,10 @@ def _compare_rows(result: _Result, a: Tensor | QuantTensor, b: Tensor | QuantTen
 
     limits = bound(values_a.float(), b.type.name)
     result.seen("within", values_a.float(), values_b, offset, limits)
+
+
+def _same_blocks(a: QuantTensor, b: QuantTensor) -> bool:
+    return a.type is b.type and torch.equal(a.blocks, b.blocks)
 
 
 def _plain(result: _Result, a: Tensor, b: Tensor, offset: int) -> None:

@@ -1,0 +1,302 @@
+"""PEFT's LoRA folders: adapter_config.json beside adapter_model.safetensors (or, older, adapter_model.bin).
+
+Names go through the one name table (`herd.checkpoint.names`): PEFT's are those of the Hugging Face model behind
+`base_model.model.`, and the rows of B of queries and keys are re-paired as those of the matrices themselves. What is in the
+tensor file is the adapter; the config adds scales, and is refused where it says something that herd would not do.
+Source: peft LoraConfig, and utils/save_and_load.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import regex
+from torch import Tensor
+
+from herd.adapters.lora import Factors, LoraAdapter
+from herd.checkpoint.fields import Fields
+from herd.checkpoint.files import read_json, short
+from herd.checkpoint.layout import Interleave
+from herd.checkpoint.names import Column, Home, homes, shapes
+from herd.checkpoint.safetensors import SafetensorsFile
+from herd.checkpoint.store import TensorFile
+from herd.checkpoint.torchfile import TorchFile
+from herd.checkpoint.write.gguf_config import architecture
+from herd.checkpoint.write.planned import Planned, Tick
+from herd.checkpoint.write.safetensors import FORMAT, write_safetensors
+from herd.errors import CheckpointError, ConfigError
+from herd.model.config import ModelConfig
+
+__all__ = ["CONFIG", "hf_column", "plain_rows", "read_peft", "write_peft"]
+
+CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+PREFIX = "base_model.model."
+_PART = re.compile(
+    r"(?P<module>.+?)\.(?:(?P<low>lora_(?:embedding_)?[AB])(?:\.(?!weight$)\w+)?(?:\.weight)?"
+    r"|(?:modules_to_save\.(?:\w+\.)?|base_layer\.)?weight)"
+)
+_EMBEDDING = "tok_embeddings.weight"
+
+_READ = {"peft_type", "r", "lora_alpha", "use_rslora", "alpha_pattern", "rank_pattern", "base_model_name_or_path"}
+_HARMLESS = {
+    # what the tensor file says by itself, training, and bookkeeping
+    "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "lora_dropout",
+    "inference_mode", "task_type", "auto_mapping", "revision", "peft_version", "runtime_config", "megatron_core",
+    "qalora_group_size", "eva_config", "lora_ga_config", "ensure_weight_tying",
+}  # fmt: skip
+_NEUTRAL = {
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "use_dora": False,
+    "lora_bias": False,
+    "use_qalora": False,
+    "use_bdlora": None,
+}
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Values of init_lora_weights with which training began by changing the base: W + B A on the published base is another model."""
+
+_TIMEOUT = 0.05
+"""Seconds for one pattern of a file on one name: patterns come from outside."""
+
+
+def read_peft(path: str | os.PathLike[str], base: ModelConfig) -> LoraAdapter:
+    """The adapter in the folder `path`, for a base of config `base`; its tensors are views of the file.
+
+    Raises CheckpointError or ConfigError: damage, a tensor that fits no parameter of the base, and every setting that would
+    change the result and that herd does not do (DoRA, biases, transposed layers, ...), by name.
+    """
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    data = read_json(folder / CONFIG)
+    fields = Fields(data, str(folder / CONFIG))
+    _check_config(data, fields)
+    file = _open_weights(folder)
+    parts = _parts(file, base)
+    rank, alpha, rslora = fields.whole("r"), fields.number("lora_alpha"), fields.flag("use_rslora", False)
+    alphas, ranks = _patterns(fields, "alpha_pattern"), _patterns(fields, "rank_pattern")
+    factors = {}
+    for canonical, (module, low) in parts.low.items():
+        missing = [word for word in ("A", "B") if word not in low]
+        if missing:
+            raise CheckpointError(f"has no lora_{missing[0]}", path=file.path, tensor=module)
+        pair = Factors(low["A"], low["B"], float(_by_pattern(alphas, module, alpha, fields, "alpha_pattern")))
+        expected = _by_pattern(ranks, module, rank, fields, "rank_pattern")
+        if pair.rank != expected:
+            why = f"has rank {pair.rank}, {CONFIG} says {expected:g}"
+            raise CheckpointError(why, path=file.path, tensor=module)
+        factors[canonical] = pair
+    name = data.get("base_model_name_or_path")
+    adapter = LoraAdapter(factors, rank, alpha, rslora, parts.whole, name if isinstance(name, str) and name else None)
+    adapter.check(shapes(base))
+    return adapter
+
+
+def write_peft(adapter: LoraAdapter, folder: str | os.PathLike[str], base: ModelConfig, tick: Tick) -> None:
+    """Fill `folder` with the files that PEFT loads. Tensors keep their dtype.
+
+    Modules are named in full where the adapter does not have a kind of matrix in every layer. Raises CheckpointError when a
+    parameter is no matrix of its own in the Hugging Face model (Llama 4's experts), and OSError.
+    """
+    adapter.check(shapes(base))
+    found = homes(base, hf_column(base))
+    planned: list[Planned] = []
+    modules: dict[str, str] = {}
+    for name, pair in adapter.factors.items():
+        home = found[name]
+        modules[name] = module = home.name.removesuffix(".weight")
+        if name == _EMBEDDING:
+            planned += [
+                _plan(f"{PREFIX}{module}.lora_embedding_A", pair.b.T),
+                _plan(f"{PREFIX}{module}.lora_embedding_B", pair.a.T),
+            ]
+        else:
+            planned += [
+                _plan(f"{PREFIX}{module}.lora_A.weight", pair.a),
+                _plan(f"{PREFIX}{module}.lora_B.weight", _rows(home, pair.b, base, write=True)),
+            ]
+    for name, tensor in adapter.whole.items():
+        home = found[name]
+        module = home.name.removesuffix(".weight")
+        inner = ".base_layer" if name in adapter.factors else ""
+        planned.append(_plan(f"{PREFIX}{module}{inner}.weight", _rows(home, tensor, base, write=True)))
+    place = Path(folder)
+    write_safetensors(place / WEIGHTS, planned, FORMAT, tick)
+    text = json.dumps(_config(adapter, base, modules, found), indent=2) + "\n"
+    (place / CONFIG).write_text(text, encoding="utf-8")
+
+
+def hf_column(config: ModelConfig) -> Column:
+    """Which Hugging Face architecture a model of this config is."""
+    return "hf" if architecture(config) == "llama" else "hf4"
+
+
+def plain_rows(home: Home) -> bool:
+    """Whether the parameter is a matrix of its own in that format, at most with re-paired rows: what LoRA needs."""
+    return home.cell.fused is None and all(isinstance(step, Interleave) for step in home.cell.steps)
+
+
+class _Parts:
+    """What the tensor file holds, by canonical name."""
+
+    def __init__(self) -> None:
+        self.low: dict[str, tuple[str, dict[str, Tensor]]] = {}
+        self.whole: dict[str, Tensor] = {}
+
+
+def _parts(file: TensorFile, base: ModelConfig) -> _Parts:
+    column = hf_column(base)
+    canonical = {home.name: home for home in homes(base, column).values()}
+    parts = _Parts()
+    for foreign in file.names():
+        match = _PART.fullmatch(foreign)
+        if match is None:
+            why = "is neither a LoRA factor nor a whole weight"
+            if "magnitude" in foreign:
+                why = "is a magnitude of DoRA, which herd does not do yet"
+            raise CheckpointError(why, path=file.path, tensor=foreign[:200])
+        module = match["module"].removeprefix(PREFIX)
+        home = canonical.get(_inner(module) + ".weight")
+        if home is None or not plain_rows(home):
+            why = "belongs to no matrix of the base model that herd can adapt"
+            raise CheckpointError(why, path=file.path, tensor=foreign[:200])
+        tensor = file.tensor(foreign)
+        low = match["low"]
+        if low is None:
+            parts.whole[home.canonical] = _rows(home, tensor, base, write=False)
+            continue
+        _, pair = parts.low.setdefault(home.canonical, (module, {}))
+        if (home.canonical == _EMBEDDING) != ("embedding" in low) or tensor.ndim != 2:
+            raise CheckpointError(f"is a {low} of shape {tuple(tensor.shape)}", path=file.path, tensor=foreign[:200])
+        word = low[-1]
+        if "embedding" in low:
+            word, tensor = ("B" if word == "A" else "A"), tensor.T
+        elif word == "B":
+            tensor = _rows(home, tensor, base, write=False)
+        if word in pair:
+            raise CheckpointError(f"there are two lora_{word} of one module", path=file.path, tensor=foreign[:200])
+        pair[word] = tensor
+    return parts
+
+
+def _inner(module: str) -> str:
+    """The module's name in a text model: a vision model's has a prefix."""
+    for prefix in ("language_model.", "model.language_model."):
+        if module.startswith(prefix):
+            rest = module.removeprefix(prefix)
+            return rest if rest.startswith(("model.", "lm_head")) else "model." + rest
+    return module
+
+
+def _rows(home: Home, tensor: Tensor, base: ModelConfig, *, write: bool) -> Tensor:
+    """Rows re-paired as those of the parameter: B [out, r] and whole weights alike."""
+    if not plain_rows(home):
+        why = "is no matrix of its own in the Hugging Face model: LoRA cannot be stored for it"
+        raise CheckpointError(why, tensor=home.canonical)
+    for step in home.cell.steps:
+        try:
+            tensor = step.write(tensor, base) if write else step.read(tensor, base)
+        except (RuntimeError, IndexError) as error:
+            raise CheckpointError(
+                f"shape {tuple(tensor.shape)} does not fit the base model", tensor=home.name
+            ) from error
+    return tensor
+
+
+def _open_weights(folder: Path) -> TensorFile:
+    if (folder / WEIGHTS).is_file():
+        return SafetensorsFile(folder / WEIGHTS)
+    if (folder / OLD_WEIGHTS).is_file():
+        return TorchFile(folder / OLD_WEIGHTS)
+    raise CheckpointError(f"there is neither {WEIGHTS} nor {OLD_WEIGHTS}", path=folder)
+
+
+def _check_config(data: Mapping[str, Any], fields: Fields) -> None:
+    kind = data.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise ConfigError(f"{fields.where}: peft_type is {short(kind)}: herd reads LORA adapters")
+    start = data.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+        fields.fail(
+            "init_lora_weights",
+            f"is {short(start)}: such training changes the base first, so the adapter does not fit the published weights; "
+            "save it with PEFT's path_initial_model_for_weight_conversion",
+        )
+    for key, value in data.items():
+        if key in _READ or key in _HARMLESS or key == "init_lora_weights":
+            continue
+        if value in (None, False, [], {}, "") or (key in _NEUTRAL and value == _NEUTRAL[key]):
+            continue
+        fields.fail(key, f"is {short(value)}: herd does not do this, and ignoring it would change the model")
+
+
+def _patterns(fields: Fields, key: str) -> dict[str, float]:
+    found = fields.object(key)
+    if found is None:
+        return {}
+    return {pattern: found.number(pattern) for pattern in found.data}
+
+
+def _by_pattern(patterns: Mapping[str, float], module: str, default: float, fields: Fields, key: str) -> float:
+    """PEFT's rule: the first pattern that matches the end of the module's name, from a dot on."""
+    for pattern, value in patterns.items():
+        if module == pattern or module.endswith("." + pattern):
+            return value
+        try:
+            if len(pattern) < 512 and regex.match(rf"(.*\.)?({pattern})$", module, timeout=_TIMEOUT):
+                return value
+        except (regex.error, TimeoutError):
+            fields.fail(key, f"holds {short(pattern)}, which is no usable pattern")
+    return default
+
+
+def _plan(name: str, tensor: Tensor) -> Planned:
+    word = {4: "F32", 8: "F64"}.get(tensor.dtype.itemsize) or ("BF16" if "bf" in str(tensor.dtype) else "F16")
+    return Planned(name, tuple(tensor.shape), word, partial(Tensor.contiguous, tensor))
+
+
+def _config(
+    adapter: LoraAdapter, base: ModelConfig, modules: Mapping[str, str], found: Mapping[str, Home]
+) -> dict[str, Any]:
+    own_alpha = {modules[n]: _whole(p.alpha) for n, p in adapter.factors.items() if p.alpha != adapter.alpha}
+    own_rank = {modules[n]: p.rank for n, p in adapter.factors.items() if p.rank != adapter.rank}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": adapter.base,
+        "r": adapter.rank,
+        "lora_alpha": _whole(adapter.alpha),
+        "use_rslora": adapter.rslora,
+        "rank_pattern": own_rank,
+        "alpha_pattern": own_alpha,
+        "target_modules": _targets(modules.values(), found),
+        "modules_to_save": _saved(adapter, found),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_dora": False,
+        "inference_mode": True,
+    }
+
+
+def _targets(modules: Iterable[str], found: Mapping[str, Home]) -> list[str]:
+    """Short names ("q_proj") where they mean exactly these modules, else names in full."""
+    wanted = set(modules)
+    every = [home.name.removesuffix(".weight") for home in found.values() if "norm" not in home.name]
+    short_names = {name.rpartition(".")[2] for name in wanted}
+    exact = {name for name in every if name.rpartition(".")[2] in short_names} == wanted
+    return sorted(short_names if exact else wanted)
+
+
+def _saved(adapter: LoraAdapter, found: Mapping[str, Home]) -> list[str] | None:
+    names = [found[name].name.removesuffix(".weight") for name in adapter.whole if name not in adapter.factors]
+    return sorted(name.rpartition(".")[2] if name.startswith("lm_head") else name for name in names) or None
+
+
+def _whole(value: float) -> float | int:
+    return int(value) if value == math.floor(value) else value
