@@ -7,15 +7,19 @@ models/llama4/args.py and model.py.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from herd.checkpoint.fields import Fields, named
+from herd.checkpoint.gguf_own import own_facts
 from herd.checkpoint.limits import plausible
 from herd.model.config import MAX_LAYERS, ModelConfig, MoEConfig, RopeScaling, Temper, hidden_dim_of, irope, plain
 
-__all__ = ["read_params"]
+__all__ = ["EXPERT", "OWN", "OWN_SIZES", "read_params"]
 
 SMALL_DIMS = (2048, 3072)
 """Widths of Llama 3.2 1B and 3B and what was pruned from them: the only released models whose frequencies are stretched by 32
@@ -24,9 +28,15 @@ SMALL_DIMS = (2048, 3072)
 _KNOWN = {
     "attention_chunk_size", "attn_scale", "attn_temperature_tuning", "dim", "ffn_dim_multiplier", "ffn_exp", "floor_scale",
     "head_dim", "lora_args", "max_batch_size", "max_seq_len", "moe_args", "multiple_of", "n_heads", "n_kv_heads", "n_layers",
-    "nope_layer_interval", "norm_eps", "quantization_args", "rope_high_freq_factor", "rope_scaling_factor", "rope_theta",
+    "herd", "nope_layer_interval", "norm_eps", "quantization_args", "rope_high_freq_factor", "rope_scaling_factor", "rope_theta",
     "tie_embeddings", "use_qk_norm", "use_scaled_rope", "vision_args", "vocab_size",
 }  # fmt: skip
+
+OWN = "herd"
+"""A key of herd's own: an object with what Meta's keys cannot say of a model, which Meta's code does not read."""
+
+EXPERT = "expert_hidden_dim"
+OWN_SIZES = ("hidden_dim", "max_seq_len", EXPERT)
 
 _VISION = ("vision_model", "vision_chunk_size", "vision_max_num_chunks", "vision_num_cross_attention_layers")
 
@@ -49,7 +59,28 @@ def read_params(data: Mapping[str, Any], where: str, *, fused: bool, rows: int, 
     if f.whole("n_layers") > MAX_LAYERS:
         f.fail("n_layers", f"is {data['n_layers']}: no Llama has more than {MAX_LAYERS} layers")
     with named(where):
-        return plausible(_llama4(f, rows, output) if fused else _dense(f, rows, output), where)
+        return plausible(_own(f, _llama4(f, rows, output) if fused else _dense(f, rows, output)), where)
+
+
+def _own(f: Fields, config: ModelConfig) -> ModelConfig:
+    """What the object `herd` says in addition: see `herd.checkpoint.write.meta_params`, which writes it."""
+    own = f.object(OWN)
+    if own is None:
+        return config
+    sizes = {name: own.whole(name) for name in OWN_SIZES if own.has(name)}
+    rest = {key: value for key, value in own.data.items() if key not in OWN_SIZES}
+    try:
+        facts = own_facts(json.dumps(rest), Path(f.where))
+    except RecursionError:
+        f.fail(OWN, "is nested too deeply")
+    if len(facts.get("layers", config.layers)) != config.n_layers:
+        own.fail("layers", f"has {len(facts['layers'])} entries for {config.n_layers} layers")
+    expert = sizes.pop(EXPERT, None)
+    if expert is not None:
+        if config.moe is None:
+            own.fail(EXPERT, "is given, but this model has no experts")
+        facts["moe"] = replace(config.moe, hidden_dim=expert)
+    return replace(config, **sizes, **facts)
 
 
 def _dense(f: Fields, rows: int, output: bool) -> ModelConfig:
