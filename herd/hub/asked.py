@@ -39,6 +39,8 @@ def asked(name: str) -> Asked:
 
     Raises UnknownModelError for names that are neither, HubError for a release without a repository.
     """
+    if name in ("nano", "herd-nano"):
+        raise HubError("nano comes with herd: there is nothing to download", cause="options")
     plain, _, revision = _ADDRESS.sub("", name.strip(), count=1).partition("@")
     repo, _, tree = plain.partition("/tree/")
     if tree:

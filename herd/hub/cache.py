@@ -59,7 +59,7 @@ class RepoCache:
         if not self.snapshots.is_dir():
             return []
         main = self.commit_of("main")
-        names = (entry.name for entry in self.snapshots.iterdir() if entry.is_dir())
+        names = (entry.name for entry in self.snapshots.iterdir() if entry.is_dir() and not entry.is_symlink())
         return sorted(names, key=lambda name: (name != main, name))
 
     def branches(self) -> dict[str, str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from herd.errors import CheckpointError
 from herd.files import read_json, safe_join, short
 
-__all__ = ["OllamaModel", "find", "models", "read", "stores"]
+__all__ = ["OllamaModel", "file_type", "find", "models", "read", "stores"]
 
 DIGEST = re.compile(r"sha256[:-]([0-9a-fA-F]{64})", re.ASCII)
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}", re.ASCII)
@@ -103,6 +103,19 @@ def read(store: Path, manifest: Path) -> OllamaModel:
     return OllamaModel(
         _name(manifest), blob, sum(size for *_, size in found), tuple(kind for kind, *_ in found), manifest
     )
+
+
+def file_type(model: OllamaModel) -> str | None:
+    """The quantization as Ollama's own configuration blob says it, such as Q4_K_M."""
+    try:
+        config = read_json(model.manifest, LARGEST).get("config")
+        digest = config.get("digest") if isinstance(config, dict) else None
+        if not isinstance(digest, str):
+            return None
+        said = read_json(_blob(model.path.parents[1], digest, model.manifest), LARGEST).get("file_type")
+    except CheckpointError:
+        return None
+    return said if isinstance(said, str) and re.fullmatch(r"[\w.-]{1,20}", said, re.ASCII) else None
 
 
 def _blob(store: Path, digest: str, manifest: Path) -> Path:

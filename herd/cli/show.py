@@ -1,0 +1,125 @@
+"""`herd show`: where a model lies, its files, and in short what it is. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import click
+
+from herd.cli.columns import columns
+from herd.cli.console import note, safe
+from herd.cli.list import PLACES
+from herd.cli.sizes import size
+
+__all__ = ["command", "described"]
+
+EPILOG = """\
+Examples:
+
+\b
+  herd show llama3.2:1b
+  herd show ./Llama-3.2-1B-Instruct --json
+"""
+
+
+@click.command(epilog=EPILOG)
+@click.argument("model")
+@click.option("--json", "as_json", is_flag=True, help="The same as a JSON object.")
+def command(model: str, as_json: bool) -> None:
+    """Show where MODEL lies, what files it is made of, and in short what it is (herd inspect says more).
+
+    MODEL is a path or any name that the other commands take.
+    """
+    from herd.checkpoint.resolve import resolve
+
+    said = described(resolve(model))
+    if as_json:
+        click.echo(json.dumps(said, indent=1))
+        return
+    facts = {
+        key: value for key, value in said.items() if key not in ("files", "problem", "bytes") and value is not None
+    }
+    width = max(len(key) for key in facts)
+    for key, value in facts.items():
+        click.echo(f"{key.replace('_', ' '):<{width}}  {safe(_plain(key, value))}")
+    rows = [("FILE", "SIZE"), *((safe(file["name"]), _size(file)) for file in said["files"])]
+    click.echo("\n" + columns(rows, right={1}))
+    click.echo(f"\n{size(said['bytes'])} in {len(said['files'])} files")
+    if said["problem"]:
+        note(safe(f"problem: {said['problem']}"))
+
+
+def described(path: Path) -> dict[str, Any]:
+    """All that is known of the model at `path` without its tensors. A damaged model is a `problem`, not an error."""
+    where, repo, revision, folder = _place(path)
+    files = [_file(name, file) for name, file in _files(path, folder)]
+    said: dict[str, Any] = {"path": str(path), "where": where, "repository": repo, "revision": revision}
+    said |= _model(path)
+    return said | {"bytes": sum(file["bytes"] or 0 for file in files), "files": files}
+
+
+def _place(path: Path) -> tuple[str, str | None, str | None, Path]:
+    """Whose store `path` is in, the repository and revision there, and the folder of its files."""
+    from herd.hub.folders import lm_studio, meta_home
+    from herd.hub.ollama import stores
+
+    absolute = path.absolute()
+    for folder in (absolute, *absolute.parents):
+        if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
+            return "hub", folder.parents[1].name.removeprefix("models--").replace("--", "/"), folder.name, folder
+    folder = absolute if absolute.is_dir() else absolute.parent
+    for name, roots in (("ollama", stores()), ("lmstudio", lm_studio()), ("meta", [meta_home()])):
+        if any(absolute.is_relative_to(root.absolute()) for root in roots):
+            return name, None, None, absolute if name == "ollama" else folder
+    return "herd" if folder.parent.name == "embedded" else "path", None, None, absolute
+
+
+def _files(path: Path, folder: Path) -> list[tuple[str, Path]]:
+    if not folder.is_dir():
+        return [(path.name, path)]
+    walked = ((Path(place, name)) for place, _, names in os.walk(folder) for name in names)
+    return sorted((file.relative_to(folder).as_posix(), file) for file in walked)
+
+
+def _file(name: str, file: Path) -> dict[str, Any]:
+    return {"name": name, "bytes": file.stat().st_size if file.exists() else None}
+
+
+def _model(path: Path) -> dict[str, Any]:
+    """The facts of the headers, or why there are none."""
+    from herd.checkpoint.open import open_store
+    from herd.errors import HerdError
+    from herd.model.accounting import parameters
+
+    try:
+        store = open_store(path)
+        types = Counter[str]()
+        for name in store.names():
+            info = store.info(name)
+            types[info.stored] += info.nbytes
+        config = store.config
+        return {
+            "format": {"hf": "Hugging Face", "meta": "Meta", "gguf": "GGUF"}[store.kind],
+            "parameters": parameters(config),
+            "context": config.max_seq_len,
+            "numbers": dict(types.most_common()),
+            "problem": None,
+        }
+    except HerdError as error:
+        return {"format": None, "parameters": None, "context": None, "numbers": None, "problem": str(error)}
+
+
+def _plain(key: str, value: Any) -> str:
+    if key == "where":
+        return PLACES.get(value, "a path of your own")
+    if key == "numbers":
+        return ", ".join(f"{name} {size(count)}" for name, count in value.items())
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _size(file: dict[str, Any]) -> str:
+    return "missing" if file["bytes"] is None else size(file["bytes"])
