@@ -171,7 +171,8 @@ def _in_order(terms: Tensor) -> Tensor:
     numpy adds the rows of an outer dimension in turn; torch.sum promises no order.
     """
     if terms.is_cpu:
-        return torch.from_numpy(np.add.reduce(terms.numpy(), axis=-2))
+        with np.errstate(all="ignore"):  # values that are not finite are refused when the block is complete
+            return torch.from_numpy(np.add.reduce(terms.numpy(), axis=-2))
     return terms.sum(dim=-2)
 
 
