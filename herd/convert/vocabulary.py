@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from herd.checkpoint.vocabulary import MissingTokenizer
 from herd.convert.report import Check
 from herd.convert.torture import texts
+from herd.errors import TokenizerError
 from herd.tokenizer.tokenizer import Tokenizer
 
 __all__ = ["check_tokenizers", "same_tokenizers"]
@@ -43,10 +44,10 @@ def _pieces(a: Tokenizer, b: Tokenizer) -> Iterator[str]:
         yield f"vocabulary family {a.family} in A, {b.family} in B"
     if a.vocab_size != b.vocab_size:
         yield f"{a.vocab_size} tokens in A, {b.vocab_size} in B"
-    different = [i for i in range(min(a.vocab_size, b.vocab_size)) if a.bytes_of(i) != b.bytes_of(i)]
+    different = [i for i in range(min(a.vocab_size, b.vocab_size)) if _bytes(a, i) != _bytes(b, i)]
     if different:
         i = different[0]
-        yield f"{len(different)} pieces differ, the first is id {i}: {a.piece(i)!r} in A, {b.piece(i)!r} in B"
+        yield f"{len(different)} pieces differ, the first is id {i}: {_bytes(a, i)!r} in A, {_bytes(b, i)!r} in B"
 
 
 def _special(a: Tokenizer, b: Tokenizer) -> Iterator[str]:
@@ -89,11 +90,19 @@ def _vocabulary_as_text(a: Tokenizer, b: Tokenizer) -> Iterator[str]:
     """Every piece that is text by itself is encoded again: a merge that is lost shows here."""
     count = min(a.vocab_size, b.vocab_size)
     for start in range(0, count, _BATCH):
-        words = (a.bytes_of(i).decode("utf-8", "ignore") for i in range(start, min(start + _BATCH, count)))
+        words = ((_bytes(a, i) or b"").decode("utf-8", "ignore") for i in range(start, min(start + _BATCH, count)))
         text = "\n".join(word for word in words if word)
         if a.encode(text) != b.encode(text):
             yield f"the pieces {start} to {start + _BATCH - 1}, written as text, have other ids in B"
             return
+
+
+def _bytes(tokenizer: Tokenizer, id: int) -> bytes | None:
+    """None for an id that is in the middle of the vocabulary and stands for nothing."""
+    try:
+        return tokenizer.bytes_of(id)
+    except TokenizerError:
+        return None
 
 
 def _short(text: str) -> str:
