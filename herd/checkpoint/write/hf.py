@@ -12,26 +12,19 @@ import torch
 
 from herd.checkpoint.hf import HFStore
 from herd.checkpoint.names import Column
-from herd.checkpoint.store import TensorStore
 from herd.checkpoint.write.hf_config import TokenIds, carried_keys, config_json, generation_json, is_dense
 from herd.checkpoint.write.inventory import kept, planned, written_dtype
 from herd.checkpoint.write.planned import Planned, Tick
 from herd.checkpoint.write.safetensors import FORMAT, write_safetensors
 from herd.checkpoint.write.source import Source
+from herd.checkpoint.write.tokenizer_files import hf_tokenizer
 from herd.checkpoint.write.torchfile import write_torch_file
 from herd.errors import CheckpointError
-from herd.tokenizer.write.huggingface import hf_files
 
 __all__ = ["SHARD_BYTES", "write_hf"]
 
 SHARD_BYTES = 5_000_000_000
 """Bytes of a shard when nobody says how many there should be: what Meta's own repositories have."""
-
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
-"""What is copied as it is from one Hugging Face folder to another."""
 
 
 def write_hf(
@@ -58,7 +51,7 @@ def write_hf(
     plans = planned(store, column, kept(store, dtype))
     files = _shards(place, plans, shards, bin)
     config, generation = _configs(source, written_dtype(plans), ids or _ids(source))
-    tokenizer, notes = _tokenizer(source)
+    tokenizer, notes = hf_tokenizer(source)
     place.mkdir(parents=True, exist_ok=True)
     for name, part in files.items():
         if bin:
@@ -133,25 +126,6 @@ def _ids(source: Source) -> TokenIds:
         return TokenIds(stop=source.generation.stop_ids)
     special = source.tokenizer.special
     return TokenIds(special.bos, source.generation.stop_ids or special.stop, special.pad)
-
-
-def _tokenizer(source: Source) -> tuple[dict[str, bytes], list[str]]:
-    """The tokenizer files, and what is to be said about them."""
-    if source.tokenizer is None:
-        return {}, ["there is no tokenizer: the folder holds weights and configs only"]
-    copied = _copied(source.store)
-    if not copied:
-        return hf_files(source.tokenizer, source.template, max_length=source.store.config.max_seq_len), []
-    if source.template is not None and source.tokenizer.template != source.template:
-        copied["chat_template.jinja"] = source.template.encode()
-    return copied, []
-
-
-def _copied(store: TensorStore) -> dict[str, bytes]:
-    if not isinstance(store, HFStore):
-        return {}
-    found = {name: store.folder / name for name in TOKENIZER_FILES if (store.folder / name).is_file()}
-    return {name: path.read_bytes() for name, path in found.items()}
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -48,7 +48,10 @@ def params_json(config: ModelConfig) -> Params:
         names = [f.name for f in fields(ModelConfig) if getattr(found, f.name) != getattr(config, f.name)]
         raise ConfigError(f"params.json cannot say what this model is: {', '.join(names)} would read back differently")
     used = any(spec.placement == "tempered" for spec in config.layers)
-    return Params(data, tuple(name for name in own if name != "max_seq_len" and (used or name != "temper")))
+    told = [name for name in own if name != "max_seq_len" and (used or name != "temper")]
+    if not fused:  # Meta's code for dense models ignores these, too; it stretches all frequencies by 8
+        told += [key for key in ("head_dim", "rope_scaling_factor", "rope_high_freq_factor") if key in data]
+    return Params(data, tuple(told))
 
 
 def _read(data: dict[str, Any], config: ModelConfig, fused: bool) -> ModelConfig:

@@ -85,7 +85,8 @@ def test_releases_need_nothing_of_herds(name: str) -> None:
 
 def test_what_only_herd_reads_is_named() -> None:
     assert "layers" in params_json(ODD["irregular llama 4"]).only_herd
-    assert params_json(ODD["odd scaling"]).only_herd == ("rope_scaling",)
+    assert params_json(ODD["odd scaling"]).only_herd == ("rope_scaling", "rope_scaling_factor", "rope_high_freq_factor")
+    assert params_json(ODD["wide heads"]).only_herd == ("head_dim",)
     assert params_json(MORE["experts wider than dense layers"]).only_herd == ("moe",)
     assert params_json(tiny("llama-3.1")).only_herd == ()
 
