@@ -10,6 +10,7 @@ import os
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, cached_property
+from typing import Any
 
 import tiktoken
 
@@ -54,7 +55,7 @@ class TiktokenTokenizer:
     ) -> None:
         if family not in REGEX:
             raise TokenizerError(f"family {family!r} is not a byte-BPE one; use one of {', '.join(REGEX)}")
-        table = dict(zip(ranks, range(len(ranks)), strict=True))
+        table = set(ranks)
         if len(table) != len(ranks):
             raise TokenizerError("two ids share the same bytes")
         missing = [b for b in range(256) if bytes((b,)) not in table]
@@ -71,13 +72,18 @@ class TiktokenTokenizer:
         self.ranks = ranks
         self._names = names
         self._visible = frozenset(visible)
-        # Encoding.encode_ordinary would quietly replace lone surrogates; the core under it refuses them, as herd does.
-        self._core = tiktoken.Encoding(
-            family, pat_str=REGEX[family], mergeable_ranks=table, special_tokens={}
-        )._core_bpe
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.family}: {len(self.ranks)} ranks, {len(self._names)} special tokens>"
+
+    @cached_property
+    def _core(self) -> Any:
+        """tiktoken's encoder, half of the time of opening Llama 4's vocabulary: made when the first text comes."""
+        table = dict(zip(self.ranks, range(len(self.ranks)), strict=True))
+        # Encoding.encode_ordinary would quietly replace lone surrogates; the core under it refuses them, as herd does.
+        return tiktoken.Encoding(
+            self.family, pat_str=REGEX[self.family], mergeable_ranks=table, special_tokens={}
+        )._core_bpe
 
     @cached_property
     def _splitter(self) -> SpecialSplitter:
