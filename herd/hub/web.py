@@ -189,7 +189,7 @@ class Web:
 
 def _chunks(response: httpx.Response, url: str) -> Iterator[bytes]:
     with _translated(url):
-        yield from response.iter_bytes(1 << 20)
+        yield from response.iter_bytes()  # as they come: a chunk that is waited for would be lost with the connection
 
 
 @contextlib.contextmanager

@@ -57,10 +57,11 @@ class Mirror:
         """The next requests whose path ends with `path` go wrong."""
         self.faults.setdefault(path, []).append(fault)
 
-    def fault(self, path: str) -> Fault | None:
+    def fault(self, path: str, *, status: bool) -> Fault | None:
+        """The fault that this answer has: instead of it (`status`), or in its body."""
         with self.lock:
             for ending, faults in self.faults.items():
-                if path.endswith(ending) and faults:
+                if path.endswith(ending) and faults and (faults[0].kind == "status") == status:
                     faults[0].times -= 1
                     return faults[0] if faults[0].times > 0 else faults.pop(0)
         return None
@@ -116,17 +117,17 @@ class _Handler(BaseHTTPRequestHandler):
             self._route(path)
 
     def _route(self, path: str) -> None:
-        fault = self.mirror.fault(path)
-        if fault is not None and fault.kind == "status":
+        fault = self.mirror.fault(path, status=True)
+        if fault is not None:
             self._say(fault.status, fault.body, fault.headers)
             return
         parts = path.strip("/").split("/")
         if self.storage is None:
-            self._file(path.removeprefix("/store/"), fault)
+            self._file(path.removeprefix("/store/"))
         elif parts[:2] == ["api", "models"]:
             self._api("/".join(parts[2:4]), parts[4:])
         elif len(parts) > 4 and parts[2] == "resolve":
-            self._resolve("/".join(parts[:2]), parts[3], "/".join(parts[4:]), fault)
+            self._resolve("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
         else:
             self._say(404, b"nothing here", {})
 
@@ -145,11 +146,18 @@ class _Handler(BaseHTTPRequestHandler):
                 entries.append(entry)
             self._say(200, json.dumps(entries).encode(), {"Content-Type": "application/json"})
         else:
-            said = {"id": repo, "modelId": repo, "sha": self.mirror.commit, "private": False, "tags": [], "downloads": 0}
+            said = {
+                "id": repo,
+                "modelId": repo,
+                "sha": self.mirror.commit,
+                "private": False,
+                "tags": [],
+                "downloads": 0,
+            }
             said["siblings"] = [digests(data, name) for name, data in files.items()]
             self._say(200, json.dumps(said).encode(), {"Content-Type": "application/json"})
 
-    def _resolve(self, repo: str, revision: str, name: str, fault: Fault | None) -> None:
+    def _resolve(self, repo: str, revision: str, name: str) -> None:
         if self.mirror.gate is not None:
             status, headers, body = self.mirror.gate
             self._say(status, body.encode(), headers)
@@ -164,13 +172,14 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Location"] = f"{self.storage}/store/{repo}/{name}?Expires=1"
             self._say(302, b"moved", headers)
         else:
-            self._send(data, headers, fault)
+            self._send(data, headers, name)
 
-    def _file(self, path: str, fault: Fault | None) -> None:
+    def _file(self, path: str) -> None:
         org, name, file = path.split("/", 2)
-        self._send(self.mirror.repos[f"{org}/{name}"][file], {}, fault)
+        self._send(self.mirror.repos[f"{org}/{name}"][file], {}, file)
 
-    def _send(self, data: bytes, headers: dict[str, str], fault: Fault | None) -> None:
+    def _send(self, data: bytes, headers: dict[str, str], path: str) -> None:
+        fault = self.mirror.fault(path, status=False)
         status, start, end = 200, 0, len(data)
         asked = self.headers.get("Range")
         if asked and self.mirror.ranges:
