@@ -11,7 +11,7 @@ from typing import Any
 from herd.errors import CheckpointError
 from herd.tokenizer.vocabulary import Settings
 
-__all__ = ["MAX_JSON", "parse_json", "read_file", "read_settings"]
+__all__ = ["MAX_JSON", "parse_json", "read_file", "read_settings", "template_in"]
 
 MAX_JSON = 256 * 2**20
 """Larger files are refused: the released ones have 2 to 28 MB."""
@@ -89,14 +89,17 @@ def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
     jinja = folder / "chat_template.jinja"
     if jinja.is_file():
         return decode_text(read_file(jinja, MAX_JSON), jinja)
-    for source in (_optional(folder / "chat_template.json"), config):
-        found = source.get("chat_template")
-        if isinstance(found, list):  # several named templates; "default" is the one for chat
-            named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, Mapping)}
-            found = named.get("default")
-        if isinstance(found, str):
-            return found
-    return None
+    found = (template_in(source) for source in (_optional(folder / "chat_template.json"), config))
+    return next((template for template in found if template is not None), None)
+
+
+def template_in(source: Mapping[str, Any]) -> str | None:
+    """The chat template in the content of a tokenizer_config.json or chat_template.json."""
+    found = source.get("chat_template")
+    if isinstance(found, list):  # several named templates; "default" is the one for chat
+        named = [entry for entry in found if isinstance(entry, Mapping) and entry.get("name") == "default"]
+        found = named[-1].get("template") if named else None
+    return found if isinstance(found, str) else None
 
 
 def _optional(path: Path) -> dict[str, Any]:
