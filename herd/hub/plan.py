@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from herd.errors import CheckpointError, HubError
+from herd.files import safe_join
 from herd.hub.asked import Asked, asked
 from herd.hub.cache import RepoCache
 from herd.hub.choose import Choice, choose
@@ -66,12 +67,14 @@ def planned(source: Source, what: Asked, include: Sequence[str], where: Settings
     assert what.revision is not None
     listing = _patiently(lambda: source.listing(what.repo, what.revision or "main"), what.repo, cache)
     choice = choose(listing.files, include, what.quant)
-    described = tuple(_patiently(lambda f=f: source.described(listing, f), f.path, cache) for f in choice.files)
-    choice = replace(choice, files=described)
     try:
+        for file in choice.files:
+            safe_join(cache.snapshot(listing.commit), file.path)  # a name that leads elsewhere is not even asked for
+        described = tuple(_patiently(lambda f=f: source.described(listing, f), f.path, cache) for f in choice.files)
         missing = tuple(f for f in described if not cache.holds(listing.commit, f.path, f.size, digest(f)))
     except CheckpointError as error:
         raise HubError(f"{source.where}: {error}", cause="server") from error
+    choice = replace(choice, files=described)
     contents = {digest(f): f for f in missing if not cache.blob(digest(f)).is_file()}
     left = sum((f.size or 0) - _begun(cache, f) for f in contents.values())
     return Plan(listing, choice, missing, left, source.where, cache)

@@ -54,8 +54,8 @@ def refusal(
         return HubError(
             f"{repo} has no such revision: {page}/tree/main shows its branches and tags", cause="no_revision"
         )
-    if code == "EntryNotFound":
-        return HubError(f"{repo} has no such file: {parts.path.rpartition('/')[2]}", cause="no_file")
+    if code == "EntryNotFound" or (status == 404 and not code and not parts.path.startswith("/api/")):
+        return HubError(f"{repo} has no such file at {hub}: {parts.path.rpartition('/')[2]}", cause="no_file")
     if status == 404:
         private = "" if token_from else ", or it is private and needs a token (HF_TOKEN or --token-file)"
         where = f"there is no repository {repo} at {hub}: check its spelling{private}.{quoted}"
