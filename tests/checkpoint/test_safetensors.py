@@ -247,10 +247,10 @@ def reorder(rng: random.Random, data: bytearray, header: int) -> None:
 MUTATIONS: list[Callable[[random.Random, bytearray, int], None]] = [flip, digit, cut, length, grow, remove, reorder]
 
 
-def mutants(count: int, seed: int = 0) -> Iterator[bytes]:
-    """`count` damaged copies of the sample, the same ones in every run."""
+def mutants(count: int, seed: int = 0, good: bytes | None = None) -> Iterator[bytes]:
+    """`count` damaged copies of the sample or of `good`, the same ones in every run."""
     rng = random.Random(seed)
-    good = sample()
+    good = sample() if good is None else good
     (header,) = struct.unpack("<Q", good[:8])
     for i in range(count):
         data = bytearray(good)
