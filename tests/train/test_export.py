@@ -6,11 +6,12 @@ import torch
 from herd.chat.templates import template_of
 from herd.checkpoint.load import fill
 from herd.checkpoint.open import open_store
+from herd.checkpoint.write.hf_config import same_model
 from herd.errors import ConfigError
-from herd.model.config import ModelConfig, RopeScaling, irope, plain
+from herd.model.config import LayerSpec, ModelConfig, RopeScaling, irope, plain
 from herd.model.init import init_weights
 from herd.model.llama import Llama
-from herd.train.export import export_folder, hf_config
+from herd.train.export import export_folder
 
 SHAPE = {"dim": 32, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "hidden_dim": 48, "vocab_size": 64, "max_seq_len": 40}
 
@@ -53,17 +54,23 @@ def test_safetensors_reads_the_file(exported):
 def test_settings_are_written(exported):
     _, folder = exported
     generation = json.loads((folder / "generation_config.json").read_text())
-    assert generation == {"bos_token_id": 0, "eos_token_id": [1, 2], "pad_token_id": 3, "temperature": 0.5}
+    ids = {"bos_token_id": 0, "eos_token_id": [1, 2], "pad_token_id": 3}
+    assert generation == ids | {"do_sample": True, "temperature": 0.5}
+    config = json.loads((folder / "config.json").read_text())
+    assert {key: config[key] for key in ids} == ids
     assert (folder / "chat_template.jinja").read_text() == template_of("llama3")
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        ModelConfig(**SHAPE, layers=irope(4, temper=False)),
-        ModelConfig(**SHAPE, layers=plain(1), rope_scaling=RopeScaling(factor=8.0)),
-    ],
-)
-def test_what_cannot_be_said_is_refused(config):
-    with pytest.raises(ConfigError):
-        hf_config(config, torch.float32, bos=0, stop=[1], pad=2)
+def test_every_generation_can_be_exported(tmp_path):
+    """What training may build later: stretched frequencies, Llama 4's layers."""
+    for layers, scaling in ((plain(1), RopeScaling(factor=8.0)), (irope(4, temper=False), None)):
+        model = init_weights(Llama(ModelConfig(**SHAPE, layers=layers, rope_scaling=scaling)))
+        folder = tmp_path / str(len(layers))
+        export_folder(model, folder, torch.float32, bos=0, stop=[1], pad=2, sampling={})
+        assert same_model(fill(open_store(folder)).config, model.config)
+
+
+def test_what_cannot_be_said_is_refused(tmp_path):
+    model = Llama(ModelConfig(**SHAPE, layers=(LayerSpec(chunk=4), LayerSpec(chunk=8))))
+    with pytest.raises(ConfigError, match="different attention chunks"):
+        export_folder(model, tmp_path, torch.float32, bos=0, stop=[1], pad=2, sampling={})

@@ -18,7 +18,7 @@ from herd.train.recipes.nano_wording import vary, with_article
 
 __all__ = ["SAMPLING", "Checked", "check", "replies"]
 
-SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
+SAMPLING = {"temperature": 0.6, "top_p": 0.9}
 """What generation_config.json recommends: low enough for facts, free enough that stories differ."""
 
 SHOWN = (

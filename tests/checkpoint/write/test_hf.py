@@ -21,8 +21,8 @@ from herd.checkpoint.write.model_store import ModelStore
 from herd.checkpoint.write.source import Source
 from herd.errors import CheckpointError
 from herd.model.llama import Llama
+from herd.tokenizer.files import load_tokenizer
 from herd.tokenizer.write.huggingface import hf_files
-from tests import vocabularies
 from tests.build import TINY, build, tiny, tokens
 from tests.checkpoint.folders import meta_shards, oracle, write_meta
 from tests.checkpoint.folders import write_hf as by_transformers
@@ -130,7 +130,7 @@ def test_what_a_folder_said_travels(tmp_path: Path) -> None:
     (src / "tokenizer.json").write_text("{}")
     (src / "chat_template.jinja").write_text("{{ 1 }}")
     store = open_store(src)
-    tokenizer = vocabularies.llama3()
+    tokenizer = load_tokenizer(Path(__file__).parents[3] / "herd" / "embedded" / "nano")
     source = Source(store, tokenizer, store.generation, tokenizer.template)  # type: ignore[attr-defined]
     assert write_hf(source, dst) == []
     written = json.loads((dst / "config.json").read_text())
