@@ -145,10 +145,8 @@ def test_what_a_folder_said_travels(tmp_path: Path) -> None:
 
 def test_tokenizer_files(tmp_path: Path) -> None:
     """From a source without Hugging Face files they are made, and the configs name its ids."""
-    tokenizer = vocabularies.llama3()
-    model = build(
-        replace(tiny("llama-3"), vocab_size=tokenizer.vocab_size, dim=16, n_heads=2, n_kv_heads=1, head_dim=8)
-    )
+    tokenizer = load_tokenizer(Path(__file__).parents[3] / "herd" / "embedded" / "nano")
+    model = build(replace(tiny("llama-3"), vocab_size=tokenizer.vocab_size))
     template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     source = Source(ModelStore(model), tokenizer, GenerationDefaults(), template)
     assert write_hf(source, tmp_path, dtype=torch.bfloat16) == []
