@@ -94,7 +94,7 @@ def _encode(values: Tensor, kind: BlockType, name: str | None) -> QuantTensor:
     def work(piece: tuple[int, Tensor, Tensor]) -> None:
         start, source, out = piece
         with torch.inference_mode():
-            made = encoder(source.reshape(-1, kind.values).float())
+            made = encoder(source.reshape(-1, kind.values).float().contiguous())
             out.copy_(made.view(out.shape))
             scales = torch.cat([made[:, at : at + 2] for at in halves], dim=1).view(torch.float16)
             finite = scales.isfinite().all(dim=1, keepdim=True)

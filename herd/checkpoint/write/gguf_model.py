@@ -24,6 +24,7 @@ from herd.checkpoint.write.inventory import Form, planned
 from herd.checkpoint.write.planned import Planned, Tick
 from herd.checkpoint.write.source import Source
 from herd.errors import ConfigError
+from herd.quant.mix import mix
 from herd.quant.scheme import QuantTensor, block_type
 from herd.tokenizer.write import gguf_fields
 
@@ -66,7 +67,7 @@ def write_gguf(
     if table is not None:
         plans.insert(0, Planned(ROPE_TABLE, table.shape, "F32", lambda: torch.from_numpy(table)))
     kinds = [plan.stored for plan in plans if len(plan.shape) > 1 and not plan.name.endswith(ROUTER)]
-    word = quant if quant is not None else None if dtype is None else _PLAIN[dtype]
+    word = mix(quant).name if quant is not None else None if dtype is None else _PLAIN[dtype]
     metadata = _metadata(source, file, kinds, word, herd_only)
     if shards == 1:
         write_gguf_file(file, metadata, plans, tick)
@@ -98,12 +99,26 @@ def shard_names(file: Path, count: int) -> list[Path]:
 
 
 def _rule(source: Source, quant: str | None) -> Callable[[str, TensorInfo], str]:
-    if quant is not None:
-        from herd.quant.mix import mix
+    """The type of matrices. Says once where the mix cannot be followed, and where blocks are made from blocks."""
+    if quant is None:
+        return _own_type
+    chosen, store, said = mix(quant), source.store, set[str]()
 
-        rule = mix(quant)
-        return lambda name, info: rule(name, info.shape, source.store.config)
-    return _own_type
+    def rule(name: str, info: TensorInfo) -> str:
+        choice = chosen.kind(name, info.shape, store.config)
+        kind = block_type(info.stored)
+        again = kind is not None and kind.decode is not None and choice.kind not in (info.stored, "F32")
+        notes = [
+            choice.note,
+            f"{info.stored} blocks are decoded and rounded again, which loses more" if again else None,
+        ]
+        for note in notes:
+            if note is not None and note not in said:
+                said.add(note)
+                warnings.warn(f"{store.path}, {name} and perhaps more: {note}", stacklevel=6)
+        return choice.kind
+
+    return rule
 
 
 def _own_type(name: str, info: TensorInfo) -> str:

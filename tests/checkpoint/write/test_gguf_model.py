@@ -20,6 +20,8 @@ from herd.checkpoint.vocabulary import tokenizer_of
 from herd.checkpoint.write.gguf_model import shard_names, write_gguf
 from herd.checkpoint.write.source import Source
 from herd.errors import CheckpointError, ConfigError
+from herd.quant.encode import encode
+from herd.quant.mix import mix
 from herd.quant.scheme import QuantTensor
 from herd.tokenizer.tokenizer import Tokenizer
 from tests.build import DENSE, build
@@ -134,6 +136,47 @@ def test_blocks_of_another_file_are_copied(kind: str, config: Any, tmp_path: Pat
         assert np.array_equal(mine[tensor.name].data, tensor.data), tensor.name
     for key in ("general.name", "general.url", "general.file_type"):
         assert ours.get_field(key).contents() == theirs.get_field(key).contents()  # pyright: ignore[reportOptionalMemberAccess]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "config", [WIDE, replace(WIDE, tie_embeddings=True), WIDE_SCOUT], ids=["dense", "tied", "experts"]
+)
+@pytest.mark.parametrize("quant", ["q8_0", "q4_0", "q4_k_m", "Q6_K"])
+def test_quantized_matrices(quant: str, config: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Types by the mix, blocks by the encoder, whatever dtype the source has; the gguf package decodes the same values."""
+    given = hf_source(tmp_path / "hf", config, dtype)
+    file = tmp_path / "a.gguf"
+    quiet(given, file, quant=quant)
+    store, theirs = GGUFStore(file), oracle(file)
+    assert store.metadata()["general.file_type"] == mix(quant).file_type
+    for name in store.names():
+        values, kind = given.store.read(name), store.info(name).stored
+        assert kind == mix(quant).kind(name, tuple(values.shape), config).kind, name
+        raw = store.raw(name)
+        if isinstance(raw, QuantTensor):
+            made = encode(values.float(), kind)
+            assert isinstance(made, QuantTensor)
+            assert torch.equal(raw.blocks, made.blocks), name
+        else:
+            assert torch.equal(raw, values.float()), name
+        assert torch.equal(store.read(name).float(), theirs[store._homes[name]]), name
+
+
+def test_blocks_that_do_not_fit_and_second_rounding_are_said(tmp_path: Path) -> None:
+    given = hf_source(tmp_path / "hf", DENSE["llama-3"])  # rows of 64 values
+    with pytest.warns(UserWarning, match="rows of 64 values are not whole Q4_K blocks of 256; stored as Q5_0"):
+        quiet(given, tmp_path / "a.gguf", quant="q4_k_m")
+    with pytest.warns(UserWarning, match="Q8_0 blocks are decoded and rounded again"):
+        quiet(source(GGUFStore(q8(tmp_path))), tmp_path / "b.gguf", quant="q4_0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", ".*no tokenizer")
+        write_gguf(source(GGUFStore(q8(tmp_path))), tmp_path / "c.gguf", quant="q8_0")  # the blocks as they are
+
+
+def q8(folder: Path) -> Path:
+    return gguf_files.write_gguf(folder / "q8.gguf", transformers_model(WIDE), GGML.Q8_0)
 
 
 def test_blocks_become_numbers_when_a_dtype_is_asked_for(tmp_path: Path) -> None:
