@@ -52,7 +52,11 @@ def safe_join(root: str | os.PathLike[str], name: str) -> Path:
     path = Path(root, name)
     home = Path(root).resolve()
     allowed = [home, *_blob_stores(home)]
-    if not any(path.resolve().is_relative_to(folder) for folder in allowed):
+    try:
+        place = path.resolve()
+    except (OSError, RuntimeError):  # RuntimeError is Python 3.11's word for links in a circle
+        refuse("is a link that cannot be followed")
+    if not any(place.is_relative_to(folder) for folder in allowed):
         refuse("is a link that leads outside of the checkpoint folder")
     return path
 
