@@ -30,6 +30,7 @@ _HOME = {
     "generate": "herd.engine.local",
     "load": "herd.checkpoint.load",
     "load_tokenizer": "herd.checkpoint.vocabulary",
+    "plan": "herd.planning.plan",
     "render": "herd.chat.render",
     "verify": "herd.convert.verify",
 }
@@ -55,6 +56,7 @@ __all__ = [
     "generate",
     "load",
     "load_tokenizer",
+    "plan",
     "render",
     "verify",
 ]
@@ -83,6 +85,7 @@ if TYPE_CHECKING:
     from herd.hub.pull import pull
     from herd.model.config import ModelConfig
     from herd.model.llama import Llama
+    from herd.planning.plan import plan
 
 
 def __getattr__(name: str) -> Any:

@@ -36,6 +36,7 @@ def test_the_list_is_what_it_was_meant_to_be() -> None:
         "generate",
         "load",
         "load_tokenizer",
+        "plan",
         "render",
         "verify",
     ]

@@ -27,15 +27,15 @@ from herd.checkpoint.vocabulary import format_source, tokenizer_at
 from herd.errors import HerdError, PromptError
 from herd.model.accounting import active_parameters, parameters
 from herd.model.config import ModelConfig
+from herd.quant.mix import MIXES
 from herd.tokenizer.tokenizer import Tokenizer
 
 __all__ = ["Held", "Inspection", "TokenizerFacts", "inspect"]
 
-_FILE_TYPES = {
-    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S", 12: "Q3_K_M",
-    13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K", 32: "BF16",
+_FILE_TYPES = {mix.file_type: mix.name for mix in MIXES.values()} | {
+    3: "Q4_1", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S", 12: "Q3_K_M", 13: "Q3_K_L",
 }  # fmt: skip
-"""`general.file_type` of GGUF, as llama.h numbers the mixes."""
+"""`general.file_type` of GGUF, as llama.h numbers the mixes: those that herd writes, and others that it reads."""
 
 
 @dataclass(frozen=True, slots=True)

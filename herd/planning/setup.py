@@ -1,0 +1,124 @@
+"""One way to run a model: number formats, context and batch, and what it then needs and costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+from herd.model.accounting import flops_per_token, kv_bytes_per_token
+from herd.planning.devices import Device
+from herd.planning.memory import RUNTIME, KVType, cross_bytes, kv_bytes, workspace_bytes
+from herd.planning.speed import Load, load_of
+from herd.planning.subject import Subject
+from herd.planning.weights import Scheme, WeightBytes, weight_bytes
+
+__all__ = ["Setup", "largest"]
+
+MOST = 1 << 20
+"""Where the search for the largest batch ends."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """`weights` None: as stored in the checkpoint. `context` and `prompt` in tokens per sequence, of which there are `batch`."""
+
+    subject: Subject
+    weights: Scheme | None
+    kv: KVType
+    context: int
+    batch: int
+    prompt: int
+
+    @cached_property
+    def weight_bytes(self) -> WeightBytes:
+        """By part. Without a known geometry everything counts as matrices of the layers."""
+        subject = self.subject
+        if subject.config is None:
+            return WeightBytes(0, 0, round(subject.parameters * self.bits / 8), 0, 0)
+        if self.weights is None:
+            assert subject.stored is not None
+            return subject.stored
+        return weight_bytes(subject.config, self.weights, subject.beside)
+
+    @property
+    def bits(self) -> float:
+        """Of a typical weight."""
+        if self.weights is not None:
+            return self.weights.bits
+        assert self.subject.stored is not None
+        return 8 * self.subject.stored.total / self.subject.parameters
+
+    @property
+    def kv_per_token(self) -> int | float | None:
+        """Bytes of keys and values of a token; None where the geometry is unknown, 0 for an encoder."""
+        config = self.subject.config
+        if config is None:
+            return None if self.subject.decodes else 0
+        exact = kv_bytes_per_token(config, self.kv.bytes_per_value(config.head_dim))
+        return int(exact) if exact == int(exact) else exact
+
+    def kv_sequence(self, *, free_chunks: bool = False) -> int:
+        """Bytes of keys and values of one sequence, those of an image included; 0 where unknown."""
+        subject = self.subject
+        if subject.config is None:
+            return 0
+        text = kv_bytes(subject.config, self.kv, self.context, free_chunks=free_chunks)
+        return text + cross_bytes(subject.config, subject.cross_layers, subject.cross_tokens)
+
+    @property
+    def workspace(self) -> int:
+        """Activations and logits; 0 where the geometry is unknown."""
+        config = self.subject.config
+        return 0 if config is None else workspace_bytes(config, self.context, self.batch)
+
+    def runtime(self, device: Device) -> int:
+        """Assumed for the program itself on every device."""
+        return RUNTIME["cpu" if device.name == "cpu" else "gpu"] * device.count
+
+    def total(self, device: Device) -> int:
+        """Bytes on all devices together."""
+        return self.weight_bytes.total + self.batch * self.kv_sequence() + self.workspace + self.runtime(device)
+
+    def fits(self, device: Device) -> bool:
+        """Whether it does, all devices together."""
+        return self.total(device) <= device.memory * device.count
+
+    @property
+    def flops(self) -> int:
+        """Operations for the last token of the context."""
+        config = self.subject.config
+        return 2 * self.subject.active if config is None else flops_per_token(config, self.context)
+
+    @property
+    def load(self) -> Load:
+        """What a step costs, apart from the device."""
+        subject = self.subject
+        if subject.config is not None:
+            return load_of(
+                subject.config, self.weight_bytes, self.kv, self.context, self.prompt, self.weights or self.bits
+            )
+        return Load(
+            dense_bytes=subject.active * self.bits / 8,
+            expert_bytes=0,
+            routed=0,
+            kv=0,
+            flops=self.flops,
+            prompt=self.prompt,
+            prompt_flops=self.prompt * self.flops,
+            bits=self.bits,
+        )
+
+
+def largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number up to `most` for which `fits` still holds, which must turn false only once; 0: not even 1."""
+    if not fits(1):
+        return 0
+    low, high = 1, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low
