@@ -37,10 +37,13 @@ class RepoCache:
         self.blobs, self.snapshots, self.refs = (self.folder / name for name in ("blobs", "snapshots", "refs"))
 
     def commit_of(self, revision: str | None) -> str | None:
-        """The commit that `revision` meant when it was last downloaded; None when it never was."""
+        """The commit that `revision` (also the first seven letters or more) meant at its last download; None: it had none."""
         wanted = revision or "main"
-        if (self.snapshots / wanted).is_dir() and "/" not in wanted and wanted not in (".", ".."):
-            return wanted
+        if self.snapshots.is_dir() and wanted != "main":
+            names = [entry.name for entry in self.snapshots.iterdir() if entry.is_dir() and not entry.is_symlink()]
+            begin = [name for name in names if name == wanted or (len(wanted) >= 7 and name.startswith(wanted))]
+            if wanted in names or len(begin) == 1:
+                return wanted if wanted in names else begin[0]
         try:
             ref = safe_join(self.refs, wanted)
             commit = ref.read_text(errors="replace").strip()

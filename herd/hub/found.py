@@ -114,8 +114,9 @@ def _of_folder(name: str, folder: Path, where: str) -> Found:
     names = [path.name for path in files]
     size = sum(path.stat().st_size for path in files)
     modified = max((path.stat().st_mtime for path in files), default=0.0)
-    path = model_path(folder, names) if sum(n.endswith(".gguf") for n in names) == 1 else folder
-    return Found(name, path, where, _format(names), _numbers(folder, names), size, modified)
+    models = [name for name in names if not name.lower().startswith("mmproj")]
+    path = model_path(folder, models) if sum(name.endswith(".gguf") for name in models) == 1 else folder
+    return Found(name, path, where, _format(models), _numbers(folder, models), size, modified)
 
 
 def _format(names: Sequence[str]) -> str | None:

@@ -96,9 +96,6 @@ def _busy(repo: RepoCache):  # the pause of a lock that is not waited for
 
 def _commit(repo: RepoCache, revision: str) -> str:
     commit = repo.commit_of(revision)
-    near = [name for name in repo.commits() if len(revision) >= 6 and name.startswith(revision)]
-    if commit is None and len(near) == 1:
-        return near[0]
     if commit is None or commit not in repo.commits():
         there = ", ".join([*repo.branches(), *repo.commits()][:6])
         raise HubError(
