@@ -97,9 +97,13 @@ class _Ranks:
             names = [f"consolidated.{rank:02d}.pth" for rank in range(self._count)]
             files = [stack.enter_context(TorchFileWriter(place / name, plans, same)) for name in names]
             for tensor in self._tensors:
-                parts = tensor.parts()
-                for rank, file in enumerate(files):
-                    file.add(self._piece(tensor.homes, parts, rank), tick)
+                self._write(tensor, files, tick)
+
+    def _write(self, tensor: Foreign, files: Sequence[TorchFileWriter], tick: Tick) -> None:
+        """One tensor, read once; nothing of it is held when the next is read."""
+        parts = tensor.parts()
+        for rank, file in enumerate(files):
+            file.add(self._piece(tensor.homes, parts, rank), tick)
 
     def _plan(self, tensor: Foreign) -> Planned:
         """What every rank's file says of a tensor; the pieces of all ranks have one shape."""

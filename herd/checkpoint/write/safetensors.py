@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 from herd.checkpoint.write.pieces import pieces
 from herd.checkpoint.write.planned import Planned, Tick
@@ -36,10 +36,15 @@ def write_safetensors(
     with open(path, "wb") as file:
         file.write(header)
         for plan in ordered:
-            for piece in pieces(plan, plan.make()):
-                tick(file.write(piece))
+            _write(file, plan, tick)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _write(file: BinaryIO, plan: Planned, tick: Tick) -> None:
+    """One tensor; nothing of it is held when the next is made."""
+    for piece in pieces(plan, plan.make()):
+        tick(file.write(piece))
 
 
 def safetensors_header(path: str | os.PathLike[str], ordered: Sequence[Planned], metadata: Mapping[str, str]) -> bytes:
