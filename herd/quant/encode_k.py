@@ -189,7 +189,7 @@ def _six_bits(numbers: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pack_scales(scales: Tensor, minima: Tensor) -> Tensor:
-    """Two times [N, 8] of six bits -> [N, 12]; the layout is explained at `blocks._k_scales`."""
+    """Two times [N, 8] of six bits -> [N, 12]; the layout is explained at `blocks.k_scales`."""
     s, m = scales.to(torch.uint8), minima.to(torch.uint8)
     a = s[:, :4] | ((s[:, 4:] >> 4) << 6)
     b = m[:, :4] | ((m[:, 4:] >> 4) << 6)
