@@ -8,8 +8,9 @@ Letters: x value, q integer, d scale and m minimum as the encoder computed them,
 **Plain types.** Half a unit in the last place: x is rounded once, to nearest.
 
 **32 values a block.** d is known from the values (Q8_0: largest magnitude / 127; Q4_0 and Q5_0: extreme / 8 and / 16; Q5_1:
-range / 31), and q is x / d to nearest, so |x - d q| <= d / 2, and up to d for values of Q4_0 and Q5_0 beyond the last level on the
-side without the extreme. The file has d' instead: another |q| |d - d'|, where |q| <= |x / d| + 1/2. Q5_1 adds |m - m'|.
+range / 31), and q is x / d to nearest, so |x - d q| <= d / 2, and up to d for values of Q4_0 and Q5_0 beyond the last level
+on the side without the extreme. The file has d' instead: another |q| |d - d'|, where |q| <= |x / d| + 1/2. Q5_1 adds
+|m - m'|. Files made with an importance matrix have other scales for Q4_0, Q5_0 and Q5_1 and break this bound.
 
 **256 values a block.** Two bounds, of which the smaller counts.
 
