@@ -103,6 +103,7 @@ def make_environment() -> tuple[Any, Any]:
     import jinja2.debug
     import jinja2.ext
     import jinja2.nodes as nodes
+    import jinja2.runtime
     import jinja2.utils
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -122,7 +123,14 @@ def make_environment() -> tuple[Any, Any]:
         def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
             if not super().is_safe_attribute(obj, attr, value):
                 return False
-            return not callable(value) or attr in METHODS.get(type(obj).__name__, ())
+            if not callable(value) or isinstance(value, jinja2.runtime.Undefined | jinja2.runtime.Macro):
+                return True
+            return attr in METHODS.get(type(obj).__name__, ())
+
+        def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
+            raise Refused(
+                f"not among the methods of a {type(obj).__name__} that are allowed", node=f"attribute {attribute!r}"
+            )
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
             if operator == "**":

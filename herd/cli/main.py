@@ -51,6 +51,9 @@ COMMANDS = {
     "plan": Entry("herd.cli.plan", "Say what running a model takes: memory, speed, cost, what fits.", "Look"),
     "inspect": Entry("herd.cli.inspect", "Say what is in a checkpoint, and what looks wrong.", "Look"),
     "models": Entry("herd.cli.models", "List the Llama models that herd knows.", "Look"),
+    "lint-template": Entry(
+        "herd.cli.lint_template", "Hold a model's chat template against herd's own prompts.", "Look"
+    ),
     "tokens": Entry("herd.cli.tokens", "Show how a text or a conversation becomes tokens.", "Look"),
 }
 

@@ -309,9 +309,8 @@ def test_templates_are_compiled_in_one_place_only() -> None:
                 names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
             if path.name != "jinja_child.py":
                 assert not any(name.split(".")[0] == "jinja2" or "jinja_child" in name for name in names), path
-            if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1].endswith(
-                ("Environment", "Template")
-            ):
+            called = ast.unparse(node.func).split(".")[-1] if isinstance(node, ast.Call) else ""
+            if called in ("Environment", "SandboxedEnvironment", "ImmutableSandboxedEnvironment", "Template", "Engine"):
                 assert path.name == "jinja_child.py", path
                 environments += 1
     assert environments == 1
