@@ -175,6 +175,8 @@ def inspect(path_or_name: str | os.PathLike[str]) -> Inspection:
     findings += in_numbers(store, infos, kin)
     if facts is not None and facts.problem is not None:
         findings.append(Finding("tokenizer", facts.problem))
+    if facts is None:
+        findings.append(Finding("tokenizer", "there is none: the model can run, but not on text"))
     if tokenizer is not None:
         findings += in_tokens(store, tokenizer, _templates(folder, store))
     findings += in_files(path, store)

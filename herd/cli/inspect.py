@@ -81,7 +81,9 @@ def _facts(found: Inspection) -> str:
         rows += _geometry(data["config"])
     if found.foreign is not None:
         rows += [
-            (key.replace("_", " "), safe(str(value))) for key, value in found.foreign.facts.items() if value is not None
+            (key.replace("_", " "), safe(str(value)[:300]))
+            for key, value in found.foreign.facts.items()
+            if value is not None
         ]
     rows += _tokens(found)
     rows += _generation(found)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from herd.cli.console import styled
+from herd.cli.columns import columns
 
 if TYPE_CHECKING:
     from herd.model.release import Release
@@ -56,8 +55,7 @@ def command(show_all: bool, as_json: bool) -> None:
         click.echo(json.dumps([_as_json(row) for row in listed], indent=1))
         return
     shown = [row for row in listed if show_all or row.why_not is None]
-    head, *lines = _table(shown)
-    click.echo("\n".join([styled(head, "bold", sys.stdout), *lines]))
+    click.echo(_table(shown))
     here = sum(row.path is not None for row in listed)
     hidden = len(listed) - len(shown)
     more = f" {hidden} more cannot be run yet: herd models --all says why." if hidden else ""
@@ -124,8 +122,8 @@ def _as_json(row: Row) -> dict[str, Any]:
     }
 
 
-def _table(listed: list[Row]) -> list[str]:
-    """Lines of aligned columns; the path comes last, where its length does no harm."""
+def _table(listed: list[Row]) -> str:
+    """Aligned columns; the path comes last, where its length does no harm."""
     head = ("NAME", "PARAMETERS", "CONTEXT", "FORMAT", "TAG", "HERE")
     body = [
         (
@@ -138,15 +136,7 @@ def _table(listed: list[Row]) -> list[str]:
         )
         for row in listed
     ]
-    widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
-    right = (1, 2)
-    lines = []
-    for line in (head, *body):
-        cells = [
-            cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return lines
+    return columns([head, *body], right=(1, 2))
 
 
 def _short(count: int | None, step: int) -> str:

@@ -147,8 +147,9 @@ def _device_notes(plan: Plan) -> list[str]:
         fit = plan.first
         pace = fit.speed
         limit = "reading memory" if pace.bound == "memory" else "arithmetic"
+        decoding = "Decoding is" if fit.fits else "If it fitted, decoding would be"
         notes.append(
-            f"Decoding is limited by {limit}; {_number(pace.decode)} tok/s for each sequence "
+            f"{decoding} limited by {limit}: {_number(pace.decode)} tok/s for each sequence "
             f"({_number(pace.ceiling)} with a perfect program). Reading the weights stops being the limit "
             f"at a batch of {pace.crossover:,}."
         )

@@ -39,7 +39,7 @@ def advice(setup: Setup, device: Device) -> tuple[Advice, ...]:
 def _changes(setup: Setup, device: Device) -> Iterator[tuple[str, Setup, Device]]:
     """One change each, then several; a shorter context or a smaller batch only as far as needed."""
     yield from _kept(setup, device, "")
-    lighter = [SCHEMES[name] for name in SMALLER if name in SCHEMES and SCHEMES[name].bits < setup.bits - 0.2]
+    lighter = [SCHEMES[name] for name in SMALLER if name in SCHEMES and SCHEMES[name].bits < 0.9 * setup.bits]
     fitting = next((s for s in lighter if replace(setup, weights=s).fits(device)), None)
     if fitting is not None:
         yield f"--weights {fitting.name}", replace(setup, weights=fitting), device
