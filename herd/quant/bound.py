@@ -20,7 +20,8 @@ on the side without the extreme. The file has d' instead: another |q| |d - d'|, 
    of the values: so |x - s q + m| <= sqrt(E0 / w) for a value of weight w. Rounding the scale s and minimum m to multiples of the
    block's units adds at most half a unit each (and what rounding the unit to fp16 costs), times q for the scale. This bound
    makes a file with useless scales fail, which the first would let pass. Q6_K's weights are x^2: it says nothing for x near 0.
-   With an importance matrix llama.cpp minimizes another error; such files usually keep this bound and need not.
+   With an importance matrix llama.cpp minimizes another error, and up to one value in 200 lies outside: `importance=True`
+   leaves this bound away.
 
 Both get a slack of some float32 roundings of the encoder's arithmetic.
 """
@@ -50,11 +51,13 @@ _PLACES = {
 }  # exponent of the smallest normal number as frexp has it; bits to half a unit
 
 
-def bound(values: Tensor, kind: str, stored: QuantTensor | None = None) -> Tensor:
+def bound(values: Tensor, kind: str, stored: QuantTensor | None = None, *, importance: bool = False) -> Tensor:
     """Bound on |value - stored value|, float32 in the shape of `values` [..., columns], for storage as `kind`.
 
     `stored`: the blocks that are judged; Q4_K, Q5_K and Q6_K need their scales, and take those of `encode` without it. Scratch
-    is about ten times `values`: hand in slices of rows. Where a value is not finite, so is its bound.
+    is about ten times `values`: hand in slices of rows. Where a value is not finite, its bound is not either. `importance`: the
+    blocks were made with an importance matrix (llama.cpp writes `quantize.imatrix.file` into such files): Q4_K, Q5_K and Q6_K
+    then only have to take the nearest of their levels.
 
     Raises what `encode` raises for values that the type cannot hold (for blocks, when `stored` is not given), and ValueError
     when `stored` is of another type or shape.
@@ -77,9 +80,9 @@ def bound(values: Tensor, kind: str, stored: QuantTensor | None = None) -> Tenso
     x = values.reshape(-1, stored.type.values).double()
     raw = stored.blocks.reshape(-1, stored.type.nbytes)
     if kind in ("Q4_K", "Q5_K"):
-        found = _affine_groups(x.view(-1, 8, 32), raw, 15 if kind == "Q4_K" else 31)
+        found = _affine_groups(x.view(-1, 8, 32), raw, 15 if kind == "Q4_K" else 31, importance)
     elif kind == "Q6_K":
-        found = _symmetric_groups(x.view(-1, 16, 16), raw)
+        found = _symmetric_groups(x.view(-1, 16, 16), raw, importance)
     elif kind == "Q5_1":
         found = _one_range(x, 31)
     else:
@@ -113,10 +116,13 @@ def _lost(number: Tensor) -> Tensor:
     return (number - number.float().half().double()).abs() + number.abs() * 2.0**-22
 
 
-def _affine_groups(x: Tensor, raw: Tensor, top: int) -> Tensor:
+def _affine_groups(x: Tensor, raw: Tensor, top: int, importance: bool) -> Tensor:
     """Q4_K, Q5_K. x [N, 8, 32]."""
     step, lift = (t.double().unsqueeze(-1) for t in blocks.k_scales(raw))
     near = _nearest(x, -lift, top * step - lift, step)
+    slack = SLACK * (x.abs() + lift.abs() + step.abs())
+    if importance:
+        return near + slack
     w = x.abs() + x.square().mean(dim=2, keepdim=True).sqrt()
     low = x.amin(dim=2, keepdim=True).clamp_(max=0.0)
     first = (x.amax(dim=2, keepdim=True) - low) / top
@@ -124,14 +130,17 @@ def _affine_groups(x: Tensor, raw: Tensor, top: int) -> Tensor:
     fit = (error.sum(dim=2, keepdim=True) / w).nan_to_num_(0.0).sqrt_() * SEARCH
     unit_d, unit_m = (_unit(raw, at) for at in (0, 2))
     rounding = top * _off_by_half(unit_d, 63) + _off_by_half(unit_m, 63)
-    return torch.minimum(near, fit + rounding) + SLACK * (x.abs() + lift.abs() + step.abs())
+    return torch.minimum(near, fit + rounding) + slack
 
 
-def _symmetric_groups(x: Tensor, raw: Tensor) -> Tensor:
+def _symmetric_groups(x: Tensor, raw: Tensor, importance: bool) -> Tensor:
     """Q6_K. x [N, 16, 16]."""
     unit = _unit(raw, 208)
     step = unit * raw[:, 192:208].view(torch.int8).double().unsqueeze(-1)
     near = _nearest(x, torch.minimum(-32 * step, 31 * step), torch.maximum(-32 * step, 31 * step), step.abs())
+    slack = SLACK * (x.abs() + step.abs())
+    if importance:
+        return near + slack
     extreme = x.gather(2, x.abs().argmax(dim=2, keepdim=True))
     first = extreme / -32
     q = (x / first).nan_to_num_(0.0).round_().clamp_(-32, 31)
@@ -139,7 +148,7 @@ def _symmetric_groups(x: Tensor, raw: Tensor) -> Tensor:
     fit = (error.sqrt() / x.abs()).nan_to_num_(torch.inf) * SEARCH
     # a scale of 128 units is cut to 127: off by a whole unit, not by half of one
     rounding = 32 * (_off_by_half(unit.abs(), 128) + (unit.abs() + _half_lost(unit.abs())) / 2)
-    return torch.minimum(near, fit + rounding) + SLACK * (x.abs() + step.abs())
+    return torch.minimum(near, fit + rounding) + slack
 
 
 def _nearest(x: Tensor, low: Tensor, high: Tensor, step: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from herd.checkpoint.open import open_store
+from herd.quant.bound import bound
 from herd.quant.encode import ENCODED, encode
 from herd.quant.scheme import QuantTensor, block_type
 from tests.quant.rows import DATA, digest, rows
@@ -26,13 +27,19 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "quant_blocks.json"
 NANO = Path(__file__).parents[2] / "herd" / "embedded" / "nano"
 
 
-def llama_cpp_blocks(values: torch.Tensor, kind: str) -> torch.Tensor:
-    """What llama.cpp makes of `values` [rows, columns] float32."""
+def llama_cpp_blocks(values: torch.Tensor, kind: str, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """What llama.cpp makes of `values` [rows, columns] float32; `weights` [columns] is an importance matrix."""
     type_ = block_type(kind)
     assert type_ is not None
     out = torch.empty(len(values), type_.row_bytes(values.shape[1]), dtype=torch.uint8)
     size = _library().ggml_quantize_chunk(
-        type_.id, values.contiguous().data_ptr(), out.data_ptr(), 0, len(values), values.shape[1], None
+        type_.id,
+        values.contiguous().data_ptr(),
+        out.data_ptr(),
+        0,
+        len(values),
+        values.shape[1],
+        None if weights is None else weights.data_ptr(),
     )
     assert size == out.numel()
     return out
@@ -81,6 +88,19 @@ def test_blocks_of_trained_weights_equal_llama_cpps(kind: str, measured: Callabl
         assert torch.equal(mine.blocks, theirs.blocks), name
         signal = float(values.double().square().sum())
         measured("relative rms error of herd-nano's weights", kind, math.sqrt(errors[0] / signal))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Q4_K", "Q5_K", "Q6_K"])
+@pytest.mark.parametrize("data", DATA)
+def test_blocks_made_with_an_importance_matrix_are_within_their_bound(kind: str, data: str) -> None:
+    type_ = block_type(kind)
+    assert type_ is not None
+    values = rows(data, count=16, columns=4096)
+    weights = torch.rand(4096, generator=torch.Generator().manual_seed(1)) ** 4 + 1e-4
+    made = QuantTensor(llama_cpp_blocks(values, kind, weights), type_, tuple(values.shape))
+    error = (values.double() - made.dequantize().double()).abs()
+    assert (error <= bound(values, kind, made, importance=True).double()).all()
 
 
 def main() -> None:
