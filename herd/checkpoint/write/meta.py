@@ -64,7 +64,7 @@ def write_meta(
     for name, content in tokenizer.items():
         (place / name).write_bytes(content)
     _write_checklist(place)
-    return notes + _notes(source, params)
+    return notes + _notes(source, params, template="chat_template.jinja" in tokenizer)
 
 
 def rank_counts(config: ModelConfig, *, columns: bool = False) -> list[int]:
@@ -156,14 +156,15 @@ def _copies(config: ModelConfig, count: int, columns: bool, place: Path) -> int:
     return 2 if config.n_kv_heads % count else 1
 
 
-def _notes(source: Source, params: Params) -> list[str]:
+def _notes(source: Source, params: Params, *, template: bool) -> list[str]:
+    """What the format cannot hold; `template`: the chat template went along with the tokenizer after all."""
     notes = []
     if params.only_herd:
         listed = ", ".join(params.only_herd)
         notes.append(
             f"Meta's own code does not read {listed} from params.json, so it would run another model; herd does"
         )
-    if source.template is not None:
+    if source.template is not None and not template:
         notes.append("Meta's format has no place for the chat template: herd renders prompts in code")
     if replace(source.generation, stop_ids=frozenset(), extra={}) != GenerationDefaults():
         notes.append("Meta's format has no place for the sampling defaults of the source")
