@@ -157,7 +157,8 @@ def _model_job(path: Path, place: Path, to: Target, options: _Options, watch: Wa
         with warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter("always")
             notes.extend(_write(source, new, to, dtype, options, tick))
-        notes.extend(dict.fromkeys(" ".join(str(w.message).split()) for w in heard))
+        told = dict.fromkeys(" ".join(str(w.message).split()) for w in heard)
+        notes.extend(line.replace(str(new), str(place)) for line in told)  # the hidden name means nothing to anybody
 
     def compared(new: Path) -> Report:
         b = open_side(new)

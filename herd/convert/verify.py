@@ -23,6 +23,7 @@ from herd.convert.vocabulary import check_tokenizers
 from herd.convert.weights import compare_tensors, tensor_bytes
 from herd.model.accounting import parameters
 from herd.model.config import ModelConfig
+from herd.quant.scheme import block_type
 from herd.tokenizer.tokenizer import Tokenizer
 
 __all__ = ["Opened", "Watch", "compare", "open_side", "verify"]
@@ -104,6 +105,8 @@ def compare(
     seconds["logits"] = time.monotonic() - start
     watch("comparing logits", total, total)
     remarks = [*notes, *a.remarks, *_generation_notes(a, b)]
+    if any(t.status == "failed" and _coarser(t.stored_a, t.stored_b) for t in tensors):
+        remarks.append("A holds quantized tensors where B has plain ones: if B is the original, give it first")
     if greedy is None and count == FEW:
         size = f"{tensor_bytes(a.store) / 1e9:.0f} GB"
         remarks.append(
@@ -129,6 +132,11 @@ def _side(opened: Opened, shown_as: str | None = None) -> Side:
     files = sorted(folder.iterdir()) if opened.path.is_dir() else [opened.path]
     entries = tuple(FileEntry(f.name, f.stat().st_size) for f in files if f.is_file())
     return Side(path, store.kind, parameters(store.config), tensor_bytes(store), dict(stored.most_common()), entries)
+
+
+def _coarser(stored_a: str, stored_b: str) -> bool:
+    one, other = block_type(stored_a), block_type(stored_b)
+    return one is not None and one.decode is not None and (other is None or other.decode is None)
 
 
 def _ticking(watch: Watch, what: str, total: int) -> Callable[[int], None]:

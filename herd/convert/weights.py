@@ -146,7 +146,7 @@ def _compare_rows(result: _Result, a: Tensor | QuantTensor, b: Tensor | QuantTen
         return
     from herd.quant.bound import bound
 
-    limits = bound(values_a.float(), b.type.name)
+    limits = bound(values_a.float(), b.type.name, b)
     result.seen("within", values_a.float(), values_b, offset, limits)
 
 
@@ -224,8 +224,6 @@ class _Result:
         why = self.why
         if self.status == "failed" and self.wrong:
             why = f"{self.wrong} of {math.prod(self.a.shape)} numbers differ: {why}"
-            if self.a.nbytes < self.b.nbytes and self.a.stored not in ("F32", "F16", "BF16"):
-                why += f"; A is stored as {self.a.stored}: is B the original? Then give B first"
         status = self.status
         assert status in _ORDER
         return TensorResult(
