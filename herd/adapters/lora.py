@@ -7,6 +7,7 @@ its base. Source: Hu et al. 2021; rank-stabilised scaling: Kalajdzievski 2023.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -68,16 +69,21 @@ class LoraAdapter:
         pair = self.factors[name]
         return (pair.b.to(dtype) @ pair.a.to(dtype)) * self.scale(name)
 
-    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Hold every part against the parameter shapes of a base model. Raises CheckpointError naming the first that differs."""
+    def check(self, shapes: Mapping[str, tuple[int, ...]], path: str | os.PathLike[str] | None = None) -> None:
+        """Hold every part against the parameter shapes of a base model; `path` is the file they came from.
+
+        Raises CheckpointError naming the first that differs.
+        """
         for name, pair in self.factors.items():
             shape = shapes.get(name)
             if shape is None:
-                raise CheckpointError("the base model has no such parameter", tensor=name)
+                raise CheckpointError("the base model has no such parameter", path=path, tensor=name)
             found = (pair.b.shape[0], pair.a.shape[1])
             if shape != found:
-                raise CheckpointError(f"changes a matrix of shape {found}, the base model has {shape}", tensor=name)
+                raise CheckpointError(
+                    f"changes a matrix of shape {found}, the base model has {shape}", path=path, tensor=name
+                )
         for name, tensor in self.whole.items():
             if shapes.get(name) != tuple(tensor.shape):
                 found = tuple(tensor.shape)
-                raise CheckpointError(f"has shape {found}, the base model {shapes.get(name)}", tensor=name)
+                raise CheckpointError(f"has shape {found}, the base model {shapes.get(name)}", path=path, tensor=name)

@@ -71,11 +71,11 @@ def _entry(file: MappedFile, at: int, end: int, directory: int) -> tuple[str, Sp
         _fail(file, f"the entry {short(name)} is compressed or encrypted, which torch.save never does", at)
     header = file.bytes(local, 30) if local + 30 <= directory else b""
     if header[:4] != b"PK\x03\x04":
-        _fail(file, f"the entry {short(name)} does not start where the directory says", local)
+        _fail(file, f"the entry {short(name)} does not start where the directory says", at)
     names, extras = struct.unpack("<HH", header[26:30])
     start = local + 30 + names + extras
     if file.bytes(local + 30, names) != raw or start + size > directory:
-        _fail(file, f"the entry {short(name)} does not lie inside the file", local)
+        _fail(file, f"the entry {short(name)} does not lie inside the file", at)
     return name, Span(start, size), following
 
 

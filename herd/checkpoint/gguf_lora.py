@@ -78,7 +78,7 @@ def read_gguf_lora(path: str | os.PathLike[str], base: ModelConfig) -> LoraAdapt
     adapter = LoraAdapter(
         factors, rank, _alpha(alpha, torch.empty(rank)), base=named if isinstance(named, str) else None
     )
-    adapter.check(shapes(base))
+    adapter.check(shapes(base), path)
     return adapter
 
 

@@ -93,7 +93,7 @@ def read_peft(path: str | os.PathLike[str], base: ModelConfig) -> LoraAdapter:
         factors[canonical] = pair
     name = data.get("base_model_name_or_path")
     adapter = LoraAdapter(factors, rank, alpha, rslora, parts.whole, name if isinstance(name, str) and name else None)
-    adapter.check(shapes(base))
+    adapter.check(shapes(base), file.path)
     return adapter
 
 
@@ -168,7 +168,7 @@ def _parts(file: TensorFile, base: ModelConfig) -> _Parts:
         tensor = file.tensor(foreign)
         low = match["low"]
         if low is None:
-            parts.whole[home.canonical] = _rows(home, tensor, base, write=False)
+            parts.whole[home.canonical] = _rows(home, tensor, base, write=False, path=file.path)
             continue
         _, pair = parts.low.setdefault(home.canonical, (module, {}))
         if (home.canonical == _EMBEDDING) != ("embedding" in low) or tensor.ndim != 2:
@@ -177,7 +177,7 @@ def _parts(file: TensorFile, base: ModelConfig) -> _Parts:
         if "embedding" in low:
             word, tensor = ("B" if word == "A" else "A"), tensor.T
         elif word == "B":
-            tensor = _rows(home, tensor, base, write=False)
+            tensor = _rows(home, tensor, base, write=False, path=file.path)
         if word in pair:
             raise CheckpointError(f"there are two lora_{word} of one module", path=file.path, tensor=foreign[:200])
         pair[word] = tensor
@@ -193,17 +193,17 @@ def _inner(module: str) -> str:
     return module
 
 
-def _rows(home: Home, tensor: Tensor, base: ModelConfig, *, write: bool) -> Tensor:
+def _rows(home: Home, tensor: Tensor, base: ModelConfig, *, write: bool, path: Path | None = None) -> Tensor:
     """Rows re-paired as those of the parameter: B [out, r] and whole weights alike."""
     if not plain_rows(home):
         why = "is no matrix of its own in the Hugging Face model: LoRA cannot be stored for it"
-        raise CheckpointError(why, tensor=home.canonical)
+        raise CheckpointError(why, path=path, tensor=home.canonical)
     for step in home.cell.steps:
         try:
             tensor = step.write(tensor, base) if write else step.read(tensor, base)
         except (RuntimeError, IndexError) as error:
             raise CheckpointError(
-                f"shape {tuple(tensor.shape)} does not fit the base model", tensor=home.name
+                f"shape {tuple(tensor.shape)} does not fit the base model", path=path, tensor=home.name
             ) from error
     return tensor
 

@@ -42,10 +42,12 @@ def check_byte_merges(names: Sequence[str], merges: Iterable[str | Sequence[str]
 
 def _split(merges: Iterable[str | Sequence[str]]) -> Iterator[tuple[str, str]]:
     """The two halves of each merge: written "a b" in older files, ["a", "b"] in newer ones."""
+    if not isinstance(merges, Sequence) or isinstance(merges, str):
+        raise TokenizerError("model.merges is not a list")
     for merge in merges:
         parts = merge.split(" ") if isinstance(merge, str) else merge
-        if len(parts) != 2:
-            raise TokenizerError(f"model.merges has the entry {merge!r}, which is not a pair")
+        if not isinstance(parts, list | tuple) or len(parts) != 2 or not all(isinstance(part, str) for part in parts):
+            raise TokenizerError(f"model.merges has the entry {str(merge)[:100]!r}, which is not a pair")
         yield parts[0], parts[1]
 
 

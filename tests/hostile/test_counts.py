@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from herd.checkpoint.inspect import inspect
 from herd.checkpoint.open import open_store
+from herd.checkpoint.peft import read_peft
 from herd.checkpoint.safetensors import SafetensorsFile
 from herd.checkpoint.vocabulary import load_tokenizer, tokenizer_at
 from herd.errors import CheckpointError, HerdError
@@ -130,6 +133,30 @@ def config_cases(folder: Path) -> Iterator[Case]:
         yield Case(f"{name} {number}: {label}", {**base, name: data})
 
 
+def adapter_cases(folder: Path) -> Iterator[Case]:
+    """PEFT folders: adapter_config.json and the weights' names."""
+    place = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    weights = save({f"{place}A.weight": torch.ones(4, 64), f"{place}B.weight": torch.ones(64, 4)})
+    config = {
+        "peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "bias": "none", "use_rslora": False,
+        "alpha_pattern": {"layers.0.self_attn.q_proj": 4}, "rank_pattern": {}, "init_lora_weights": True, "use_dora": False,
+        "base_model_name_or_path": "x", "fan_in_fan_out": False, "modules_to_save": None, "task_type": "CAUSAL_LM",
+    }  # fmt: skip
+    good = {"adapter_config.json": json.dumps(config).encode(), "adapter_model.safetensors": weights}
+    for label, text in hostile_texts():
+        yield Case(f"adapter_config.json: {label}", {**good, "adapter_config.json": text}, must_fail=True)
+    for number in range(100):
+        label, data = with_value(config, random.Random(f"adapter {number}"))
+        yield Case(f"adapter_config.json {number}: {label}", {**good, "adapter_config.json": data})
+    for number, data in enumerate(safetensors_mutants(60, good=weights)):
+        yield Case(f"adapter weights, mutant {number}", {**good, "adapter_model.safetensors": data})
+
+
+def open_adapter(path: Path) -> None:
+    """An adapter of the small model."""
+    read_peft(path, build("llama-3").config)
+
+
 def _names(files: dict[str, bytes]) -> list[str]:
     size = int.from_bytes(files["model.safetensors"][:8], "little")
     return [name for name in json.loads(files["model.safetensors"][8 : 8 + size]) if name != "__metadata__"]
@@ -153,9 +180,10 @@ KINDS: Counts = {
     "safetensors": (2_000, safetensors_cases, read_all, CHECKPOINT),
     "torch": (1_000, torch_cases, read_all, CHECKPOINT),
     "config": (300, config_cases, read_all, CONFIG),
+    "adapter": (150, adapter_cases, open_adapter, CONFIG),
     "tokenizer": (300, vocabulary_cases, encode, TOKENIZER),
 }
-STEPS = {"gguf": 29, "safetensors": 23, "torch": 17, "config": 7, "tokenizer": 5}
+STEPS = {"gguf": 29, "safetensors": 23, "torch": 17, "config": 7, "adapter": 5, "tokenizer": 5}
 """Every how many-th file the quick test takes."""
 
 
