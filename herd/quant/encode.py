@@ -34,6 +34,7 @@ _ENCODERS: dict[str, Callable[[Tensor], Tensor]] = {
     "Q6_K": encode_k.q6_k,
 }
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_INFINITE = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80}  # infinity as bits; larger ones are NaN
 _HALVES = {
     "Q5_1": (0, 2),
     "Q4_K": (0, 2),
@@ -79,9 +80,9 @@ def _cast(values: Tensor, dtype: torch.dtype, name: str | None) -> Tensor:
     if dtype in (values.dtype, torch.float32):
         return cast
     for start, before, after in _pieces(values, cast, 1, 1):
-        finite = after.isfinite()
-        if not finite.all():
-            _refuse(before, ~finite, start, values.shape, str(dtype).removeprefix("torch."), name)
+        magnitude = after.view(torch.int16) & 0x7FFF  # as bits: several times faster than isfinite
+        if magnitude.numel() and int(magnitude.amax()) >= _INFINITE[dtype]:
+            _refuse(before, magnitude >= _INFINITE[dtype], start, values.shape, str(dtype).removeprefix("torch."), name)
     return cast
 
 
