@@ -76,7 +76,10 @@ def read_tokenizer_json(
         raise TokenizerError("model.vocab has ids that are not integers")
     added: dict[str, int] = {}
     visible: set[int] = set()
-    for entry in content.get("added_tokens") or ():
+    listed = content.get("added_tokens") or []
+    if not isinstance(listed, list):
+        raise TokenizerError("added_tokens is not a list")
+    for entry in listed:
         if (
             not isinstance(entry, Mapping)
             or not isinstance(entry.get("content"), str)

@@ -112,6 +112,7 @@ def changed(content: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("pre_tokenizer/pretokenizers/1/add_prefix_space", True, "add_prefix_space and use_regex"),
         ("pre_tokenizer/pretokenizers/1/use_regex", True, "add_prefix_space and use_regex"),
         ("added_tokens", [{"id": "x", "content": "y"}], "entry without content and id"),
+        ("added_tokens", 7, "added_tokens is not a list"),
         ("added_tokens", [], "no list of special tokens"),
         ("model/merges/0", ["a", "b", "c"], "which is not a pair"),
         ("model/merges/0", ["zz", "qq"], "to a token that is not in the vocabulary"),
