@@ -156,7 +156,7 @@ def _headers(name: str) -> str:
         pieces += [parts.WAITS] if switched else []
     pieces += [_system_macro(name, calls), parts.HEADERS]
     places = {
-        "PLACED": _placed(name, calls),
+        "PLACED": _placed(calls),
         "BODY": _body(name, calls),
         "CONTENT": _content(name),
         "WAITS": _waits(name, calls),
@@ -203,14 +203,12 @@ def _content(name: str) -> str:
     return f"{text} if role == 'ipython' else ({text} | trim)" if name.endswith("-hf") else text
 
 
-def _placed(name: str, calls: str) -> str:
+def _placed(calls: str) -> str:
     """The tools in front of the first user text."""
     if calls != "json":
         return ""
-    condition = "about.own and loop.index0 == speaker.first"
-    return (
-        f"{{%- if {condition} -%}}\n            {{{{- described_tools() -}}}}\n        {{%- endif -%}}" if name else ""
-    )
+    described = "{{- described_tools() -}}"
+    return f"{{%- if about.own and loop.index0 == speaker.first -%}}\n            {described}\n        {{%- endif -%}}"
 
 
 def _body(name: str, calls: str) -> str:

@@ -48,7 +48,7 @@ COMMANDS = {
     "rm": Entry("herd.cli.rm", "Delete a model from the cache.", "Files"),
     "convert": Entry("herd.cli.convert", "Write a checkpoint in another format, with proof.", "Files"),
     "verify": Entry("herd.cli.verify", "Prove that two checkpoints are the same model.", "Files"),
-    "plan": Entry("herd.cli.plan", "Say what running a model takes: memory, speed, cost, what fits.", "Look"),
+    "plan": Entry("herd.cli.plan", "Say what running a model takes: memory, speed, what fits.", "Look"),
     "inspect": Entry("herd.cli.inspect", "Say what is in a checkpoint, and what looks wrong.", "Look"),
     "models": Entry("herd.cli.models", "List the Llama models that herd knows.", "Look"),
     "lint-template": Entry(
