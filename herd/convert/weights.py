@@ -25,6 +25,9 @@ __all__ = ["Tick", "compare_tensors", "encoded", "tensor_bytes", "weights_of"]
 Tick = Callable[[int], None]
 """Told the number of bytes looked at since the last call."""
 
+IMATRIX = "quantize.imatrix.file"
+"""The GGUF key that says that a file was made with an importance matrix: such encoders minimize another error."""
+
 _OUTPUT, _EMBEDDING = "output.weight", "tok_embeddings.weight"
 
 
@@ -105,10 +108,14 @@ def _compare(a: _View, b: _View, name: str, tick: Tick) -> TensorResult:
         if info.dtype not in FLOATS:
             return result.failed(f"is stored as {info.stored} in {side}, which has no meaning without scales")
     left, right = a.raw(), b.raw()
+    importance = b.store.metadata().get(IMATRIX) is not None
     for rows in _rows(left, right, one.shape):
         part_a, part_b = _part(left, rows), _part(right, rows)
         offset = rows.start or 0
-        _compare_rows(result, part_a, part_b, offset)
+        try:
+            _compare_rows(result, part_a, part_b, offset, importance=importance)
+        except ValueError as error:  # the encoder's: numbers that the type cannot hold
+            return result.failed(f"cannot be {other.stored}: {error}")
         share = 1.0 if not one.shape else min(rows.stop, one.shape[0]) / one.shape[0] - rows.start / one.shape[0]
         tick(int(share * (one.nbytes + other.nbytes)))
         a.release()
@@ -132,7 +139,9 @@ def _values(part: Tensor | QuantTensor) -> Tensor:
     return part if isinstance(part, Tensor) else part.dequantize()
 
 
-def _compare_rows(result: _Result, a: Tensor | QuantTensor, b: Tensor | QuantTensor, offset: int) -> None:
+def _compare_rows(
+    result: _Result, a: Tensor | QuantTensor, b: Tensor | QuantTensor, offset: int, *, importance: bool
+) -> None:
     if isinstance(a, QuantTensor) and isinstance(b, QuantTensor) and _same_blocks(a, b):
         return
     values_a, values_b = _values(a), _values(b)
