@@ -75,6 +75,7 @@ class Downloads:
         self._said = self._drawn_at = time.monotonic()
         self._bars: Progress | None = None
         self._total: TaskID | None = None
+        self._over = False
 
     def begin(self, files: list[tuple[str, int]]) -> None:
         """The files, before the first byte."""
@@ -114,8 +115,9 @@ class Downloads:
                 note(safe(text))
 
     def end(self) -> None:
-        """No more bars."""
+        """No more bars, and no more lines: threads that still wait for a dead connection are not listened to."""
         with self._lock:
+            self._over = True
             if self._bars is not None:
                 self._bars.stop()
                 self._bars = None
@@ -126,6 +128,8 @@ class Downloads:
 
     def _show(self, name: str, row: _Row) -> None:
         now = time.monotonic()
+        if self._over:
+            return
         if self._bars is None:
             if now - self._said >= SILENCE:
                 self._said = now

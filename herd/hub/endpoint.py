@@ -8,19 +8,22 @@ from collections.abc import Iterator
 from herd.errors import HubError
 from herd.hub.fetch import Watch
 from herd.hub.listing import Listing, RemoteFile, Source
-from herd.hub.plain import FolderSource, StaticSource
+from herd.hub.plain import CHUNK, FolderSource, StaticSource
 from herd.hub.remote import HubSource
 from herd.hub.settings import HUB, Settings
 from herd.hub.web import Web
 
 __all__ = ["source_at"]
 
+LARGE = 256 << 20
+"""Bytes of a file that is read for more than a moment."""
+
 
 @contextlib.contextmanager
 def source_at(where: Settings, watch: Watch) -> Iterator[Source]:
     """The source that `where` names, with its connections open inside the block."""
     if where.endpoint.startswith("file:"):
-        yield FolderSource(where.endpoint, lambda name, done, total: None)
+        yield FolderSource(where.endpoint, lambda name, done, total: _reading(watch, name, done, total))
         return
     web = Web(where.endpoint, where.token, where.token_from)
     if web.muted:
@@ -29,6 +32,12 @@ def source_at(where: Settings, watch: Watch) -> Iterator[Source]:
         yield _Sources(where, web)
     finally:
         web.close()
+
+
+def _reading(watch: Watch, name: str, done: int, total: int) -> None:
+    """Say why nothing seems to happen: a digest of a large file takes as long as reading it."""
+    if total >= LARGE and done <= CHUNK:
+        watch.note(f"reading {name} for its digest (a SHA256SUMS file in the mirror saves that)")
 
 
 class _Sources:

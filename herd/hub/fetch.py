@@ -146,7 +146,7 @@ class _Stream:
         while chunk := self._out.read(1 << 22):
             self.check.update(chunk)
             self._watch.kept(self._file.path, self.check.count)
-            self._patience.pause(0)
+            self._patience.check()
 
     def go_on(self) -> None:
         """Ask for the rest and write it as it comes. Raises Interrupted when that ended early."""
@@ -180,7 +180,7 @@ class _Stream:
             self._furthest = self.check.count
             self._patience.progressed()
         self._watch.moved(self._file.path, self.check.count)
-        self._patience.pause(0)
+        self._patience.check()
 
 
 def _remove(part: Path) -> None:

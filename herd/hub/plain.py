@@ -22,10 +22,12 @@ from herd.hub.listing import Body, Digest, Listing, RemoteFile, digest_of
 from herd.hub.remote import body_from
 from herd.hub.web import Web
 
-__all__ = ["FolderSource", "StaticSource", "manifest"]
+__all__ = ["CHUNK", "FolderSource", "StaticSource", "manifest"]
 
 MANIFESTS = {"SHA256SUMS": "sha256", "checklist.chk": "md5"}
 LARGEST_MANIFEST = 8 << 20
+CHUNK = 4 << 20
+"""Bytes read at once for a digest."""
 _LINE = re.compile(r"(?P<digest>[0-9a-fA-F]{32}|[0-9a-fA-F]{64}) [ *](?P<name>.+)")
 
 
@@ -154,7 +156,7 @@ class FolderSource:
         check = hashlib.sha256(usedforsecurity=False)
         with open(path, "rb") as opened:
             done = 0
-            while chunk := opened.read(1 << 22):
+            while chunk := opened.read(CHUNK):
                 check.update(chunk)
                 done += len(chunk)
                 self._reading(name, done, size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -12,6 +13,9 @@ from herd.hub.web import Stopped
 __all__ = ["in_threads"]
 
 T = TypeVar("T")
+
+GRACE = 1.0
+"""Seconds for all threads to come to an end by themselves."""
 
 
 def in_threads(things: Sequence[T], jobs: int, work: Callable[[T, threading.Event], None]) -> None:
@@ -50,7 +54,8 @@ def in_threads(things: Sequence[T], jobs: int, work: Callable[[T, threading.Even
                     break
     finally:
         stop.set()
+        deadline = time.monotonic() + GRACE
         for thread in threads:
-            thread.join(2.0)
+            thread.join(max(0.0, deadline - time.monotonic()))
     if failures:
         raise failures[0]

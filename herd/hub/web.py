@@ -75,6 +75,11 @@ class Patience:
             raise HubError(f"{what}: {failure}: the server asks us to wait {delay:,.0f} s; {kept}", cause=cause)
         self.pause(delay)
 
+    def check(self) -> None:
+        """Raises Stopped when everything ends."""
+        if self._stop.is_set():
+            raise Stopped
+
     def pause(self, seconds: float) -> None:
         """Sleep. Raises Stopped when everything ends meanwhile."""
         if self._stop.wait(seconds):

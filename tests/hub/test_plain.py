@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 
 from herd.errors import HubError
+from herd.hub import endpoint
+from herd.hub.fetch import Quiet
 from herd.hub.pull import pull
 from tests.hub.mirror import COMMIT, sha256
-from tests.hub.repos import BIG, REPOS, TAKEN, TINY
+from tests.hub.repos import BIG, REPOS, SHARDS, TAKEN, TINY
 
 
 @pytest.fixture
@@ -68,6 +70,15 @@ def test_a_folder(tree: Path) -> None:
     assert pull(TINY, endpoint=tree.as_uri(), offline=True) == folder, "a folder is no network"
     (tree / TINY / "config.json").write_text("{}")
     assert pull(TINY, endpoint=tree.as_uri()) != folder, "another content is another commit"
+
+
+def test_reading_a_large_mirror_is_said(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "LARGE", 500_000)
+    watch = Quiet()
+    pull(TINY, endpoint=tree.as_uri(), watch=watch)
+    assert watch.notes == [
+        f"reading {name} for its digest (a SHA256SUMS file in the mirror saves that)" for name in sorted(SHARDS)
+    ]
 
 
 def test_a_folder_with_a_manifest_that_lies(tree: Path) -> None:
@@ -147,7 +158,7 @@ def test_a_manifest_with_hostile_names(tree: Path, home: Path, name: str) -> Non
     assert list(home.rglob("evil.json")) == [tree / "evil.json"]
 
 
-@pytest.mark.parametrize("endpoint", ["ftp://x", "huggingface.co", "file://relative", "/folder"])
-def test_endpoints_that_are_none(endpoint: str) -> None:
+@pytest.mark.parametrize("address", ["ftp://x", "huggingface.co", "file://relative", "/folder"])
+def test_endpoints_that_are_none(address: str) -> None:
     with pytest.raises(HubError, match=r"is no hub: an endpoint is https://host"):
-        pull(TINY, endpoint=endpoint)
+        pull(TINY, endpoint=address)
