@@ -10,13 +10,22 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from herd.checkpoint.store import GenerationDefaults
 from herd.checkpoint.write import atomic
 from herd.checkpoint.write.atomic import PREFIX, new_file, new_folder, remove_leftovers
+from herd.checkpoint.write.hf import write_hf
+from herd.checkpoint.write.meta import write_meta
+from herd.checkpoint.write.model_store import ModelStore
+from herd.checkpoint.write.source import Source
 from herd.errors import CheckpointError
+from tests.build import build
 
 FILES, PIECES, PIECE = 3, 40, b"x" * 5000
 
@@ -226,3 +235,23 @@ def test_parents_are_made(tmp_path: Path) -> None:
         path.write_text("x")
     assert (tmp_path / "a" / "b" / "c").read_text() == "x"
     assert os.listdir(tmp_path / "a" / "b") == ["c"]
+
+
+@pytest.mark.parametrize("write", [write_hf, write_meta, partial(write_hf, bin=True)])
+def test_a_disk_that_fills_up_under_a_writer(tmp_path: Path, write: Callable[..., Any]) -> None:
+    """In the middle of the weights; with --overwrite the old result stays."""
+    source = Source(ModelStore(build("llama-3")), None, GenerationDefaults(), None)
+    dst = tmp_path / "result"
+    dst.mkdir()
+    (dst / "config.json").write_text("old")
+    left = 300_000
+
+    def tick(nbytes: int) -> None:
+        nonlocal left
+        left -= nbytes
+        if left < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(CheckpointError, match="the disk is full"), new_folder(dst, overwrite=True) as folder:
+        write(source, folder, tick=tick)
+    assert [path.name for path in tmp_path.rglob("*")] == ["result", "config.json"]
