@@ -13,12 +13,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
 
 from herd.checkpoint.open import open_store
+from herd.convert.driver import convert
 from herd.quant.bound import bound
 from herd.quant.encode import ENCODED, encode
+from herd.quant.mix import mix
 from herd.quant.scheme import QuantTensor, block_type
 from tests.quant.rows import DATA, digest, rows
 
@@ -101,6 +105,23 @@ def test_blocks_made_with_an_importance_matrix_are_within_their_bound(kind: str,
     made = QuantTensor(llama_cpp_blocks(values, kind, weights), type_, tuple(values.shape))
     error = (values.double() - made.dequantize().double()).abs()
     assert (error <= bound(values, kind, made, importance=True).double()).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quant", ["q4_k_m", "q5_k_s", "q8_0"])
+def test_a_quantized_file_has_the_bytes_of_llama_cpps(quant: str, tmp_path: Path) -> None:
+    llama_cpp: Any = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    plain, ours_, theirs = (tmp_path / f"{name}.gguf" for name in ("plain", "ours", "theirs"))
+    convert(NANO, plain, to="gguf", dtype="f16")
+    convert(NANO, ours_, to="gguf", quant=quant)
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.nthread = mix(quant).file_type, 1
+    assert llama_cpp.llama_model_quantize(str(plain).encode(), str(theirs).encode(), params) == 0
+    a, b = ({t.name: t for t in gguf.GGUFReader(path).tensors} for path in (ours_, theirs))
+    assert set(a) == set(b)
+    for name, tensor in a.items():
+        assert tensor.tensor_type == b[name].tensor_type, name
+        assert np.array_equal(tensor.data, b[name].data), name
 
 
 def main() -> None:
