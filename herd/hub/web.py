@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
+import functools
 import ipaddress
 import re
+import ssl
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -110,6 +112,7 @@ class Web:
         timeout = httpx.Timeout(READ_TIMEOUT, connect=CONNECT_TIMEOUT, pool=None)
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=16)
         self._client = httpx.Client(
+            verify=_certificates(),
             timeout=timeout,
             limits=limits,
             follow_redirects=False,
@@ -190,6 +193,12 @@ class Web:
             muted=self.muted,
             moved=moved,
         )
+
+
+@functools.cache
+def _certificates() -> ssl.SSLContext:
+    """The certificates that are trusted, read once: SSL_CERT_FILE, else those of certifi."""
+    return httpx.create_ssl_context()
 
 
 def _chunks(response: httpx.Response, url: str) -> Iterator[bytes]:
