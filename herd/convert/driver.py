@@ -30,6 +30,7 @@ from herd.checkpoint.write.atomic import check_destination, new_file, new_folder
 from herd.checkpoint.write.source import Source
 from herd.convert.adapters import adapter_kind, compare_adapters, open_adapter, write_adapter
 from herd.convert.report import FileEntry, Report
+from herd.convert.threads import threads_for
 from herd.convert.verify import Opened, Watch, compare, open_side
 from herd.convert.weights import tensor_bytes
 from herd.errors import ConfigError, PromptError
@@ -154,7 +155,7 @@ def _model_job(path: Path, place: Path, to: Target, options: _Options, watch: Wa
     source, notes = _source(a)
 
     def write(new: Path, tick: Callable[[int], None]) -> None:
-        with warnings.catch_warnings(record=True) as heard:
+        with warnings.catch_warnings(record=True) as heard, threads_for(a.store.config):
             warnings.simplefilter("always")
             notes.extend(_write(source, new, to, dtype, options, tick))
         told = dict.fromkeys(" ".join(str(w.message).split()) for w in heard)
@@ -164,7 +165,8 @@ def _model_job(path: Path, place: Path, to: Target, options: _Options, watch: Wa
         b = open_side(new)
         said = (*notes, *_changes(a.store, b.store))
         title = f"convert to {to}"
-        return compare(a, b, title=title, greedy=options.greedy, watch=watch, notes=said, shown_as=str(place))
+        with threads_for(a.store.config):
+            return compare(a, b, title=title, greedy=options.greedy, watch=watch, notes=said, shown_as=str(place))
 
     return _Job(_size(a.store, dtype, options.quant, keeps_blocks=to == "gguf"), write, compared)
 

@@ -18,6 +18,7 @@ from herd.checkpoint.vocabulary import MissingTokenizer, tokenizer_of
 from herd.convert.drift import BIG, FEW, check_logits, greedy_count, readings
 from herd.convert.prompts import check_prompts
 from herd.convert.report import Check, FileEntry, Report, Side
+from herd.convert.threads import threads_for
 from herd.convert.versions import versions
 from herd.convert.vocabulary import check_tokenizers
 from herd.convert.weights import compare_tensors, tensor_bytes
@@ -56,7 +57,8 @@ def verify(
     """
     one, other = open_side(resolve(a)), open_side(resolve(b))
     title = "verify: B is A" if one.store.kind == other.store.kind else "verify: B is A in another format"
-    return compare(one, other, title=title, greedy=greedy, watch=watch)
+    with threads_for(one.store.config):
+        return compare(one, other, title=title, greedy=greedy, watch=watch)
 
 
 def open_side(path: Path) -> Opened:

@@ -6,6 +6,7 @@ Bytes are compared with torch.load and the safetensors package, on files that th
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -22,16 +23,18 @@ DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 NO_PARAMETER = ("rope.freqs", "_extra_state", "running_gate_stats_3E")
 BY_COLUMNS = ("llama-1", "llama-2", "code-llama")
 """Generations whose embedding Meta cuts in columns."""
-SAMPLE = [("llama-1", "f32", 1), ("llama-3", "bf16", 2), ("llama-3.2", "f16", 1), ("llama-4-scout", "bf16", 1)]
+MODELS = TINY | {"llama-4 of two heads": replace(TINY["llama-4-scout"], n_heads=4, n_kv_heads=2)}
+"""And experts that can be cut for two ranks."""
+SAMPLE = [("llama-1", "f32", 1), ("llama-3", "bf16", 2), ("llama-3.2", "f16", 1), ("llama-4 of two heads", "bf16", 2)]
 
 
 def ranks_of(name: str) -> list[int]:
     """Model-parallel sizes that the tiny model can be cut for."""
-    config = TINY[name]
+    config = MODELS[name]
     return [n for n in (1, 2) if config.n_kv_heads % n == 0 and config.n_heads % n == 0]
 
 
-EVERY = [(n, d, r) for n, d in product(TINY, DTYPES) for r in ranks_of(n) if (n, d, r) not in SAMPLE]
+EVERY = [(n, d, r) for n, d in product(MODELS, DTYPES) for r in ranks_of(n) if (n, d, r) not in SAMPLE]
 
 
 def meta_bytes(folder: Path) -> list[dict[str, torch.Tensor]]:
@@ -48,7 +51,7 @@ def hf_bytes(folder: Path) -> dict[str, torch.Tensor]:
 def round_trip(folder: Path, name: str, dtype: str, ranks: int) -> None:
     """There and back through five conversions, each with its proof."""
     columns = ranks > 1 and name.startswith(BY_COLUMNS)
-    start = write_meta(folder / "meta", build(name).to(DTYPES[dtype]), ranks, columns=columns)
+    start = write_meta(folder / "meta", build(MODELS[name]).to(DTYPES[dtype]), ranks, columns=columns)
     steps = {
         "hf": {"to": "hf", "shards": ranks},
         "model.gguf": {"to": "gguf", "herd_only": True},
