@@ -63,11 +63,13 @@ def model_name(store: TensorStore) -> str:
     """What the model at `store` is called: its own word for it, or the name of its file or folder."""
     given = store.metadata().get("general.name") if store.kind == "gguf" else None
     path = Path(store.path).absolute()
+    if store.kind != "gguf" and path.suffix in (".safetensors", ".bin", ".json", ".pth"):  # a file named in its folder
+        path = path.parent
     if isinstance(given, str) and given.strip():
         return given.strip().replace(" ", "-").replace("/", "-")
     if path.parent.name == "snapshots":  # Hugging Face's cache: models--owner--name/snapshots/revision
         return path.parents[1].name.split("--")[-1]
-    name = path.name if path.is_dir() else path.stem
+    name = path.stem if path.suffix == ".gguf" else path.name
     return _TYPE.sub("", re.sub(r"-\d{5}-of-\d{5}$", "", name)) or "model"
 
 
