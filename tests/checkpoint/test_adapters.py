@@ -184,7 +184,9 @@ def test_a_pattern_that_never_ends_is_refused(tmp_path: Path) -> None:
     model = build("llama-3")
     saved_by_peft(tmp_path, model, target_modules=["q_proj"])
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"alpha_pattern": {r"(\w|\w\w|\.|\w\.)+[!=]": 1}}))
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps(config | {"alpha_pattern": {r"(\w|\w\w|\.|\w\.)+[!=]": 1}})
+    )
     with pytest.raises(ConfigError, match="no usable pattern"):
         read_peft(tmp_path, model.config)
 
