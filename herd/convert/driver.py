@@ -256,11 +256,11 @@ def _write(
 
 
 def _size(store: TensorStore, dtype: torch.dtype | None, quant: str | None, *, keeps_blocks: bool) -> int:
-    """About how many bytes the weights of the result take: for the free-space check and the bar."""
+    """About how many bytes the weights of the result take: for the free-space check and the bar. Mixes hold wider types, too."""
     if quant is not None:
         named = next((kind for word in quant.upper().split("_M") if (kind := block_type(word))), None)
         bits = 4.5 if named is None else 8 * named.nbytes / named.values
-        return int(parameters(store.config) * bits / 8)
+        return int(1.15 * parameters(store.config) * bits / 8)
     if dtype is not None:
         return parameters(store.config) * dtype.itemsize
     if keeps_blocks:
