@@ -1,0 +1,54 @@
+// What the two sides of the border agree on. Plain C layout: herd/kernels/native.py describes the same structures to ctypes.
+#pragma once
+#include <cstdint>
+
+namespace herd {
+
+struct Matrix {            // [rows, cols]; quantized formats in panels, F32 / F16 / BF16 row by row
+    const uint8_t* data;
+    int64_t rows, cols;
+    int64_t format;
+};
+
+enum Placement : int64_t { ROPE = 0, ROPE_NORM = 1, NONE = 2, TEMPERED = 3 };
+
+struct Layer {
+    const float* attention_norm;
+    const float* ffn_norm;
+    Matrix wq, wk, wv, wo, w1, w2, w3;  // w1 to w3: the feed-forward, or the expert that all tokens share
+    int64_t placement;
+    int64_t chunk;            // 0: none
+    int64_t n_experts, top_k; // 0: dense
+    Matrix router;            // [n_experts, dim], plain
+    const Matrix* experts;    // w1, w2, w3 of each
+};
+
+struct Model {
+    int64_t dim, n_layers, n_heads, n_kv_heads, head_dim, hidden_dim;
+    double norm_eps;
+    const Layer* layers;
+};
+
+struct Span {              // rows of one sequence that lie side by side, at neighbouring positions
+    int64_t row, rows, position, sequence;
+};
+
+struct Step {
+    int64_t rows;
+    float* x;              // [rows, dim] in and out
+    const float* cos;      // [rows, head_dim / 2]
+    const float* sin;
+    const float* temper;   // [rows]: what tempered layers multiply queries by
+    const int64_t* slot;   // [rows]: block * block_size + offset
+    const Span* spans;
+    int64_t n_spans;
+    const int32_t* tables; // [sequences, table_stride]
+    int64_t table_stride;
+    int64_t block_size;
+    int64_t kv_kind;       // F32, F16 or BF16
+    uint8_t* const* k;     // per layer [blocks, block_size, n_kv_heads, head_dim]
+    uint8_t* const* v;
+    int64_t first_layer, last_layer;
+};
+
+}  // namespace herd

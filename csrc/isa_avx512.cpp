@@ -1,0 +1,3 @@
+#define HERD_ISA avx512
+#include "vec_avx512.h"
+#include "isa.inl"

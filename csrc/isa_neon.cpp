@@ -1,0 +1,3 @@
+#define HERD_ISA neon
+#include "vec_neon.h"
+#include "isa.inl"
