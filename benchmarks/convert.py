@@ -14,12 +14,10 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -72,6 +70,16 @@ status = llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode
 raise SystemExit(status)
 """
 
+# A process counts the memory of the one it was forked from: the measured one is started by this small one.
+LAUNCH = """
+import os, sys, time
+began = time.perf_counter()
+child = os.spawnv(os.P_NOWAIT, sys.argv[1], sys.argv[1:])
+_, status, usage = os.wait4(child, 0)
+print("measured", time.perf_counter() - began, usage.ru_maxrss)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -111,16 +119,14 @@ def tasks(checkout: Path | None) -> list[Task]:
 
 def run(task: Task, src: Path, dst: Path) -> tuple[float, float]:
     """(seconds, peak GB) of one conversion in a process of its own."""
-    began = time.perf_counter()
     with tempfile.TemporaryFile() as log:
-        child = subprocess.Popen(task.command(src, dst), stdout=log, stderr=log)
-        _, status, usage = os.wait4(child.pid, 0)
-        seconds = time.perf_counter() - began
-        child.returncode = os.waitstatus_to_exitcode(status)
-        if child.returncode:
-            log.seek(0)
-            raise SystemExit(f"{task.who}, {task.makes}: status {child.returncode}\n{log.read().decode()[-2000:]}")
-    return seconds, usage.ru_maxrss * 1024 / 1e9
+        child = subprocess.run([sys.executable, "-S", "-c", LAUNCH, *task.command(src, dst)], stdout=log, stderr=log)
+        log.seek(0)
+        said = log.read().decode()
+    if child.returncode:
+        raise SystemExit(f"{task.who}, {task.makes}: status {child.returncode}\n{said[-2000:]}")
+    seconds, kilobytes = said.rsplit("measured ", 1)[1].split()
+    return float(seconds), int(kilobytes) * 1024 / 1e9
 
 
 def main() -> None:
