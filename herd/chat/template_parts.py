@@ -184,7 +184,9 @@ JSON_CALLS = """\
 
 PYTHON_CALLS = """\
 {%- macro python(value) -%}
-    {%- if value is string -%}
+    {%- if value is none -%}
+        {{- 'None' -}}
+    {%- elif value is string -%}
         {{- value | tojson -}}
     {%- elif value is mapping -%}
         {{- '{' -}}
@@ -236,8 +238,8 @@ PYTHON_CALLS = """\
 
 CHECK_NAME = """\
 {%- macro check_name(name) -%}
-    {%- for char in name -%}
-        {%- if char in ' !"#$%&\\'()*+,/:;<=>?@[\\\\]^`{|}~\\n\\r\\t' -%}
+    {%- for char in @PUNCTUATION@ -%}
+        {%- if char in name -%}
             {{- raise_exception('the name ' + (name | tojson) + ' cannot be used: take letters, digits, _ - and .') -}}
         {%- endif -%}
     {%- endfor -%}
@@ -258,7 +260,7 @@ TOOLS = """\
     {{- check_name(tool['name']) -}}
     {%- set about.names = about.names + [tool['name']] -%}
     {%- set schema = tool['parameters'] or known.get(tool['name'], {'type': 'object', 'properties': {}}) -%}
-    {%- if @SWITCHED@ and tool['name'] in known and schema == known[tool['name']] -%}
+    {%- if @SWITCHED@ and tool['name'] in known and (not tool['parameters'] or schema == known[tool['name']]) -%}
         {%- set about.switched = about.switched + [tool['name']] -%}
     {%- else -%}
         {%- set described = {'name': tool['name'], 'description': tool['description'] or '', 'parameters': @SCHEMA@} -%}

@@ -120,10 +120,14 @@ _HEADERS = {
 }
 """How each format describes and calls functions."""
 
+_PUNCTUATION = " !\"#$%&'()*+,/:;<=>?@[\\]^`{|}~\n\r\t"
+"""What no name of a tool or an argument holds."""
+
 _SYSTEM = "{{%- macro system_text(content) -%}}\n{body}{{%- endmacro -%}}\n"
-_JOINED = """\
-    {%- set texts = [@LINES@, @TOOLS@, content] -%}
-    {{- texts | select | join('\\n\\n') -}}
+_IN_FRONT = """\
+    {%- if @WHEN@ -%}
+        {%- set content = @TEXT@ + ('\\n\\n' + content if content else '') -%}
+    {%- endif -%}
 """
 _DATED = """\
     {%- if tools or about.switched -%}
@@ -166,6 +170,7 @@ def _headers(name: str) -> str:
         else "{'type': 'dict', 'required': schema['required'] or [], 'properties': schema['properties'] or {}}",
         "SWITCHED": "true" if switched else "false",
         "BUILTIN": json.dumps({tool.name: tool.parameters for tool in BUILTIN_TOOLS.values()}, indent=4),
+        "PUNCTUATION": json.dumps(list(_PUNCTUATION)),
         "INTRODUCTION": _literal(JSON_INTRODUCTION),
         "JOINT": "''" if four else "'; '",
         "CODE": "'<|python_start|>' + seen.code + '<|python_end|>'" if four else "'<|python_tag|>' + seen.code",
@@ -187,9 +192,10 @@ def _system_macro(name: str, calls: str) -> str:
         body = "    {{- content -}}\n"
     else:
         words = LLAMA4_SYSTEM if name == "llama4" else PYTHONIC_SYSTEM
-        described = f"({_literal(words)} + (about.own | tojson(indent=4))) if about.own else ''"
-        lines = "" if name == "llama4" else "switch_lines() if about.switched else '', "
-        body = _JOINED.replace("@LINES@, ", lines).replace("@TOOLS@, ", f"{described}, " if calls == "pythonic" else "")
+        described = {"WHEN": "about.own", "TEXT": f"{_literal(words)} + (about.own | tojson(indent=4))"}
+        body = _filled(_IN_FRONT, described) if calls == "pythonic" else ""
+        body += "" if name == "llama4" else _filled(_IN_FRONT, {"WHEN": "about.switched", "TEXT": "switch_lines()"})
+        body += "    {{- content -}}\n"
     return _SYSTEM.format(body=body)
 
 
