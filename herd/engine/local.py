@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from herd.chat.base import BaseFormat
@@ -16,8 +15,8 @@ from herd.chat.model import FinishReason, Reply, Usage
 from herd.chat.params import SamplingParams
 from herd.chat.render import messages_from
 from herd.chat.toolspec import tools_from
+from herd.engine.reply import ReplyBuilder
 from herd.engine.session import Session
-from herd.engine.stop import StopMatcher
 from herd.errors import PromptError
 from herd.model.llama import Llama
 from herd.tokenizer.tokenizer import Tokenizer
@@ -118,64 +117,26 @@ class LocalChat:
         parser: StreamParser,
         on_prefill: Callable[[int, int], None] | None,
     ) -> Iterator[Delta]:
-        prompt, matcher = rendered.tokens, StopMatcher(params.stop)
-        # Ids that the parser must not see: stops that are ignored, and stops that only the caller knows.
-        hidden = stop_ids | params.stop_ids if params.ignore_stop_ids else params.stop_ids - stop_ids
-        tokens: list[int] = []
+        prompt, reply = rendered.tokens, ReplyBuilder(parser, params, stop_ids)
         self.made = 0
-        shown: list[str] = []
         started = first = time.perf_counter()
         cached = self._cached(prompt)
-        ended = False
         ids = self.session.generate(prompt, params, stop_ids, on_prefill=on_prefill)
-
-        def pass_on(deltas: list[Delta]) -> Iterator[Delta]:
-            nonlocal ended
-            for delta in deltas:
-                if delta.text is not None:
-                    text = matcher.push(delta.text)
-                    if text:
-                        shown.append(text)
-                        yield Delta(text=text)
-                    if matcher.matched:
-                        ended = True
-                        return
-                else:
-                    if held := matcher.flush():
-                        shown.append(held)
-                        yield Delta(text=held)
-                    if ended and delta.stop_reason == "out_of_tokens":  # a caller's stop id, unknown to the parser
-                        delta = Delta(stop_reason="end_of_turn")
-                    ended = ended or delta.stop_reason in ("end_of_turn", "end_of_message")
-                    yield delta
-
         try:
             for token in ids:
-                if not tokens:
+                if not self.made:
                     first = time.perf_counter()
-                tokens.append(token)
-                self.made = len(tokens)
-                if token in hidden:
-                    ended = not params.ignore_stop_ids
-                    continue
-                yield from pass_on(parser.push(token))
-                if matcher.matched:
+                self.made += 1
+                yield from reply.push(token)
+                if reply.done:
                     break
-            if matcher.matched:
-                yield Delta(stop_reason="end_of_turn")
-            else:
-                yield from pass_on(parser.close())
+            yield from reply.close()
         finally:
             ids.close()  # type: ignore[attr-defined]  # a generator: frees its logits at once
             now = time.perf_counter()
-            usage = Usage(len(prompt), len(tokens), cached, first - started, now - first if tokens else 0.0)
-            message = parser.message()
-            if matcher.matched:
-                message = Message("assistant", "".join(shown))
-            elif ended and message.stop_reason == "out_of_tokens":
-                message = replace(message, stop_reason="end_of_turn")
-            finish = self._finish(ended, len(prompt) + len(tokens))
-            self.last = Reply(message, tokens, finish, usage, rendered.notes)
+            usage = Usage(len(prompt), self.made, cached, first - started, now - first if self.made else 0.0)
+            finish = self._finish(reply.ended, len(prompt) + self.made)
+            self.last = Reply(reply.message(), reply.tokens, finish, usage, rendered.notes)
 
     def _finish(self, ended: bool, total: int) -> FinishReason:
         if ended:

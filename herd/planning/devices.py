@@ -14,7 +14,7 @@ from pathlib import Path
 
 from herd.errors import ConfigError
 
-__all__ = ["COMMON", "DEVICES", "GIB", "Device", "custom", "device", "this_machine"]
+__all__ = ["COMMON", "DEVICES", "GIB", "Device", "custom", "device", "free_memory", "this_machine"]
 
 GIB = 1 << 30
 
@@ -138,6 +138,25 @@ def this_machine(root: Path = Path("/")) -> Device:
             f"{_CPU_TFLOPS_PER_CORE * 1000:.0f} GFLOP/s per core: 8 lanes of fp32 at 3 GHz",
         ),
     )
+
+
+def free_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that this process can still take: what the machine has to give, and what every control group above it allows.
+
+    Pages of files count as free, as the system drops them when memory is asked for. None where it cannot be found out.
+    """
+    found = []
+    if (available := re.search(r"MemAvailable:\s+(\d+) kB", _text(root / "proc/meminfo"))) is not None:
+        found.append(int(available[1]) * 1024)
+    elif "SC_AVPHYS_PAGES" in os.sysconf_names:
+        found.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for file in _group_files(root, "memory.max", "memory/memory.limit_in_bytes"):
+        limit = _text(file).strip()
+        used = _text(file.with_name("memory.current" if file.name == "memory.max" else "memory.usage_in_bytes")).strip()
+        if limit.isdecimal() and used.isdecimal():
+            cached = re.search(r"^(?:total_)?inactive_file (\d+)", _text(file.with_name("memory.stat")), re.MULTILINE)
+            found.append(int(limit) - int(used) + (int(cached[1]) if cached is not None else 0))
+    return max(0, min(found)) if found else None
 
 
 def _memory(root: Path) -> int:
