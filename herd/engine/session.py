@@ -54,10 +54,12 @@ class Session:
         """Ids that follow `prompt`, the stop id included; ends at a stop id, at max_tokens or when the context is full.
 
         `on_prefill(done, total)` is called as the prompt is read. Raises ContextFullError before any work when the prompt
-        leaves no room for a single new token, ConfigError when an id is not in the vocabulary. An iterator may be left
-        unfinished; one that is resumed after a later call to `generate` began raises RuntimeError.
+        leaves no room for a single new token, ConfigError when an id is not in the vocabulary or `params` ask for what one
+        plain stream cannot give. An iterator may be left unfinished; one that is resumed after a later call to `generate`
+        began raises RuntimeError.
         """
         self._check(prompt)
+        _check_params(params)
         self._turn = turn = self._turn + 1
         budget = self.max_len - len(prompt)
         if params.max_tokens is not None:
@@ -129,3 +131,24 @@ class Session:
         h = self.model.hidden(self.model.embed(tokens), positions, self.cache.bind(positions, kv_len=stop))
         self.tokens.extend(ids)
         return self.model.output(h[:, -1]).float()
+
+
+def _check_params(params: SamplingParams) -> None:
+    """Raise ConfigError for what this loop would ignore."""
+    asked = {
+        "n": params.n > 1,
+        "best_of": params.candidates > 1,
+        "beams": params.beams > 1,
+        "logprobs": params.logprobs is not None,
+        "prompt_logprobs": params.prompt_logprobs is not None,
+        "typical_p": params.typical_p != 1,
+        "presence_penalty": params.presence_penalty != 0,
+        "frequency_penalty": params.frequency_penalty != 0,
+        "logit_bias": bool(params.logit_bias),
+        "min_tokens": params.min_tokens > 0,
+    }
+    names = [name for name, there in asked.items() if there]
+    if (constraint := params.constraint) is not None:
+        names.append(constraint.kind)
+    if names:
+        raise ConfigError(f"a single plain stream does not do {', '.join(names)}: use herd.LLM")
