@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from herd.checkpoint.files import short
@@ -15,6 +16,9 @@ EXPECTED = (
     "expected a Hugging Face folder (config.json with *.safetensors or pytorch_model*.bin), "
     "a Meta folder (params.json with consolidated.*.pth) or a .gguf file"
 )
+
+_PART = re.compile(r"-\d{5}(?=-of-\d{5}\.gguf$)")
+"""The number of a GGUF file that is one of several parts."""
 
 
 def open_store(path: str | os.PathLike[str]) -> TensorStore:
@@ -40,7 +44,7 @@ def _open_folder(folder: Path) -> TensorStore:
     if "params.json" in names or any(name.startswith("consolidated.") and name.endswith(".pth") for name in names):
         return _meta(folder)
     ggufs = sorted(name for name in names if name.endswith(".gguf"))
-    if len(ggufs) == 1:
+    if len(ggufs) == 1 or (ggufs and len({_PART.sub("", name) for name in ggufs}) == 1):
         return _gguf(folder / ggufs[0])
     if ggufs:
         raise CheckpointError(f"several GGUF files: name one of {short(ggufs)}", path=folder)

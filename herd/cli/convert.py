@@ -20,6 +20,7 @@ Examples:
   herd convert ./Llama-3.2-1B llama-3.2-1b-q4.gguf --to gguf --quant q4_k_m
   herd convert ~/.llama/checkpoints/Llama3.1-8B ./hf --to hf              from Meta's files
   herd convert ./hf ./meta --to meta --shards 8                           for 8 model-parallel ranks
+  herd convert ./hf ./parts --to gguf --quant q8_0 --shards 4             parts/parts-00001-of-00004.gguf ...
   herd convert ./my-lora my-lora.gguf --to gguf --base ./Llama-3.2-1B     a LoRA adapter
 
 The result is read back and compared with the source before it gets its name: every tensor, tokenizer, prompts, logits, greedy
@@ -37,7 +38,7 @@ a GGUF file beside it. Without a passing report there is no result, and the exit
 )
 @click.option("--dtype", type=click.Choice(["f32", "f16", "bf16"]), help="One type for all (default: as stored).")
 @click.option("--quant", metavar="TYPE", help="GGUF quantization: q8_0, q6_k, q5_k_m, q4_k_m, q4_0, ...")
-@click.option("--shards", type=click.IntRange(1), help="Files (hf) or model-parallel ranks (meta).")
+@click.option("--shards", type=click.IntRange(1), help="Files (hf, gguf) or model-parallel ranks (meta).")
 @click.option("--bin", "bin", is_flag=True, help="hf: pytorch_model.bin instead of safetensors.")
 @click.option("--base", metavar="MODEL", help="Adapters: the model they belong to.")
 @click.option("--herd-only", is_flag=True, help="gguf: also models that llama.cpp would run as another one.")
@@ -64,7 +65,8 @@ def command(
 ) -> int:
     """Write the checkpoint SRC to DST in another format, and prove that nothing was lost.
 
-    SRC is any name or path that herd opens; DST a new folder (meta, hf, peft) or a new .gguf file.
+    SRC is any name or path that herd opens; DST a new folder (meta, hf, peft, GGUF in parts) or a new
+    .gguf file.
     """
     from herd.convert.driver import convert
 

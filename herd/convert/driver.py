@@ -68,10 +68,10 @@ def convert(
 ) -> Report:
     """Write checkpoint `src` (a path or a name that `resolve` knows) to `dst` in format `to`, and prove that nothing was lost.
 
-    "hf" and "meta" make a folder, "gguf" a file. Without `dtype` (f32, f16, bf16) every tensor keeps its type; quantized
-    sources become bfloat16 unless `to` is "gguf". `quant` names a GGUF type or mix (q8_0, q4_k_m, ...). `shards` is the number
-    of files (hf) or of model-parallel ranks (meta); `bin` writes pytorch_model.bin instead of safetensors. Memory: one tensor
-    while writing, one layer of each side while comparing.
+    "hf" and "meta" make a folder, "gguf" a file, or with more than one shard a folder of parts. Without `dtype` (f32, f16,
+    bf16) every tensor keeps its type; quantized sources become bfloat16 unless `to` is "gguf". `quant` names a GGUF type or
+    mix (q8_0, q4_k_m, ...). `shards` is the number of files (hf, gguf) or of model-parallel ranks (meta); `bin` writes
+    pytorch_model.bin instead of safetensors. Memory: one tensor while writing, one layer of each side while comparing.
 
     The report says what was compared (see `herd.verify`) and lies beside the result: `herd-report.json` and `.txt` in a folder,
     `NAME.gguf.report.json` and `.txt` beside a file. A LoRA adapter (a PEFT folder or a GGUF file) becomes "peft" or "gguf", and
@@ -84,16 +84,15 @@ def convert(
     """
     _check_options(to, dtype, quant, shards, bin, Path(dst))
     path, place = resolve(src), Path(dst).expanduser()
-    check_destination(place, folder=to != "gguf", overwrite=overwrite, inputs=[path])
+    folder = to != "gguf" or (shards or 1) > 1
+    check_destination(place, folder=folder, overwrite=overwrite, inputs=[path])
     watch = watch or (lambda what, done, total: None)
     job = _adapter_job if adapter_kind(path) else _model_job
     made = job(path, place, to, _Options(dtype, quant, shards, bin, base, herd_only, greedy), watch)
     seconds: dict[str, float] = {}
     report: Report | None = None
     try:
-        with (new_file if to == "gguf" else new_folder)(
-            place, size=made.size, overwrite=overwrite, inputs=[path]
-        ) as new:
+        with (new_folder if folder else new_file)(place, size=made.size, overwrite=overwrite, inputs=[path]) as new:
             with _timed(seconds, "writing"):
                 made.write(new, _counting(watch, "writing", made.size))
             report = made.compare(new)
@@ -105,12 +104,12 @@ def convert(
                     kept = f"the failed result was kept as {_keep(new, place)}"
                     report = replace(report, notes=(*report.notes, kept))
                 raise _Rejected
-            if to != "gguf":
+            if folder:
                 _write_reports(report, new / REPORT)
     except _Rejected:
         assert report is not None
         return report
-    if to == "gguf":
+    if not folder:
         _write_reports(report, report_beside(place))
     return report
 
@@ -207,12 +206,16 @@ def _check_options(
         raise ConfigError("--quant and --dtype exclude each other: a quantization says how every tensor is stored")
     if bin and to != "hf":
         raise ConfigError(f"--bin makes pytorch_model.bin, a Hugging Face file, and the result is {to}")
-    if shards is not None and to in ("gguf", "peft"):
-        raise ConfigError(f"--shards is for hf and meta: {to} files are written in one piece")
+    if shards is not None and to == "peft":
+        raise ConfigError("--shards is for models: adapters are written in one piece")
     if shards is not None and shards < 1:
         raise ConfigError(f"{shards} shards: give at least 1")
-    if to == "gguf" and dst.suffix != ".gguf":
+    file = to == "gguf" and (shards or 1) == 1
+    if file and dst.suffix != ".gguf":
         raise ConfigError(f"{dst}: a GGUF result is one file, name it {dst.name or 'model'}.gguf")
+    if not file and dst.suffix == ".gguf":
+        what = f"{shards} GGUF parts are" if to == "gguf" else f"a {to} result is"
+        raise ConfigError(f"{dst}: {what} written to a folder, name it {dst.stem or 'model'}")
 
 
 def _source(a: Opened) -> tuple[Source, list[str]]:
@@ -251,7 +254,9 @@ def _write(
         return list(write_meta(source, new, dtype=dtype, shards=options.shards or 1, tick=tick) or [])
     from herd.checkpoint.write.gguf_model import write_gguf
 
-    write_gguf(source, new, dtype=dtype, quant=options.quant, herd_only=options.herd_only, tick=tick)
+    shards = options.shards or 1
+    file = new if shards == 1 else new / f"{new.name}.gguf"
+    write_gguf(source, file, dtype=dtype, quant=options.quant, shards=shards, herd_only=options.herd_only, tick=tick)
     return []
 
 

@@ -21,7 +21,7 @@ from herd.convert.report import Check, FileEntry, Report, Side
 from herd.convert.threads import threads_for
 from herd.convert.versions import versions
 from herd.convert.vocabulary import check_tokenizers
-from herd.convert.weights import compare_tensors, tensor_bytes
+from herd.convert.weights import IMATRIX, compare_tensors, tensor_bytes
 from herd.model.accounting import parameters
 from herd.model.config import ModelConfig
 from herd.quant.scheme import block_type
@@ -109,6 +109,11 @@ def compare(
     remarks = [*notes, *a.remarks, *_generation_notes(a, b)]
     if any(t.status == "failed" and _coarser(t.stored_a, t.stored_b) for t in tensors):
         remarks.append("A holds quantized tensors where B has plain ones: if B is the original, give it first")
+    if (matrix := b.store.metadata().get(IMATRIX)) is not None:
+        remarks.append(
+            f"B was made with an importance matrix ({matrix}): of Q4_K, Q5_K and Q6_K blocks only the nearest levels of "
+            "their scales are checked, not the scales themselves"
+        )
     if greedy is None and count == FEW:
         size = f"{tensor_bytes(a.store) / 1e9:.0f} GB"
         remarks.append(

@@ -20,13 +20,16 @@ from herd.checkpoint.store import Releases, TensorInfo, TensorStore
 from herd.convert.report import TensorResult
 from herd.quant.scheme import QuantTensor, block_type
 
-__all__ = ["Tick", "compare_tensors", "encoded", "tensor_bytes", "weights_of"]
+__all__ = ["IMATRIX", "Tick", "compare_tensors", "encoded", "tensor_bytes", "weights_of"]
 
 Tick = Callable[[int], None]
 """Told the number of bytes looked at since the last call."""
 
 IMATRIX = "quantize.imatrix.file"
 """The GGUF key that says that a file was made with an importance matrix: such encoders minimize another error."""
+
+UNBOUND = ("Q4_0", "Q5_0", "Q5_1")
+"""Types that are not within `herd.quant.bound` when they were made with an importance matrix."""
 
 _OUTPUT, _EMBEDDING = "output.weight", "tok_embeddings.weight"
 
@@ -155,7 +158,11 @@ def _compare_rows(
         return
     from herd.quant.bound import bound
 
-    limits = bound(values_a.float(), b.type.name, b)
+    if importance and b.type.name in UNBOUND:
+        result.seen("failed", values_a.float(), values_b, offset)
+        result.why += f"; with an importance matrix the scales of {b.type.name} come from a search that has no bound"
+        return
+    limits = bound(values_a.float(), b.type.name, b, importance=importance)
     result.seen("within", values_a.float(), values_b, offset, limits)
 
 

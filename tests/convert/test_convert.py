@@ -20,7 +20,7 @@ from herd.checkpoint.open import open_store
 from herd.checkpoint.write.atomic import PREFIX
 from herd.checkpoint.write.planned import Planned
 from herd.cli.main import run
-from herd.errors import CheckpointError, ConfigError
+from herd.errors import CheckpointError, ConfigError, HerdError
 from tests.build import build
 from tests.checkpoint.folders import write_hf, write_meta
 
@@ -68,6 +68,21 @@ def test_a_file_gets_its_report_beside_it(tmp_path: Path, capsys: Captured) -> N
     assert sorted(f.name for f in tmp_path.iterdir()) == ["n.gguf", "n.gguf.report.json", "n.gguf.report.txt"]
     notes = json.loads((tmp_path / "n.gguf.report.json").read_text())["notes"]
     assert "13 tensors were cast: F16 to F32" in notes
+
+
+def test_gguf_parts_lie_in_a_folder(tmp_path: Path, capsys: Captured) -> None:
+    assert run(["convert", "nano", str(tmp_path / "parts"), "--to", "gguf", "--shards", "3", "--greedy", "1"]) == 0
+    parts = [f"parts-0000{n}-of-00003.gguf" for n in (1, 2, 3)]
+    assert sorted(f.name for f in (tmp_path / "parts").iterdir()) == ["herd-report.json", "herd-report.txt", *parts]
+    assert herd.verify("nano", tmp_path / "parts", greedy=0).passed, "the folder opens"
+    assert herd.verify("nano", tmp_path / "parts" / parts[1], greedy=0).passed, "and any part"
+    assert capsys.readouterr().out.count("parts-0000") == 0
+
+
+def test_an_error_names_the_destination_not_its_hidden_place(tmp_path: Path) -> None:
+    with pytest.raises(HerdError, match="this model has 56 tensors") as caught:
+        herd.convert("nano", tmp_path / "out", to="hf", shards=100)
+    assert PREFIX not in str(caught.value)
 
 
 def test_without_a_tokenizer_it_says_so(tmp_path: Path) -> None:
@@ -209,6 +224,7 @@ def test_an_error_while_writing_is_a_line_and_leaves_nothing(tmp_path: Path, mon
         ({"to": "onnx"}, "no format 'onnx'"),
         ({"to": "hf", "quant": "q8_0"}, "--quant makes GGUF files"),
         ({"to": "gguf"}, r"name it out\.gguf"),
+        ({"to": "peft", "shards": 2}, "adapters are written in one piece"),
         ({"to": "hf", "dtype": "int4"}, "dtype 'int4'"),
         ({"to": "meta", "bin": True}, "--bin makes"),
         ({"to": "hf", "shards": 0}, "0 shards"),
@@ -221,6 +237,9 @@ def test_options_that_make_no_sense(options: dict[str, Any], told: str, tmp_path
         herd.convert("nano", tmp_path / "out", **options)
     with pytest.raises(ConfigError, match="exclude each other"):
         herd.convert("nano", tmp_path / "out.gguf", to="gguf", dtype="f16", quant="q8_0")
+    for named in ({"to": "hf"}, {"to": "gguf", "shards": 2}):
+        with pytest.raises(ConfigError, match="to a folder, name it out"):
+            herd.convert("nano", tmp_path / "out.gguf", **named)  # type: ignore[arg-type]
 
 
 def test_an_existing_destination_is_kept_until_the_new_one_has_passed(tmp_path: Path) -> None:

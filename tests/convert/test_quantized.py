@@ -11,6 +11,8 @@ import torch
 
 import herd
 from herd.checkpoint.gguf import GGUFFile
+from herd.checkpoint.write.gguf import Encoded, write_gguf_file
+from herd.checkpoint.write.planned import Planned
 from herd.quant.scheme import QuantTensor
 from tests.build import build
 from tests.checkpoint.folders import oracle, write_hf
@@ -105,6 +107,58 @@ def test_rounding_with_other_scales_is_within_the_bound(tmp_path: Path) -> None:
     assert found.bound is not None
     logits = next(check for check in report.checks if check.name == "logits")
     assert "another program" in logits.lines[0]
+
+
+def with_importance(path: Path, out: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    """The file again, with the key that quantizers leave when they had an importance matrix, and other blocks."""
+    file = GGUFFile(path)
+    plans = []
+    for name, entry in file.entries.items():
+        raw = file.raw(name)
+        if name in tensors:
+            assert isinstance(raw, QuantTensor)
+            raw = QuantTensor(tensors[name], raw.type, raw.shape)
+        plans.append(Planned(name, entry.shape, entry.type.name, lambda raw=raw: raw))
+    keys = {key: Encoded(file.metadata.encoded(key)) for key in file.metadata}
+    write_gguf_file(out, keys | {"quantize.imatrix.file": "calibration.dat"}, plans, lambda nbytes: None)
+    return out
+
+
+def test_an_importance_matrix_changes_what_is_held_against_k_quants(tmp_path: Path) -> None:
+    """Scales that no plain search would take, every value at its nearest level: fine with the key, wrong without it."""
+    name, canonical = "blk.0.ffn_gate.weight", "layers.0.feed_forward.w1.weight"
+    model = build(WIDE)
+    with torch.no_grad():
+        model.get_parameter(canonical).fill_(8.3)
+    write_hf(tmp_path / "hf", model)
+    herd.convert(tmp_path / "hf", tmp_path / "q.gguf", to="gguf", quant="q4_k_s", greedy=0)
+    one = torch.tensor([1 / 64, 0.0], dtype=torch.float16).view(torch.uint8)  # d and dmin
+    scales = torch.tensor([255] * 4 + [0] * 4 + [15] * 4, dtype=torch.uint8)  # every scale 63, every minimum 0
+    block = torch.cat((one, scales, torch.full((128,), 0x88, dtype=torch.uint8)))  # every q 8
+    blocks = block.repeat(WIDE.hidden_dim, 1)
+    path = with_importance(tmp_path / "q.gguf", tmp_path / "i.gguf", {name: blocks})
+    report = herd.verify(tmp_path / "hf", path, greedy=0)
+    assert report.passed, report.text()
+    assert next(t for t in report.tensors if t.name == canonical).status == "within"
+    assert any("importance matrix (calibration.dat)" in note for note in report.notes)
+    data = bytearray((tmp_path / "q.gguf").read_bytes())
+    entry = GGUFFile(tmp_path / "q.gguf").entries[name]
+    data[entry.start : entry.start + blocks.numel()] = blocks.numpy().tobytes()
+    (tmp_path / "q.gguf").write_bytes(data)
+    report = herd.verify(tmp_path / "hf", tmp_path / "q.gguf", greedy=0)
+    assert [t.name for t in report.failed_tensors] == [canonical]
+
+
+def test_an_importance_matrix_leaves_no_bound_for_the_older_types(tmp_path: Path) -> None:
+    herd.convert(wide(tmp_path / "hf"), tmp_path / "q.gguf", to="gguf", quant="q4_0", greedy=0)
+    raw = GGUFFile(tmp_path / "q.gguf").raw("blk.0.ffn_gate.weight")
+    assert isinstance(raw, QuantTensor)
+    other = raw.blocks.clone()
+    other[0, 2] ^= 1
+    path = with_importance(tmp_path / "q.gguf", tmp_path / "i.gguf", {"blk.0.ffn_gate.weight": other})
+    report = herd.verify(tmp_path / "hf", path, greedy=0)
+    assert not report.passed
+    assert "the scales of Q4_0 come from a search that has no bound" in report.failed_tensors[0].why
 
 
 def test_k_quants_of_llama_cpp_shape_are_compared_block_for_block(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from herd.errors import CheckpointError
+from herd.errors import CheckpointError, HerdError
 
 try:
     import fcntl
@@ -127,7 +127,8 @@ def _growing(dst: Path, *, folder: bool, size: int, overwrite: bool, inputs: Seq
         hidden, lock = _hidden(dst)
         try:
             new = hidden / dst.name
-            yield new
+            with _shown(new, dst):
+                yield new
             _flush(new)
             check_destination(dst, folder=folder, overwrite=overwrite, inputs=inputs)  # it may have appeared meanwhile
             _move(new, dst, hidden)
@@ -154,6 +155,18 @@ def _named(dst: Path, size: int) -> Iterator[None]:
             raise CheckpointError(
                 f"the disk is full ({error.strerror}), nothing was left behind.{needed}", path=dst
             ) from error
+        raise
+
+
+@contextmanager
+def _shown(new: Path, dst: Path) -> Iterator[None]:
+    """Errors of the writers speak of `dst`: the hidden place means nothing to anybody and is gone when it is read."""
+    try:
+        yield
+    except HerdError as error:
+        error.args = tuple(str(arg).replace(str(new), str(dst)) for arg in error.args)
+        if isinstance(error, CheckpointError) and error.path is not None:
+            error.path = error.path.replace(str(new), str(dst))
         raise
 
 

@@ -48,7 +48,7 @@ _STRING, _ARRAY = 8, 9
 
 @dataclass(frozen=True, slots=True)
 class Typed:
-    """A number, or a list of numbers, of the type `kind`: u8, i8, u16, i16, u32, i32, f32, bool, u64, i64 or f64."""
+    """A value, or a list of values, of the type `kind`: u8, i8, u16, i16, u32, i32, f32, bool, u64, i64, f64 or str."""
 
     kind: str
     value: Any
@@ -104,6 +104,8 @@ def encoded(value: Any) -> bytes:
     """Type and bytes of one metadata value, as they stand in a file. Raises ValueError for what GGUF cannot hold."""
     if isinstance(value, Encoded):
         return value.data
+    if isinstance(value, Typed) and value.kind == "str":
+        return struct.pack("<IIQ", _ARRAY, _STRING, 0) if value.value == [] else encoded(value.value)
     if isinstance(value, Typed):
         number, word = _NUMBERS[value.kind]
         data = _numbers(value.value, value.kind, word)

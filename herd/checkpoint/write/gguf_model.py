@@ -178,7 +178,8 @@ def _tokenizer(source: Source, file: Path) -> Mapping[str, Any]:
     if source.tokenizer is None:
         warnings.warn(f"{file}: the source has no tokenizer, and llama.cpp opens no file without one", stacklevel=4)
         return {}
-    return gguf_fields(source.tokenizer, source.template, rows=source.store.config.vocab_size)
+    fields = gguf_fields(source.tokenizer, source.template, rows=source.store.config.vocab_size)
+    return {key: Typed("str", value) if value == [] else value for key, value in fields.items()}  # no merges
 
 
 def _carried(given: Metadata, arch: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -205,3 +205,12 @@ def test_a_wrong_maker_is_our_bug(tmp_path: Path) -> None:
     wrong = Planned("a", (4,), "F32", lambda: torch.zeros(4, dtype=torch.float16))
     with pytest.raises(AssertionError):
         write(tmp_path / "a.gguf", {}, [wrong])
+
+
+def test_a_list_of_no_strings_needs_its_type(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="an empty list has no type"):
+        write(tmp_path / "a.gguf", {"none": []}, [])
+    read = write(tmp_path / "a.gguf", {"none": Typed("str", []), "one": Typed("str", ["a"])}, [])
+    assert read.fields["none"].types == [V.ARRAY]  # the reader tells the type of elements only when there are some
+    assert GGUFFile(tmp_path / "a.gguf").metadata["none"] == []
+    assert GGUFFile(tmp_path / "a.gguf").metadata["one"] == ["a"]

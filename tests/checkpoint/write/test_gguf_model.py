@@ -23,6 +23,8 @@ from herd.errors import CheckpointError, ConfigError
 from herd.quant.encode import encode
 from herd.quant.mix import mix
 from herd.quant.scheme import QuantTensor
+from herd.tokenizer.special import SpecialTokens
+from herd.tokenizer.tiktoken import TiktokenTokenizer
 from herd.tokenizer.tokenizer import Tokenizer
 from tests.build import DENSE, build
 from tests.checkpoint import gguf_files
@@ -303,3 +305,16 @@ def test_memory_is_given_back_tensor_by_tensor(tmp_path: Path) -> None:
     assert len(ticks) == len(list(given.store.names()))
     raw = GGUFStore(tmp_path / "a.gguf").raw("norm.weight")
     assert not isinstance(raw, QuantTensor)
+
+
+def test_a_vocabulary_without_merges(tmp_path: Path) -> None:
+    """256 bytes and nothing else: GGUF wants the list all the same."""
+    special = SpecialTokens(
+        ids={"<|begin_of_text|>": 256, "<|end_of_text|>": 257}, bos=256, eos=257, stop=frozenset({257})
+    )
+    tokenizer = TiktokenTokenizer([bytes([i]) for i in range(256)], "llama3", special)
+    given = replace(hf_source(tmp_path / "hf", DENSE["llama-3"]), tokenizer=tokenizer)
+    quiet(given, tmp_path / "a.gguf")
+    store = GGUFStore(tmp_path / "a.gguf")
+    assert store.metadata()["tokenizer.ggml.merges"] == []
+    assert tokenizer_of(store).encode("a b", bos=True) == [256, 97, 32, 98]
