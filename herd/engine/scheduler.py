@@ -1,0 +1,407 @@
+"""Who runs in the next step, with which blocks: continuous batching in plain Python. No torch.
+
+A step is `plan` -> forward -> `commit`. Each step first serves every sequence that needs one position (decode rows), then fills
+the token budget with pieces of prompts, oldest request first; the queue is strictly first come, first served. When blocks run
+out, the newest sequence gives all of its back and is computed again later. A plan changes nothing but the blocks that
+sequences hold, so it can be dropped, and any part of it committed.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import deque
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+from herd.engine.blocks import BlockPool, blocks_of
+from herd.engine.request import Finish, Request, Sequence
+from herd.errors import ConfigError, ContextFullError
+
+__all__ = ["Chunk", "Progress", "Scheduler", "StepPlan"]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Positions `start` .. `start + count` of one sequence, the last len(drafts) of them guesses.
+
+    The logits of its last `logits` rows are wanted. `sample`: a token follows the last row (with drafts: one per row of the last
+    1 + len(drafts), as far as the guesses were right). `blocks` are those of the plan, whatever happens to the sequence since.
+    """
+
+    sequence: Sequence
+    start: int
+    count: int
+    sample: bool
+    logits: int
+    blocks: list[int]
+    drafts: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> list[int]:
+        """The ids to run."""
+        known = self.sequence.tokens[self.start : self.start + self.count - len(self.drafts)]
+        return [*known, *self.drafts]
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """One step: `copies` (from block, to block) come first and in order, then `rows` in one forward."""
+
+    rows: list[Chunk] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """Positions computed in this step."""
+        return sum(chunk.count for chunk in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a step gave one sequence: new `tokens`, and why it ended with the last of them, if it did."""
+
+    sequence: Sequence
+    tokens: list[int]
+    finish: Finish | None
+
+
+class Scheduler:
+    """Sequences over a block pool. `max_seqs` run at once, `max_tokens` positions a step, `max_len` positions each.
+
+    Raises ConfigError when the numbers do not fit each other: a sequence of `max_len` must fit into the pool alone, and every
+    running sequence must get a row.
+    """
+
+    def __init__(self, pool: BlockPool, *, max_seqs: int, max_tokens: int, max_len: int) -> None:
+        if min(max_seqs, max_tokens) < 1 or max_len < 2:
+            raise ConfigError(
+                f"max_seqs {max_seqs}, max_tokens {max_tokens}, max_len {max_len}: give at least 1, 1 and 2"
+            )
+        if max_tokens < max_seqs:
+            raise ConfigError(
+                f"max_tokens {max_tokens} is below max_seqs {max_seqs}: every sequence needs a row in a step"
+            )
+        need = blocks_of(max_len, pool.block_size)
+        if need > pool.n_blocks:
+            raise ConfigError(
+                f"max_len {max_len} needs {need} blocks of {pool.block_size} positions, and the cache has {pool.n_blocks}: "
+                f"lower it to {pool.n_blocks * pool.block_size}, or give the cache more memory"
+            )
+        self.pool, self.max_seqs, self.max_tokens, self.max_len = pool, max_seqs, max_tokens, max_len
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self._live: dict[str, list[Sequence]] = {}
+        self._indices: dict[str, int] = {}
+        self._copies: list[tuple[int, int]] = []
+        self._arrivals = 0
+
+    @property
+    def idle(self) -> bool:
+        """Nothing waits and nothing runs."""
+        return not self._live
+
+    def sequences(self, request_id: str) -> list[Sequence]:
+        """The unfinished continuations of a request; none for an id that is unknown or finished."""
+        return list(self._live.get(request_id, ()))
+
+    def add(self, request: Request) -> list[Sequence]:
+        """Queue a request: its continuations, one per candidate.
+
+        Raises ContextFullError when it can never fit, ConfigError for an id that is in use or more continuations than run at
+        once.
+        """
+        if request.id in self._live:
+            raise ConfigError(f"request {request.id!r} is already running: give every request an id of its own")
+        if request.width > self.max_seqs:
+            raise ConfigError(
+                f"request {request.id!r} asks for {request.width} continuations, and at most {self.max_seqs} run at once "
+                "(max_seqs)"
+            )
+        length = len(request.prompt)
+        if length >= self.max_len:
+            raise ContextFullError(
+                f"request {request.id!r}: the prompt has {length} tokens and the context holds {self.max_len}, so there is no "
+                "room for a reply: shorten the prompt or raise max_len",
+                needed=length + 1,
+                available=self.max_len,
+            )
+        self._arrivals += 1
+        sequences = [Sequence(request, i, (self._arrivals, i)) for i in range(request.params.candidates)]
+        sequences[0].children = sequences[1:]
+        self._live[request.id], self._indices[request.id] = list(sequences), len(sequences)
+        self.waiting.append(sequences[0])
+        return sequences
+
+    def abort(self, request_id: str) -> list[Sequence]:
+        """End a request now, whatever it is doing; the sequences that were ended, none when there was nothing to end."""
+        ended = self.sequences(request_id)
+        for sequence in ended:
+            sequence.children = []
+        for sequence in ended:
+            self.finish(sequence, "abort")
+        return ended
+
+    def finish(self, sequence: Sequence, reason: Finish) -> bool:
+        """End one continuation (stop strings, errors). False when it had ended before."""
+        if sequence.status == "finished":
+            return False
+        live = self._live[sequence.request.id]
+        live.remove(sequence)
+        if not live:
+            del self._live[sequence.request.id], self._indices[sequence.request.id]
+        self._release(sequence)
+        if sequence in self.running:
+            self.running.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+        else:  # a child that has not begun
+            for other in live:
+                if sequence in other.children:
+                    other.children.remove(sequence)
+        sequence.status, sequence.finish = "finished", reason
+        if sequence.children:  # it ended before its prompt was read: the first child reads it for the others
+            heir, *heir.children = sequence.children
+            sequence.children = []
+            self._wait(heir)
+        return True
+
+    def fork(self, parent: Sequence) -> Sequence:
+        """A new continuation with all that `parent` has (beam search). It shares its blocks; the first to write copies."""
+        assert parent.status == "running", parent
+        index = self._indices[parent.request.id]
+        self._indices[parent.request.id] += 1
+        child = Sequence(parent.request, index, (parent.order[0], index))
+        child.tokens = list(parent.tokens)
+        child.cached_tokens, child.scored = parent.cached_tokens, parent.scored
+        self._inherit(child, parent, parent.computed)
+        self._live[parent.request.id].append(child)
+        return child
+
+    def plan(self) -> StepPlan:
+        """The next step; no rows when there is nothing to do. Takes the drafts of its sequences.
+
+        A plan may be dropped before its copies were made; afterwards commit it, or at least an empty one.
+        """
+        plan = StepPlan(copies=self._copies)  # those of a plan that was dropped are still due
+        decodes = [s for s in self.running if len(s.tokens) - s.computed == 1]
+        spare = self.max_tokens - len(decodes)
+        for sequence in decodes:
+            if sequence.status == "running" and plan.tokens < self.max_tokens:
+                spare -= self._plan_decode(plan, sequence, max(spare, 0))
+        for sequence in [s for s in self.running if len(s.tokens) - s.computed > 1]:
+            if sequence.status == "running":
+                self._plan_prompt(plan, sequence)
+        while plan.tokens < self.max_tokens and (sequence := self._admit()) is not None:
+            self._plan_prompt(plan, sequence)
+        assert plan.rows or self.idle, "there is work, but no step for it"
+        return plan
+
+    def commit(self, plan: StepPlan, sampled: Seq[Seq[int]]) -> list[Progress]:
+        """Take in what a plan (or some chunks of it) computed. `sampled` has the new tokens of each chunk: none without
+        `sample`, one otherwise, with drafts those that were right and the one after them.
+
+        Sequences that have ended since are passed over. Rejected drafts, and tokens after a stop, are as if never computed.
+        """
+        self._copies = []
+        out = []
+        for chunk, tokens in zip(plan.rows, sampled, strict=True):
+            if chunk.sequence.status == "running":
+                out.append(self._commit(chunk, list(tokens)))
+        return out
+
+    def check(self) -> None:
+        """Assert every invariant, in time proportional to the pool. Right after `plan` or `commit`, at any time."""
+        live = [s for sequences in self._live.values() for s in sequences]
+        self.pool.check([s.blocks for s in live])
+        assert list(self.waiting) == sorted(self.waiting, key=_order)
+        assert self.running == sorted(self.running, key=_order)
+        children = [c for s in live for c in s.children]
+        assert sorted([*self.waiting, *self.running, *children], key=_order) == sorted(live, key=_order)
+        owners: dict[tuple[int, int], Sequence] = {}
+        for s in live:
+            assert s.status == ("running" if s in self.running else "waiting")
+            assert s.status == "running" or not s.blocks
+            assert 0 <= s.computed < len(s.tokens) <= self.max_len
+            assert s.computed <= len(s.blocks) * self.pool.block_size
+            assert len(s.digests) == s.computed // self.pool.block_size
+            for i, block in enumerate(s.blocks):
+                if self.pool.references(block) > 1:
+                    other = owners.setdefault((block, i), s)
+                    first, last = (
+                        i * self.pool.block_size,
+                        min((i + 1) * self.pool.block_size, s.computed, other.computed),
+                    )
+                    assert s.tokens[first:last] == other.tokens[first:last], f"{s} and {other} share block {block}"
+        places: dict[int, int] = {}
+        for block, i in owners:
+            assert places.setdefault(block, i) == i, f"block {block} lies at two places"
+
+    def _plan_decode(self, plan: StepPlan, sequence: Sequence, spare: int) -> int:
+        """The row of a sequence that needs one position, with drafts when there is room for them. Returns their number."""
+        room = min(spare, self.max_len - len(sequence.tokens) - 1)
+        if sequence.request.params.max_tokens is not None:
+            room = min(room, sequence.request.params.max_tokens - sequence.made - 1)
+        drafts, sequence.drafts = sequence.drafts[: max(room, 0)], ()
+        start = sequence.computed
+        if drafts and self._missing(sequence, start + 1 + len(drafts)) > self.pool.available:
+            drafts = ()  # guesses take nobody's blocks
+        if not self._reserve(plan, sequence, start + 1 + len(drafts)):
+            return 0
+        count = 1 + len(drafts)
+        plan.rows.append(Chunk(sequence, start, count, True, count, sequence.blocks, drafts))
+        return len(drafts)
+
+    def _plan_prompt(self, plan: StepPlan, sequence: Sequence) -> None:
+        """As much of a prompt (or of a preempted sequence) as the budget allows."""
+        start, total = sequence.computed, len(sequence.tokens)
+        count = min(total - start, self.max_tokens - plan.tokens)
+        if count < 1 or not self._reserve(plan, sequence, start + count):
+            return
+        sample = start + count == total
+        logits = int(sample)
+        if _scores(sequence):
+            logits = max(logits, start + count - max(start, sequence.scored))
+        plan.rows.append(Chunk(sequence, start, count, sample, logits, sequence.blocks))
+
+    def _admit(self) -> Sequence | None:
+        """The oldest waiting sequence, made running with the blocks that are known of it; None when it has to wait.
+
+        It has to find room for all of its tokens, and leave a block to each running one: otherwise it would be preempted at
+        once. Nobody passes it.
+        """
+        if not self.waiting or self.pool.available <= len(self.running):
+            return None
+        sequence = self.waiting[0]
+        if self._slots(sequence) > self.max_seqs:
+            return None
+        request, size = sequence.request, self.pool.block_size
+        limit = (
+            sequence.scored if _scores(sequence) else len(sequence.tokens) - 1
+        )  # the last token must run: it has logits
+        blocks, digests = self.pool.lookup(sequence.tokens[:limit], salt=request.salt, adapter=request.adapter)
+        need = blocks_of(len(sequence.tokens), size) - len(blocks)
+        idle_hits = sum(self.pool.references(block) == 0 for block in blocks)
+        if need + idle_hits + len(self.running) > self.pool.available:
+            return None
+        self.pool.share(blocks)
+        sequence.blocks, sequence.digests, sequence.computed = blocks, digests, len(blocks) * size
+        if sequence.cached_tokens is None:
+            sequence.cached_tokens = sequence.computed
+        self.waiting.popleft()
+        sequence.status = "running"
+        insort(self.running, sequence, key=_order)
+        return sequence
+
+    def _slots(self, candidate: Sequence) -> int:
+        """Continuations that run, or will when their prompt is read, with `candidate` beside them."""
+        beams = {s.request.id: s.request.params.beams for s in (*self.running, candidate) if s.request.params.beams > 1}
+        return sum(beams.values()) + sum(
+            1 + len(s.children) for s in (*self.running, candidate) if s.request.id not in beams
+        )
+
+    def _missing(self, sequence: Sequence, end: int) -> int:
+        """Blocks that `sequence` lacks to write positions `computed` .. `end`: new ones, and copies of shared ones."""
+        size = self.pool.block_size
+        have = sequence.blocks[sequence.computed // size :]
+        shared = sum(self.pool.references(block) > 1 for block in have)
+        return shared + max(0, blocks_of(end, size) - len(sequence.blocks))
+
+    def _reserve(self, plan: StepPlan, sequence: Sequence, end: int) -> bool:
+        """Give `sequence` blocks of its own for positions `computed` .. `end`, from the newest ones when none are left.
+
+        False when it was the newest itself and has been preempted.
+        """
+        while self._missing(sequence, end) > self.pool.available:
+            victim = next(s for s in reversed(self.running) if s.blocks or s is sequence)
+            self._preempt(plan, victim)
+            if victim is sequence:
+                return False
+        size = self.pool.block_size
+        for i in range(sequence.computed // size, len(sequence.blocks)):
+            block = sequence.blocks[i]
+            if self.pool.references(block) > 1:
+                (own,) = self.pool.allocate(1)
+                plan.copies.append((block, own))
+                self.pool.free([block])
+                sequence.blocks[i] = own
+            else:
+                self.pool.forget(block)
+        sequence.blocks += self.pool.allocate(max(0, blocks_of(end, size) - len(sequence.blocks)))
+        return True
+
+    def _preempt(self, plan: StepPlan, victim: Sequence) -> None:
+        """Take every block of `victim` back; it waits, before all that never ran, and is computed again."""
+        plan.rows = [chunk for chunk in plan.rows if chunk.sequence is not victim]
+        self._release(victim)
+        victim.computed = 0
+        victim.preemptions += 1
+        self.running.remove(victim)
+        self._wait(victim)
+
+    def _wait(self, sequence: Sequence) -> None:
+        sequence.status = "waiting"
+        insort(self.waiting, sequence, key=_order)
+
+    def _release(self, sequence: Sequence) -> None:
+        # A new list: chunks of a plan keep the old one.
+        blocks, sequence.blocks, sequence.digests, sequence.drafts = sequence.blocks, [], [], ()
+        self.pool.free(blocks)
+
+    def _inherit(self, child: Sequence, parent: Sequence, computed: int) -> None:
+        """`child` runs beside `parent`, with its first `computed` positions in the same blocks."""
+        size = self.pool.block_size
+        child.computed = computed
+        child.blocks = parent.blocks[: blocks_of(computed, size)]
+        child.digests = parent.digests[: computed // size]
+        self.pool.share(child.blocks)
+        child.status = "running"
+        insort(self.running, child, key=_order)
+
+    def _commit(self, chunk: Chunk, new: list[int]) -> Progress:
+        sequence, prompt = chunk.sequence, len(chunk.sequence.request.prompt)
+        assert bool(new) == chunk.sample, f"{len(new)} tokens were sampled for {chunk}"
+        assert sequence.computed == chunk.start, f"{chunk} is committed twice, or not of the last plan"
+        assert tuple(new[:-1]) == chunk.drafts[: len(new) - 1], f"{new} does not begin with drafts of {chunk}"
+        end = chunk.start + chunk.count - len(chunk.drafts)
+        sequence.computed = end
+        if _scores(sequence):
+            sequence.scored = max(sequence.scored, min(end, prompt))
+        self._seal(sequence)
+        if sequence.children and end >= prompt:
+            # They compute the last prompt token again, each for itself, and get their own first logits that way.
+            for child in sequence.children:
+                child.cached_tokens, child.scored = prompt - 1, sequence.scored
+                self._inherit(child, sequence, prompt - 1)
+            sequence.children = []
+        kept: list[int] = []
+        finish = None
+        for token in new:
+            kept.append(token)
+            sequence.tokens.append(token)
+            finish = sequence.ending(self.max_len)
+            if finish is not None:
+                break
+        if kept:
+            sequence.computed = end + len(kept) - 1
+            self._seal(sequence)
+        if finish is not None:
+            self.finish(sequence, finish)
+        return Progress(sequence, kept, finish)
+
+    def _seal(self, sequence: Sequence) -> None:
+        """Make the blocks that have become full known."""
+        size, request = self.pool.block_size, sequence.request
+        for i in range(len(sequence.digests), sequence.computed // size):
+            tokens = sequence.tokens[i * size : (i + 1) * size]
+            sequence.digests.append(
+                self.pool.seal(sequence.blocks[i], sequence.digests, tokens, salt=request.salt, adapter=request.adapter)
+            )
+
+
+def _order(sequence: Sequence) -> tuple[int, int]:
+    return sequence.order
+
+
+def _scores(sequence: Sequence) -> bool:
+    """Whether logits of prompt positions are still wanted."""
+    return sequence.request.params.prompt_logprobs is not None and sequence.scored < len(sequence.request.prompt)

@@ -1,0 +1,104 @@
+"""A model without numbers: its next token is a hash of everything before it, read through the paged cache like keys are.
+
+What a slot of the cache holds is the hash of the prefix that ends there, so a wrong block, a missed copy or a stale prefix shows
+at once: every step checks all slots of its sequences.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Sequence
+
+from herd.engine.request import Request
+from herd.engine.scheduler import Chunk, Progress, Scheduler, StepPlan
+
+VOCAB = 7
+"""Few ids, so that stop ids and equal prefixes are common."""
+
+
+def hashed(before: int, token: int) -> int:
+    """The prefix that ends with `token`."""
+    return zlib.crc32(token.to_bytes(4, "little"), before)
+
+
+def prefix(tokens: Iterable[int], adapter: str | None) -> int:
+    """Hash of a whole prefix."""
+    state = zlib.crc32((adapter or "").encode())
+    for token in tokens:
+        state = hashed(state, token)
+    return state
+
+
+def chosen(state: int, index: int) -> int:
+    """What continuation `index` says after a prefix."""
+    return zlib.crc32(index.to_bytes(4, "little"), state) % VOCAB
+
+
+def expected(request: Request, index: int, max_len: int) -> list[int]:
+    """The reply, made without a cache or a scheduler."""
+    tokens = list(request.prompt)
+    state = prefix(tokens, request.adapter)
+    most = max_len if request.params.max_tokens is None else len(tokens) + request.params.max_tokens
+    while len(tokens) < min(most, max_len):
+        token = chosen(state, index)
+        tokens.append(token)
+        state = hashed(state, token)
+        if token in request.stops:
+            break
+    return tokens[len(request.prompt) :]
+
+
+class FakeModel:
+    """Runs plans over `slots`, one number per position of the pool."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self.size = scheduler.pool.block_size
+        self.slots = [0] * (scheduler.pool.n_blocks * self.size)
+
+    def step(self) -> list[Progress]:
+        """Plan, run, commit."""
+        plan = self.scheduler.plan()
+        return self.scheduler.commit(plan, self.run(plan))
+
+    def run(self, plan: StepPlan) -> list[list[int]]:
+        """What each chunk samples."""
+        size = self.size
+        for source, target in plan.copies:
+            self.slots[target * size : (target + 1) * size] = self.slots[source * size : (source + 1) * size]
+        out = []
+        written: set[int] = set()
+        for chunk in plan.rows:
+            states = self._states(chunk, written)
+            out.append(_sample(chunk, states) if chunk.sample else [])
+        return out
+
+    def _states(self, chunk: Chunk, written: set[int]) -> list[int]:
+        """The hash after each row of a chunk, written to its slots; what it reads is checked."""
+        s, size = chunk.sequence, self.size
+        state = prefix((), s.request.adapter)
+        for position in range(chunk.start):
+            state = hashed(state, s.tokens[position])
+            slot = chunk.blocks[position // size] * size + position % size
+            assert self.slots[slot] == state, f"position {position} of {s} is not in slot {slot}"
+        states = []
+        assert len(chunk.tokens) == chunk.count
+        for position, token in enumerate(chunk.tokens, chunk.start):
+            state = hashed(state, token)
+            slot = chunk.blocks[position // size] * size + position % size
+            assert slot not in written, f"two rows write slot {slot}"
+            written.add(slot)
+            self.slots[slot] = state
+            states.append(state)
+        return states
+
+
+def _sample(chunk: Chunk, states: Sequence[int]) -> list[int]:
+    """One token, or with drafts as many as were right and the next."""
+    index, guesses = chunk.sequence.index, chunk.drafts
+    out = []
+    for i, state in enumerate(states[len(states) - 1 - len(guesses) :]):
+        out.append(chosen(state, index))
+        if i == len(guesses) or guesses[i] != out[-1]:
+            break
+    return out
