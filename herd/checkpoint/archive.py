@@ -9,9 +9,9 @@ from __future__ import annotations
 import struct
 from typing import NoReturn
 
-from herd.checkpoint.files import short
 from herd.checkpoint.mapped import MappedFile, Span
 from herd.errors import CheckpointError
+from herd.files import short
 
 __all__ = ["read_archive"]
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn, overload
 
-from herd.checkpoint.files import short
 from herd.errors import ConfigError
+from herd.files import short
 
 __all__ = ["Fields", "named"]
 

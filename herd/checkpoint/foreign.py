@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from herd.checkpoint.files import read_json, short
 from herd.errors import HerdError
+from herd.files import read_json, short
 
 if TYPE_CHECKING:
     from herd.checkpoint.gguf import GGUFFile

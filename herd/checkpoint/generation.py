@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from herd.checkpoint.files import read_json, short
 from herd.checkpoint.store import GenerationDefaults
 from herd.errors import CheckpointError
+from herd.files import read_json, short
 
 __all__ = ["read_generation"]
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from herd.checkpoint.files import short
 from herd.checkpoint.gguf_metadata import Cursor, Metadata
 from herd.checkpoint.mapped import MappedFile
 from herd.checkpoint.store import TensorInfo
 from herd.errors import CheckpointError
+from herd.files import short
 from herd.quant.scheme import BlockType, QuantTensor, block_type
 
 if TYPE_CHECKING:

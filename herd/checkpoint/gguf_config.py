@@ -27,13 +27,13 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from herd.checkpoint.files import short
 from herd.checkpoint.gguf_metadata import Metadata
 from herd.checkpoint.gguf_own import OWN_KEY, own_facts
 from herd.checkpoint.gguf_rope import matches, recover
 from herd.checkpoint.limits import plausible
 from herd.checkpoint.store import GenerationDefaults
 from herd.errors import CheckpointError, ConfigError
+from herd.files import short
 from herd.model.config import MAX_LAYERS, LayerSpec, ModelConfig, MoEConfig, RopeScaling, Temper, irope, plain
 
 __all__ = ["ROPE_TABLE", "Shapes", "read_config", "read_sampling"]

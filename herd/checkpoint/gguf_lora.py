@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from herd.adapters.lora import Factors, LoraAdapter
-from herd.checkpoint.files import short
 from herd.checkpoint.gguf import GGUFFile
 from herd.checkpoint.names import homes, shapes
 from herd.checkpoint.write.gguf import write_gguf_file
 from herd.checkpoint.write.gguf_config import architecture
 from herd.checkpoint.write.planned import Planned, Tick
 from herd.errors import CheckpointError
+from herd.files import short
 from herd.model.config import ModelConfig
 
 __all__ = ["one_scale", "read_gguf_lora", "write_gguf_lora"]

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from herd.checkpoint.files import short
 from herd.checkpoint.gguf import GGUFFile
 from herd.checkpoint.gguf_config import ROPE_TABLE, read_config, read_sampling
 from herd.checkpoint.mapped import slices
 from herd.checkpoint.names import homes, ignored, shapes
 from herd.checkpoint.store import TensorInfo
 from herd.errors import CheckpointError
+from herd.files import short
 from herd.quant.scheme import BLOCK_TYPES, QuantTensor
 
 if TYPE_CHECKING:

@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from herd.checkpoint.files import read_json, safe_join, short
 from herd.checkpoint.generation import read_generation
 from herd.checkpoint.hf_config import read_config
 from herd.checkpoint.layout import fitting
@@ -23,6 +22,7 @@ from herd.checkpoint.store import TensorFile, TensorInfo
 from herd.checkpoint.torchfile import TorchFile
 from herd.checkpoint.twins import same_stored
 from herd.errors import CheckpointError, ConfigError
+from herd.files import read_json, safe_join, short
 from herd.quant.numbers import NUMBER_BYTES
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 from herd.checkpoint.fields import Fields, named
-from herd.checkpoint.files import short
 from herd.checkpoint.hf_keys import check_keys, check_rope
 from herd.checkpoint.limits import plausible
 from herd.checkpoint.names import Column
 from herd.errors import ConfigError
+from herd.files import short
 from herd.model.config import MAX_LAYERS, LayerSpec, ModelConfig, MoEConfig, Placement, RopeScaling, Temper, plain
 
 __all__ = ["HFModel", "read_config"]

@@ -10,7 +10,7 @@ import warnings
 from typing import Any
 
 from herd.checkpoint.fields import Fields
-from herd.checkpoint.files import short
+from herd.files import short
 
 __all__ = ["check_keys", "check_rope"]
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from herd.chat.formats import detect
-from herd.checkpoint.files import read_json, short
 from herd.checkpoint.foreign import Foreign, foreign_at, stored_tensors
 from herd.checkpoint.kinship import Kin, generation_of, kin_of
 from herd.checkpoint.open import open_store
@@ -25,6 +24,7 @@ from herd.checkpoint.store import GenerationDefaults, TensorInfo, TensorStore
 from herd.checkpoint.suspicion import Finding, in_files, in_numbers, in_tokens
 from herd.checkpoint.vocabulary import format_source, tokenizer_at
 from herd.errors import HerdError, PromptError
+from herd.files import read_json, short
 from herd.model.accounting import active_parameters, parameters
 from herd.model.config import ModelConfig
 from herd.quant.mix import MIXES

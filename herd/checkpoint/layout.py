@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
-from herd.checkpoint.files import short
 from herd.checkpoint.outline import Outline
 from herd.errors import CheckpointError
+from herd.files import short
 from herd.model.config import ModelConfig
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from herd.checkpoint.files import short
 from herd.errors import CheckpointError
+from herd.files import short
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from herd.checkpoint.files import read_json, short
 from herd.checkpoint.layout import fitting
 from herd.checkpoint.mapped import same_bytes
 from herd.checkpoint.meta_config import read_params
@@ -24,6 +23,7 @@ from herd.checkpoint.store import GenerationDefaults, TensorInfo
 from herd.checkpoint.torchfile import TorchFile
 from herd.checkpoint.twins import same_stored
 from herd.errors import CheckpointError, ConfigError
+from herd.files import read_json, short
 from herd.quant.numbers import NUMBER_BYTES
 
 if TYPE_CHECKING:

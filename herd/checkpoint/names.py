@@ -24,10 +24,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from herd.checkpoint.files import short
 from herd.checkpoint.layout import Fused, Interleave, Shaped, Stack, Step, Transpose
 from herd.checkpoint.outline import Outline
 from herd.errors import CheckpointError
+from herd.files import short
 from herd.model.config import ModelConfig
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ import os
 import re
 from pathlib import Path
 
-from herd.checkpoint.files import short
 from herd.checkpoint.store import TensorStore
 from herd.errors import CheckpointError
+from herd.files import short
 
 __all__ = ["open_store"]
 

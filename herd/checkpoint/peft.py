@@ -22,7 +22,6 @@ from torch import Tensor
 
 from herd.adapters.lora import Factors, LoraAdapter
 from herd.checkpoint.fields import Fields
-from herd.checkpoint.files import read_json, short
 from herd.checkpoint.layout import Interleave
 from herd.checkpoint.names import Column, Home, homes, shapes
 from herd.checkpoint.safetensors import SafetensorsFile
@@ -32,6 +31,7 @@ from herd.checkpoint.write.gguf_config import architecture
 from herd.checkpoint.write.planned import Planned, Tick
 from herd.checkpoint.write.safetensors import FORMAT, write_safetensors
 from herd.errors import CheckpointError, ConfigError
+from herd.files import read_json, short
 from herd.model.config import ModelConfig
 
 __all__ = ["CONFIG", "hf_column", "plain_rows", "read_peft", "write_peft"]

@@ -12,10 +12,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from herd.checkpoint.files import parse_json, short
 from herd.checkpoint.mapped import MappedFile, Span
 from herd.checkpoint.store import TensorInfo
 from herd.errors import CheckpointError
+from herd.files import parse_json, short
 from herd.quant.numbers import torch_dtype
 
 if TYPE_CHECKING:

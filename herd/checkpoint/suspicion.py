@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from herd.checkpoint.files import read_json, short
 from herd.checkpoint.kinship import Kin
 from herd.checkpoint.store import TensorInfo, TensorStore
 from herd.errors import HerdError
+from herd.files import read_json, short
 from herd.model.config import RopeScaling
 from herd.tokenizer.tokenizer import Tokenizer
 

@@ -13,8 +13,8 @@ import struct
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from herd.checkpoint.files import short
 from herd.errors import CheckpointError
+from herd.files import short
 from herd.quant.numbers import NUMBER_BYTES
 
 __all__ = ["ForbiddenGlobalError", "Storage", "TensorSpec", "unpickle"]

@@ -134,7 +134,7 @@ def _read(path: Path, kind: Kind, config: ModelConfig) -> LoraAdapter:
 
 
 def _named_base(path: Path, kind: Kind) -> str:
-    from herd.checkpoint.files import read_json
+    from herd.files import read_json
 
     folder = path if path.is_dir() else path.parent
     if kind == "peft":

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from herd.checkpoint.write.pieces import pieces
 from herd.checkpoint.write.planned import Planned, Tick
 from herd.errors import CheckpointError
-from herd.quant.scheme import QuantTensor, block_type
+from herd.quant.scheme import block_type
 
 __all__ = ["Encoded", "Typed", "encoded", "encoded_metadata", "write_gguf_file"]
 
@@ -27,8 +26,6 @@ ALIGNMENT = 32
 MAX_NAME = 63
 """Bytes: ggml keeps names in 64 with a closing zero."""
 MAX_DIMS = 4
-PIECE = 1 << 24
-"""Bytes handed to the system at a time, between two ticks."""
 
 _NUMBERS = {
     "u8": (0, "<u1"),
@@ -89,7 +86,8 @@ def write_gguf_file(
             offset = _aligned(offset + plan.nbytes, alignment)
         _pad(file, alignment)
         for plan in planned:
-            _write_tensor(file, place, plan, tick)
+            for piece in pieces(plan, plan.make()):
+                tick(file.write(piece))
             _pad(file, alignment)
         file.flush()
         os.fsync(file.fileno())
@@ -192,27 +190,6 @@ def _description(plan: Planned, offset: int) -> bytes:
     assert kind is not None, plan.stored
     dims = plan.shape[::-1]  # the file lists the innermost dimension first
     return _text(plan.name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind.id, offset)
-
-
-def _write_tensor(file: BinaryIO, path: Path, plan: Planned, tick: Tick) -> None:
-    made = plan.make()
-    kind = block_type(plan.stored)
-    assert kind is not None
-    if isinstance(made, QuantTensor):
-        fits, stored = made.type.name == kind.name and made.shape == plan.shape, made.blocks
-    else:
-        fits, stored = made.dtype == kind.dtype and tuple(made.shape) == plan.shape, made
-    if not fits:
-        raise AssertionError(f"{path}, {plan.name}: planned {kind.name} {plan.shape}, made something else")
-    data = _bytes(stored).numpy().data
-    assert len(data) == plan.nbytes, plan.name
-    for at in range(0, len(data), PIECE):
-        tick(file.write(data[at : at + PIECE]))
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8)
 
 
 def _pad(file: BinaryIO, alignment: int) -> None:
