@@ -1,8 +1,11 @@
 // What the two sides of the border agree on. Plain C layout: herd/kernels/native.py describes the same structures to ctypes.
+// VERSION changes with every change here, so that a library built from older sources is refused instead of misread.
 #pragma once
 #include <cstdint>
 
 namespace herd {
+
+constexpr int VERSION = 2;
 
 struct Matrix {            // [rows, cols]; quantized formats in panels, F32 / F16 / BF16 row by row
     const uint8_t* data;
@@ -24,7 +27,7 @@ struct Layer {
 };
 
 struct Model {
-    int64_t dim, n_layers, n_heads, n_kv_heads, head_dim, hidden_dim;
+    int64_t dim, n_layers, n_heads, n_kv_heads, head_dim;
     double norm_eps;
     const Layer* layers;
 };
@@ -40,14 +43,16 @@ struct Step {
     const float* sin;
     const float* temper;   // [rows]: what tempered layers multiply queries by
     const int64_t* slot;   // [rows]: block * block_size + offset
-    const Span* spans;
+    const Span* spans;     // in row order; together they cover every row once
     int64_t n_spans;
-    const int32_t* tables; // [sequences, table_stride]
-    int64_t table_stride;
-    int64_t block_size;
-    int64_t kv_kind;       // F32, F16 or BF16
-    uint8_t* const* k;     // per layer [blocks, block_size, n_kv_heads, head_dim]
+    const int32_t* tables; // [n_sequences, table_stride]
+    int64_t n_sequences, table_stride;
+    int64_t n_blocks, block_size;
+    int64_t kv_kind;       // F32, F16, BF16 or I8
+    uint8_t* const* k;     // per layer [n_blocks, block_size, n_kv_heads, head_dim]
     uint8_t* const* v;
+    float* const* k_scale; // per layer [n_blocks, block_size, n_kv_heads]; I8 only
+    float* const* v_scale;
     int64_t first_layer, last_layer;
 };
 

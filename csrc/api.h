@@ -1,10 +1,11 @@
 // What every instruction set offers.
 #pragma once
 #include "abi.h"
+#include "scratch.h"
 
 namespace herd {
 struct Api {
-    void (*forward)(const Model&, const Step&, int threads);
-    void (*matmul)(const Matrix&, const float* x, int64_t rows, float* y, int threads);
+    void (*forward)(const Model&, const Step&, const Buffers&);
+    void (*matmul)(const Matrix&, const float* x, int64_t rows, float* y, const MatmulBuffers&);
 };
 }  // namespace herd

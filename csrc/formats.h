@@ -6,6 +6,7 @@
 #pragma once
 #include <cstdint>
 
+// The functions are static: compiled with every instruction set's flags, no copy may serve another's.
 namespace herd {
 
 constexpr int PANEL = 16;         // rows
@@ -14,7 +15,7 @@ constexpr int ACT_GROUP = 128;    // columns that share one activation scale
 constexpr int SUM_GROUP = 16;     // columns that share one activation sum
 
 // GGML's own ids.
-enum Format : int { F32 = 0, F16 = 1, Q4_0 = 2, Q8_0 = 8, Q4_K = 12, Q5_K = 13, Q6_K = 14, BF16 = 30 };
+enum Format : int { F32 = 0, F16 = 1, Q4_0 = 2, Q8_0 = 8, Q4_K = 12, Q5_K = 13, Q6_K = 14, I8 = 24, BF16 = 30 };
 
 struct Layout {
     int columns;   // per block of the source
@@ -23,7 +24,7 @@ struct Layout {
     int body;      // bytes of a group
 };
 
-constexpr Layout layout(int format) {
+static constexpr Layout layout(int format) {
     switch (format) {
         case Q4_0: return {32, 18, 0, 32 + 256};
         case Q8_0: return {32, 34, 0, 32 + 512};
@@ -35,7 +36,7 @@ constexpr Layout layout(int format) {
 }
 
 // Bytes of one panel of `columns` columns.
-constexpr int64_t panel_bytes(int format, int64_t columns) {
+static constexpr int64_t panel_bytes(int format, int64_t columns) {
     const Layout l = layout(format);
     return columns / l.columns * (l.head + int64_t(l.columns / GROUP) * l.body);
 }

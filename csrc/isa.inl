@@ -1,6 +1,6 @@
-// One instruction set: the same source, compiled with its flags and its vector type.
+// One instruction set: the same source, compiled with its flags and its vector type. Everything lies in a namespace of its own, and
+// no template of the standard library is used: a copy of one compiled here could be linked in for processors that cannot run it.
 #include <omp.h>
-#include <type_traits>
 namespace herd::HERD_ISA { inline int thread_number() { return omp_get_thread_num(); } }
 #include "forward.h"
 #include "matmul.h"

@@ -8,6 +8,7 @@
 #include "api.h"
 #include "formats.h"
 #include "pack.h"
+#include "scratch.h"
 
 namespace herd {
 
@@ -47,34 +48,74 @@ const Api* offered(const char* name) {
     return nullptr;
 }
 
+const char* fault(const Step& s) {
+    int64_t row = 0;
+    for (int64_t i = 0; i < s.n_spans; ++i) {
+        const Span& span = s.spans[i];
+        if (span.row != row || span.rows < 1 || span.rows > s.rows - row) return "spans do not cover the rows one after the other";
+        if (span.position < 0 || span.position > s.table_stride * s.block_size - span.rows) return "a span is longer than its table";
+        if (span.sequence < 0 || span.sequence >= s.n_sequences) return "a span of no sequence";
+        const int32_t* table = s.tables + span.sequence * s.table_stride;
+        const int64_t end = span.position + span.rows;
+        for (int64_t b = 0; b * s.block_size < end; ++b)
+            if (table[b] < 0 || table[b] >= s.n_blocks) return "a table names a block that does not exist";
+        for (int64_t p = span.position; p < end; ++p, ++row)
+            if (s.slot[row] != table[p / s.block_size] * s.block_size + p % s.block_size) return "a slot is not where the table puts it";
+    }
+    return row == s.rows ? nullptr : "spans do not cover the rows one after the other";
+}
+
 }  // namespace
 }  // namespace herd
 
 using namespace herd;
 
+#define HERD_PUBLIC __attribute__((visibility("default")))
 extern "C" {
 
 // 1 when this processor and build have the instruction set `name`, which is then used.
-int herd_use(const char* name) {
+HERD_PUBLIC int herd_use(const char* name) {
     const Api* api = offered(name);
     if (api) chosen = api;
     return api != nullptr;
 }
 
-int64_t herd_packed_bytes(int format, int64_t rows, int64_t columns) {
+HERD_PUBLIC int64_t herd_packed_bytes(int format, int64_t rows, int64_t columns) {
     return (rows + PANEL - 1) / PANEL * panel_bytes(format, columns);
 }
 
-void herd_pack(int format, const uint8_t* source, int64_t rows, int64_t columns, uint8_t* out, int threads) {
+HERD_PUBLIC void herd_pack(int format, const uint8_t* source, int64_t rows, int64_t columns, uint8_t* out, int threads) {
     const int64_t panels = (rows + PANEL - 1) / PANEL, size = panel_bytes(format, columns);
-#pragma omp parallel for schedule(static) num_threads(threads)
+    #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t p = 0; p < panels; ++p) pack(format, source, rows, columns, p, p + 1, out + p * size);
 }
 
-void herd_matmul(const Matrix* m, const float* x, int64_t rows, float* y, int threads) {
-    chosen->matmul(*m, x, rows, y, threads);
+HERD_PUBLIC int herd_version() { return VERSION; }
+
+HERD_PUBLIC int64_t herd_matmul_scratch(const Matrix* m, int64_t rows, int threads) {
+    MatmulBuffers b;
+    return lay_out(*m, rows, threads, nullptr, b);
 }
 
-void herd_forward(const Model* m, const Step* s, int threads) { chosen->forward(*m, *s, threads); }
+// `scratch`: herd_matmul_scratch bytes, at a multiple of 64.
+HERD_PUBLIC void herd_matmul(const Matrix* m, const float* x, int64_t rows, float* y, int threads, uint8_t* scratch) {
+    MatmulBuffers b;
+    lay_out(*m, rows, threads, scratch, b);
+    chosen->matmul(*m, x, rows, y, b);
+}
+
+HERD_PUBLIC int64_t herd_forward_scratch(const Model* m, const Step* s, int threads) {
+    Buffers b;
+    return lay_out(*m, *s, threads, nullptr, b);
+}
+
+// Null, or what is wrong with the step, which then has not run: a wrong slot would overwrite memory that is not the cache's.
+HERD_PUBLIC const char* herd_forward(const Model* m, const Step* s, int threads, uint8_t* scratch) {
+    if (const char* wrong = fault(*s)) return wrong;
+    Buffers b;
+    lay_out(*m, *s, threads, scratch, b);
+    chosen->forward(*m, *s, b);
+    return nullptr;
+}
 
 }

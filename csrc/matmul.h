@@ -5,29 +5,18 @@
 namespace herd::HERD_ISA {
 
 // y [rows, m.rows] = x [rows, m.cols] @ m^T
-inline void matmul(const Matrix& m, const float* x, int64_t rows, float* y, int threads) {
-    static thread_local struct {
-        std::vector<int8_t> int8;
-        std::vector<float> scale;
-        std::vector<int32_t> sum;
-    } b;
-    const Acts shape{nullptr, nullptr, nullptr, m.cols};
-    if (quantized(m)) {
-        b.int8.resize(rows * m.cols);
-        b.scale.resize(rows * shape.scales());
-        b.sum.resize(rows * shape.sums());
-    }
-    const Inputs in{x, {b.int8.data(), b.scale.data(), b.sum.data(), m.cols}};
-    #pragma omp parallel num_threads(threads)
+inline void matmul(const Matrix& m, const float* x, int64_t rows, float* y, const MatmulBuffers& b) {
+    const Acts acts = shaped(b.acts, m.cols);
+    const Inputs in{x, acts};
+    #pragma omp parallel num_threads(b.threads)
     {
-        std::vector<float> spare;
-        #pragma omp for schedule(static)
-        for (int64_t r = 0; r < rows; ++r) {
-            if (quantized(m))
-                quantize(x + r * m.cols, m.cols, b.int8.data() + r * m.cols, b.scale.data() + r * shape.scales(), b.sum.data() + r * shape.sums());
+        float* spare = b.spare + thread_number() * b.spare_floats;
+        if (quantized(m)) {
+            #pragma omp for schedule(static)
+            for (int64_t r = 0; r < rows; ++r) quantize(x + r * m.cols, acts, r, 0, m.cols);
         }
         #pragma omp for schedule(static)
-        for (int64_t p = 0; p < panels(m); ++p) product(m, p, in, rows, y, spare);
+        for (int64_t p = 0; p < panels(m); ++p) product(m, p, in, rows, y + p * PANEL, m.rows, spare);
     }
 }
 

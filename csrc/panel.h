@@ -4,22 +4,13 @@
 // tokens are computed beside it. Integer sums are exact, so they may be split freely.
 #pragma once
 #include <cstring>
-#include "formats.h"
+#include "scratch.h"
 
 namespace herd::HERD_ISA {
 
 using F = V::F;
 using I = V::I;
 constexpr int PARTS = PANEL / V::LANES;
-
-struct Acts {                 // activations of M tokens, quantized
-    const int8_t* q;          // [M, K]
-    const float* scale;       // [M, ceil(K / ACT_GROUP)]
-    const int32_t* sum;       // [M, K / SUM_GROUP]
-    int64_t columns;
-    int64_t scales() const { return (columns + ACT_GROUP - 1) / ACT_GROUP; }
-    int64_t sums() const { return columns / SUM_GROUP; }
-};
 
 inline I low(I c) { return V::both(c, 0x0f0f0f0f); }
 inline I high(I c) { return V::both(V::template right<4>(c), 0x0f0f0f0f); }
@@ -110,8 +101,8 @@ void tile(const uint8_t* w, const Acts& a, int64_t first, float* y, int64_t stri
     const int32_t* sums[T];
     for (int t = 0; t < T; ++t) {
         x[t] = a.q + (first + t) * a.columns;
-        scales[t] = a.scale + (first + t) * a.scales();
-        sums[t] = a.sum + (first + t) * a.sums();
+        scales[t] = a.scale + (first + t) * a.scales;
+        sums[t] = a.sum + (first + t) * a.sums;
     }
     F total[T][PARTS], run[T][PARTS];
     for (int t = 0; t < T; ++t)

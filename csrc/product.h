@@ -1,8 +1,5 @@
 // One panel of a product, whatever the weight is stored as, and the forms its inputs must have.
 #pragma once
-#include <algorithm>
-#include <vector>
-#include "abi.h"
 #include "plain.h"
 
 namespace herd::HERD_ISA {
@@ -11,20 +8,21 @@ inline bool quantized(const Matrix& m) { return m.format != F32 && m.format != F
 
 inline int64_t panels(const Matrix& m) { return (m.rows + PANEL - 1) / PANEL; }
 
+inline Acts shaped(const Acts& storage, int64_t columns) {
+    return {storage.q, storage.scale, storage.sum, columns, (columns + ACT_GROUP - 1) / ACT_GROUP, columns / SUM_GROUP};
+}
 
-// Activations of a product in both forms; `q` is only filled when a matrix that reads them is quantized.
+// Rows that a product reads, in both forms; `acts` is filled only where a matrix that reads them is quantized.
 struct Inputs {
     const float* x;
     Acts acts;
     Inputs from(int64_t row) const {
-        const int64_t n = acts.columns;
-        const Acts a{acts.q + row * n, acts.scale + row * acts.scales(), acts.sum + row * acts.sums(), n};
-        return {x + row * n, a};
+        const Acts& a = acts;
+        return {x ? x + row * a.columns : x, {a.q + row * a.columns, a.scale + row * a.scales, a.sum + row * a.sums, a.columns, a.scales, a.sums}};
     }
 };
 
-
-inline void panel_any(int64_t format, const uint8_t* w, const Acts& a, int64_t rows, float* y, int64_t stride) {
+inline void panel_of(int64_t format, const uint8_t* w, const Acts& a, int64_t rows, float* y, int64_t stride) {
     switch (format) {
         case Q4_0: return panel<Q4_0>(w, a, 0, rows, y, stride);
         case Q8_0: return panel<Q8_0>(w, a, 0, rows, y, stride);
@@ -34,15 +32,15 @@ inline void panel_any(int64_t format, const uint8_t* w, const Acts& a, int64_t r
     }
 }
 
-// Panel `p` of y [rows, m.rows] = inputs [rows, m.cols] @ m^T.
-inline void product(const Matrix& m, int64_t p, const Inputs& in, int64_t rows, float* y, std::vector<float>& spare) {
-    const int64_t first = p * PANEL, n = std::min<int64_t>(PANEL, m.rows - first);
-    if (!quantized(m)) return plain_rows(m, first, first + n, in.x, rows, y);
+// Panel `p` of inputs @ m^T, its 16 columns at y [rows, stride]. Where m ends inside the panel, the columns behind are written
+// too if there is room for them, and otherwise go by way of `spare` [rows, PANEL].
+inline void product(const Matrix& m, int64_t p, const Inputs& in, int64_t rows, float* y, int64_t stride, float* spare) {
+    const int64_t first = p * PANEL, n = m.rows - first < PANEL ? m.rows - first : PANEL;
+    if (!quantized(m)) return plain_rows(m, first, first + n, in.x, rows, y, stride);
     const uint8_t* w = m.data + p * panel_bytes(int(m.format), m.cols);
-    if (n == PANEL) return panel_any(m.format, w, in.acts, rows, y + first, m.rows);
-    spare.resize(rows * PANEL);
-    panel_any(m.format, w, in.acts, rows, spare.data(), PANEL);
-    for (int64_t r = 0; r < rows; ++r) std::copy_n(spare.data() + r * PANEL, n, y + r * m.rows + first);
+    if (n == PANEL || !spare) return panel_of(m.format, w, in.acts, rows, y, stride);
+    panel_of(m.format, w, in.acts, rows, spare, PANEL);
+    for (int64_t r = 0; r < rows; ++r) std::memcpy(y + r * stride, spare + r * PANEL, n * sizeof(float));
 }
 
 }  // namespace herd::HERD_ISA

@@ -1,15 +1,17 @@
 // What happens to rows between matrix products: norms, quantization, rotation, the gate. All rows are independent.
 #pragma once
 #include "panel.h"
-#include <cmath>
 
 namespace herd::HERD_ISA {
 
 constexpr int L = V::LANES;
 
-// e^x, relative error below 2e-7 (Cephes' polynomial), 0 below -87.
+inline float root(float x) { return __builtin_sqrtf(x); }
+
+// e^x, relative error below 2e-7 (Cephes' polynomial), held between e^-87.3 and e^88.3, the ends of what float32 can scale by.
+// NaN stays NaN: with one among their operands, max and min give the second.
 inline F exponential(F x) {
-    x = V::max(x, V::set(-87.3f));
+    x = V::min(V::set(88.3f), V::max(V::set(-87.3f), x));
     const F n = V::nearest(V::mul(x, V::set(1.44269504088896341f)));
     F r = V::fnma(n, V::set(0.693359375f), x);
     r = V::fnma(n, V::set(-2.12194440e-4f), r);
@@ -23,7 +25,7 @@ inline F exponential(F x) {
     return V::scale(p, n);
 }
 
-// Sum of squares in float64 partials would be exacter; four float chains of fixed order are within 1e-6 and as fast as memory.
+// Four chains of 16 lanes keep the error of the sum near 1e-7 of it; their order is fixed.
 inline float mean_square(const float* x, int64_t n) {
     F a[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
     int64_t i = 0;
@@ -35,22 +37,46 @@ inline float mean_square(const float* x, int64_t n) {
 }
 
 inline void rms_norm(const float* x, const float* weight, int64_t n, float eps, float* y) {
-    const float r = 1.0f / std::sqrt(mean_square(x, n) + eps);
+    const float r = 1.0f / root(mean_square(x, n) + eps);
     int64_t i = 0;
     for (; i + L <= n; i += L) V::store(y + i, V::mul(V::mul(V::load(x + i), V::set(r)), V::load(weight + i)));
     for (; i < n; ++i) y[i] = x[i] * r * weight[i];
 }
 
-// One row [n], n a multiple of GROUP: q = round(x / scale), scale = largest magnitude of ACT_GROUP columns / 127.
-inline void quantize(const float* x, int64_t n, int8_t* q, float* scale, int32_t* sum) {
+// The largest magnitude of x [n], or NaN where one is no finite number.
+inline float magnitude(const float* x, int64_t n) {
+    F m = V::zero(), spoilt = V::zero();
+    for (int64_t i = 0; i < n; i += L) {
+        const F v = V::load(x + i);
+        m = V::max(m, V::abs(v));
+        spoilt = V::fma(v, V::zero(), spoilt);  // NaN and infinity times zero are NaN, and stay it
+    }
+    return V::top(m) + V::sum(spoilt);
+}
+
+// x [n] -> round(x / scale) in -127 .. 127; returns the scale. One value that is no finite number makes the scale NaN: what is
+// computed from it must not look like an answer. The scale is a normal number always, so that its inverse is finite.
+inline float to_bytes(const float* x, int64_t n, int8_t* q) {
+    constexpr float LEAST = 127.0f * 1.17549435e-38f;
+    float top = magnitude(x, n);
+    if (top != top) {
+        std::memset(q, 0, n);
+        return top;
+    }
+    if (top < LEAST) top = LEAST;
+    const float inverse = 127.0f / top;
+    for (int64_t i = 0; i < n; i += L) V::round8(x + i, inverse, q + i);
+    return top / 127.0f;
+}
+
+// Columns [begin, begin + n) of row `row` of a; begin is a multiple of ACT_GROUP, n of GROUP, and x points at the first of them.
+inline void quantize(const float* x, const Acts& a, int64_t row, int64_t begin, int64_t n) {
+    int8_t* q = a.q + row * a.columns + begin;
+    float* scale = a.scale + row * a.scales + begin / ACT_GROUP;
+    int32_t* sum = a.sum + row * a.sums + begin / SUM_GROUP;
     for (int64_t g = 0; g < n; g += ACT_GROUP) {
         const int64_t end = g + ACT_GROUP < n ? g + ACT_GROUP : n;
-        F m = V::zero();
-        for (int64_t i = g; i < end; i += L) m = V::max(m, V::abs(V::load(x + i)));
-        const float top = V::top(m);
-        const float inverse = top > 0 ? 127.0f / top : 0.0f;
-        scale[g / ACT_GROUP] = top / 127.0f;
-        for (int64_t i = g; i < end; i += L) V::round8(x + i, inverse, q + i);
+        scale[g / ACT_GROUP] = to_bytes(x + g, end - g, q + g);
         for (int64_t i = g; i < end; i += SUM_GROUP) {
             int32_t s = 0;
             for (int j = 0; j < SUM_GROUP; ++j) s += q[i + j];
@@ -66,10 +92,10 @@ inline void gate(float* a, const float* b, int64_t n) {
         const F x = V::load(a + i);
         V::store(a + i, V::mul(V::div(x, V::add(V::set(1.0f), exponential(V::sub(V::zero(), x)))), V::load(b + i)));
     }
-    for (; i < n; ++i) a[i] = a[i] / (1.0f + std::exp(-a[i])) * b[i];
+    for (; i < n; ++i) a[i] = a[i] / (1.0f + __builtin_expf(-a[i])) * b[i];
 }
 
-// Turn neighbouring pairs of one head.
+// Turns neighbouring pairs of one head.
 inline void rotate(float* x, const float* cos, const float* sin, int64_t head_dim) {
     for (int64_t i = 0; i < head_dim / 2; ++i) {
         const float even = x[2 * i], odd = x[2 * i + 1];

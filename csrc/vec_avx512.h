@@ -25,6 +25,7 @@ struct V {
     static F add(F a, F b) { return _mm512_add_ps(a, b); }
     static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
     static F max(F a, F b) { return _mm512_max_ps(a, b); }
+    static F min(F a, F b) { return _mm512_min_ps(a, b); }
     static F abs(F a) { return _mm512_abs_ps(a); }
     static F div(F a, F b) { return _mm512_div_ps(a, b); }
     static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
@@ -41,6 +42,17 @@ struct V {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(up));
     }
     static float sum(F a) { return _mm512_reduce_add_ps(a); }
+    static F pair(F a, F b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }
+    static F quad(F a, F b) {
+        const __m512d x = _mm512_castps_pd(a), y = _mm512_castps_pd(b);
+        return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+    }
+    static F fold(F a, F b) { return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd)); }
+    static F sums(const F* a) {  // lane i: the sum of a[i]
+        F u[4];
+        for (int i = 0; i < 4; ++i) u[i] = quad(pair(a[4 * i], a[4 * i + 1]), pair(a[4 * i + 2], a[4 * i + 3]));
+        return fold(fold(u[0], u[1]), fold(u[2], u[3]));
+    }
     static float top(F a) { return _mm512_reduce_max_ps(a); }
     static F floats(I a) { return _mm512_cvtepi32_ps(a); }
     static I ints(int32_t x) { return _mm512_set1_epi32(x); }

@@ -34,12 +34,14 @@ struct V {
     static F mul(F a, F b) { return vmulq_f32(a, b); }
     static F div(F a, F b) { return vdivq_f32(a, b); }
     static F max(F a, F b) { return vmaxq_f32(a, b); }
+    static F min(F a, F b) { return vminq_f32(a, b); }
     static F abs(F a) { return vabsq_f32(a); }
     static F nearest(F a) { return vrndnq_f32(a); }
     static F scale(F a, F n) {  // n from -126 to 127
         return vmulq_f32(a, vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127)), 23)));
     }
     static float sum(F a) { return vaddvq_f32(a); }
+    static F sums(const F* a) { return vpaddq_f32(vpaddq_f32(a[0], a[1]), vpaddq_f32(a[2], a[3])); }  // lane i: the sum of a[i]
     static float top(F a) { return vmaxvq_f32(a); }
     static void store_halves(uint16_t* p, F x) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(x))); }
     static void store_brains(uint16_t* p, F x) {

@@ -55,11 +55,12 @@ struct V {
     static F add(F a, F b) { return a + b; }
     static F mul(F a, F b) { return a * b; }
     static F max(F a, F b) { return a > b ? a : b; }
+    static F min(F a, F b) { return a < b ? a : b; }
     static F abs(F a) { return std::fabs(a); }
     static F div(F a, F b) { return a / b; }
     static F sub(F a, F b) { return a - b; }
     static F nearest(F a) { return std::nearbyint(a); }
-    static F scale(F a, F n) { return std::ldexp(a, int(n)); }
+    static F scale(F a, F n) { return n == n ? std::ldexp(a, int(n)) : n; }
     static void store_halves(uint16_t* p, F x) { *p = float_to_half(x); }
     static void store_brains(uint16_t* p, F x) {
         uint32_t b;
@@ -67,6 +68,7 @@ struct V {
         *p = x != x ? 0x7fc0 : uint16_t((b + 0x7fff + ((b >> 16) & 1)) >> 16);
     }
     static float sum(F a) { return a; }
+    static F sums(const F* a) { return *a; }
     static float top(F a) { return a; }
     static F floats(I a) { return float(int32_t(a)); }
     static I ints(int32_t x) { return uint32_t(x); }

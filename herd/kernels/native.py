@@ -1,81 +1,31 @@
-"""The native library for processors (csrc/): found, loaded, told which instruction set to use, and described to ctypes.
+"""Matrix products and whole decoder layers in the native library (csrc/), for tensors on a processor.
 
-It is optional. Without it (no compiler at install time, an unknown processor) every caller has a torch path, and `missing`
-says why and what is slower. The library is loaded after torch, whose OpenMP runtime it then shares: two pools of spinning
-threads on the same cores would cost more than the kernels gain.
+The library is optional. Without it (no compiler at install time, an unknown processor) every caller has a torch path, and
+`missing` says why and what is slower.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
-import sys
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_int, c_int64, c_void_p
-from functools import cache
-from pathlib import Path
+from ctypes import POINTER, byref, c_void_p
 
-import torch  # first: see above
+import torch  # before the library is loaded: see border.py
 from torch import Tensor
 
-import herd.kernels
+from herd.kernels.border import Layer, Matrix, Model, Step, library, loaded
 
 __all__ = ["Decoder", "LayerWeights", "Span", "Weight", "isa", "matmul", "missing", "pack", "packs", "plain"]
-
-ISAS = ("avx512", "avx2", "neon", "scalar")
-"""Best first. `HERD_ISA` chooses one, or `none` for torch alone."""
 
 PACKED = {2: "Q4_0", 8: "Q8_0", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K"}
 """GGML types with panels, by id."""
 
+MAX_GROUP = 64
+"""Query heads that may share a key head."""
+
 _PLAIN = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}
+_KV = _PLAIN | {torch.int8: 24}
 PLACEMENTS = {"rope": 0, "rope_norm": 1, "none": 2, "tempered": 3}
-
-
-class _Matrix(Structure):
-    _fields_ = (("data", c_void_p), ("rows", c_int64), ("cols", c_int64), ("format", c_int64))
-
-
-class _Layer(Structure):
-    _fields_ = (
-        ("attention_norm", c_void_p),
-        ("ffn_norm", c_void_p),
-        *((name, _Matrix) for name in ("wq", "wk", "wv", "wo", "w1", "w2", "w3")),
-        ("placement", c_int64),
-        ("chunk", c_int64),
-        ("n_experts", c_int64),
-        ("top_k", c_int64),
-        ("router", _Matrix),
-        ("experts", POINTER(_Matrix)),
-    )
-
-
-class _Model(Structure):
-    _fields_ = (
-        *((name, c_int64) for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim")),
-        ("norm_eps", c_double),
-        ("layers", POINTER(_Layer)),
-    )
-
-
-class _Span(Structure):
-    _fields_ = tuple((name, c_int64) for name in ("row", "rows", "position", "sequence"))
-
-
-class _Step(Structure):
-    _fields_ = (
-        ("rows", c_int64),
-        *((name, c_void_p) for name in ("x", "cos", "sin", "temper", "slot", "spans")),
-        ("n_spans", c_int64),
-        ("tables", c_void_p),
-        ("table_stride", c_int64),
-        ("block_size", c_int64),
-        ("kv_kind", c_int64),
-        ("k", c_void_p),
-        ("v", c_void_p),
-        ("first_layer", c_int64),
-        ("last_layer", c_int64),
-    )
 
 
 class Weight:
@@ -90,7 +40,7 @@ class Weight:
         assert storage.is_contiguous()
         assert storage.device.type == "cpu"
         self.storage, self.type_id, self.rows, self.columns = storage, type_id, rows, columns
-        self.matrix = _Matrix(storage.data_ptr(), rows, columns, type_id)
+        self.matrix = Matrix(storage.data_ptr(), rows, columns, type_id)
 
     @property
     def nbytes(self) -> int:
@@ -150,24 +100,34 @@ class Decoder:
         norm_eps: float,
     ) -> None:
         assert head_dim % 16 == 0
+        assert n_heads % n_kv_heads == 0
+        assert n_heads // n_kv_heads <= MAX_GROUP
+        heads, kv = n_heads * head_dim, n_kv_heads * head_dim
         self._layers = layers  # keeps every tensor alive
-        self._structs = (_Layer * len(layers))()
-        self._experts = []
-        hidden = 0  # the widest feed-forward
+        self._structs = (Layer * len(layers))()
+        self._experts: list[object] = []
         for struct, layer in zip(self._structs, layers, strict=True):
+            hidden = layer.matrices[4].rows
+            shapes = ((heads, dim), (kv, dim), (kv, dim), (dim, heads), (hidden, dim), (dim, hidden), (hidden, dim))
+            assert tuple((w.rows, w.columns) for w in layer.matrices) == shapes
+            assert all(t.shape == (dim,) for t in layer.norms)
             struct.attention_norm, struct.ffn_norm = (t.data_ptr() for t in layer.norms)
             for name, weight in zip(layer.NAMES, layer.matrices, strict=True):
                 setattr(struct, name, weight.matrix)
-            hidden = max(hidden, layer.matrices[4].rows)
             struct.placement, struct.chunk = PLACEMENTS[layer.placement], layer.chunk or 0
             struct.n_experts, struct.top_k = len(layer.experts), layer.top_k
             if layer.router is not None:
+                assert (layer.router.rows, layer.router.columns) == (len(layer.experts), dim)
+                kinds = {tuple((w.rows, w.columns, w.type_id) for w in expert) for expert in layer.experts}
+                assert len(kinds) == 1, "one format for all experts of a layer"
+                assert next(iter(kinds))[0][1] == next(iter(kinds))[1][0] == dim
                 matrices = [weight.matrix for expert in layer.experts for weight in expert]
-                self._experts.append((_Matrix * len(matrices))(*matrices))
+                self._experts.append((Matrix * len(matrices))(*matrices))
                 struct.router, struct.experts = layer.router.matrix, self._experts[-1]
-                hidden = max(hidden, layer.experts[0][0].rows)
-        layers_at = ctypes.cast(self._structs, POINTER(_Layer))
-        self._model = _Model(dim, len(layers), n_heads, n_kv_heads, head_dim, hidden, norm_eps, layers_at)
+        layers_at = ctypes.cast(self._structs, POINTER(Layer))
+        self._bound_key: tuple[object, ...] = ()
+        self._bound: tuple[object, ...] = ()
+        self._model = Model(dim, len(layers), n_heads, n_kv_heads, head_dim, norm_eps, layers_at)
 
     def __call__(
         self,
@@ -181,32 +141,81 @@ class Decoder:
         tables: Tensor,
         k: Sequence[Tensor],
         v: Sequence[Tensor],
+        k_scale: Sequence[Tensor] = (),
+        v_scale: Sequence[Tensor] = (),
         layers: range | None = None,
     ) -> None:
         """Run `layers` (default all) on x [T, D] float32, in place.
 
         cos, sin [T, Dh / 2] and temper [T] float32; slots [T] int64, where each row's key and value go (block * block_size +
-        offset); spans [n, 4] int64 (see Span); tables [sequences, blocks] int32; k, v per layer
-        [blocks, block_size, Hkv, Dh] float32, float16 or bfloat16, all contiguous on the CPU.
+        offset); spans [n, 4] int64 (see Span), in row order, covering every row; tables [sequences, blocks] int32; k, v per
+        layer [blocks, block_size, Hkv, Dh] float32, float16, bfloat16, or int8 with k_scale, v_scale per layer
+        [blocks, block_size, Hkv] float32. All contiguous on the CPU.
         """
-        span = layers if layers is not None else range(len(self._layers))
-        pointers = [(c_void_p * len(t))(*(one.data_ptr() for one in t)) for t in (k, v)]
-        step = _Step(
-            x.shape[0], x.data_ptr(), cos.data_ptr(), sin.data_ptr(), temper.data_ptr(), slots.data_ptr(), spans.data_ptr(),
-            spans.shape[0], tables.data_ptr(), tables.shape[-1], k[0].shape[1], _PLAIN[k[0].dtype],
-            ctypes.addressof(pointers[0]), ctypes.addressof(pointers[1]), span.start, span.stop,
+        model, span = self._model, layers if layers is not None else range(len(self._layers))
+        rows, half = x.shape[0], model.head_dim // 2
+        _check(x, torch.float32, (rows, model.dim))
+        _check(cos, torch.float32, (rows, half))
+        _check(sin, torch.float32, (rows, half))
+        _check(temper, torch.float32, (rows,))
+        _check(slots, torch.int64, (rows,))
+        _check(spans, torch.int64, (spans.shape[0], 4))
+        _check(tables, torch.int32, tuple(tables.shape[-2:]))
+        cache = self._bind(k, v, k_scale, v_scale)
+        step = Step(
+            rows, x.data_ptr(), cos.data_ptr(), sin.data_ptr(), temper.data_ptr(), slots.data_ptr(), spans.data_ptr(),
+            spans.shape[0], tables.data_ptr(), *tables.shape, *cache, span.start, span.stop,
         )  # fmt: skip
-        _library().herd_forward(byref(self._model), byref(step), torch.get_num_threads())
+        native, threads = library(), torch.get_num_threads()
+        scratch = _scratch(native.herd_forward_scratch(byref(model), byref(step), threads))
+        wrong = native.herd_forward(byref(model), byref(step), threads, scratch.data_ptr())
+        if wrong is not None:  # not an `assert`: with -O the step would silently not have run
+            raise AssertionError(wrong.decode())
+
+    def _bind(self, *cache: Sequence[Tensor]) -> tuple[object, ...]:
+        """The cache's part of a step. What was checked in the last step is not checked again: these are many small calls."""
+        first = cache[0][0]
+        key = (first.dtype, first.shape, *(tuple(t.data_ptr() for t in tensors) for tensors in cache))
+        if key != self._bound_key:
+            kind, shape = _KV[first.dtype], (*first.shape[:2], self._model.n_kv_heads, self._model.head_dim)
+            scales = kind == _KV[torch.int8]
+            for tensors, dtype, dims, wanted in zip(
+                cache,
+                (first.dtype,) * 2 + (torch.float32,) * 2,
+                (4, 4, 3, 3),
+                (True, True, scales, scales),
+                strict=True,
+            ):
+                assert len(tensors) == (len(self._layers) if wanted else 0)
+                for tensor in tensors:
+                    _check(tensor, dtype, shape[:dims])
+            self._pointers = [(c_void_p * len(at))(*at) for at in key[2:]]  # kept: the step has their addresses
+            addresses = (ctypes.addressof(at) if len(at) else None for at in self._pointers)
+            self._bound_key, self._bound = key, (*shape[:2], kind, *addresses)
+        return self._bound
+
+
+def _check(tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """The library sees an address only."""
+    assert tensor.dtype == dtype, (tensor.dtype, dtype)
+    assert tensor.shape == shape, (tensor.shape, shape)
+    assert tensor.is_contiguous()
+    assert tensor.device.type == "cpu"
+
+
+def _scratch(nbytes: int) -> Tensor:
+    """Working memory of one call. It belongs to the call: two threads may call at once, and nothing stays behind."""
+    return torch.empty(nbytes, dtype=torch.uint8)
 
 
 def isa() -> str | None:
     """The instruction set in use, or None without the library (`missing` says why)."""
-    return _loaded()[1]
+    return loaded()[1]
 
 
 def missing() -> str | None:
     """Why there is no native library, as a sentence for the user; None when there is one."""
-    return _loaded()[2]
+    return loaded()[2]
 
 
 def packs(type_id: int) -> bool:
@@ -218,9 +227,9 @@ def pack(type_id: int, blocks: Tensor, columns: int) -> Weight:
     """GGML blocks [rows, row bytes] uint8 -> panels. The numbers are the same; they lie where a vector load finds them."""
     assert blocks.dtype == torch.uint8
     assert blocks.is_contiguous()
-    library, rows = _library(), blocks.shape[0]
-    out = torch.empty(library.herd_packed_bytes(type_id, rows, columns), dtype=torch.uint8)
-    library.herd_pack(type_id, blocks.data_ptr(), rows, columns, out.data_ptr(), torch.get_num_threads())
+    native, rows = library(), blocks.shape[0]
+    out = torch.empty(native.herd_packed_bytes(type_id, rows, columns), dtype=torch.uint8)
+    native.herd_pack(type_id, blocks.data_ptr(), rows, columns, out.data_ptr(), torch.get_num_threads())
     return Weight(out, type_id, rows, columns)
 
 
@@ -234,46 +243,8 @@ def matmul(weight: Weight, x: Tensor) -> Tensor:
     assert x.dtype == torch.float32
     flat = x.reshape(-1, weight.columns).contiguous()
     out = torch.empty(flat.shape[0], weight.rows)
-    _library().herd_matmul(
-        byref(weight.matrix), flat.data_ptr(), flat.shape[0], out.data_ptr(), torch.get_num_threads()
-    )
+    native, rows, threads = library(), flat.shape[0], torch.get_num_threads()
+    scratch = _scratch(native.herd_matmul_scratch(byref(weight.matrix), rows, threads))
+    at = byref(weight.matrix)
+    native.herd_matmul(at, flat.data_ptr(), rows, out.data_ptr(), threads, scratch.data_ptr())
     return out.view(*x.shape[:-1], weight.rows)
-
-
-def _library() -> ctypes.CDLL:
-    library = _loaded()[0]
-    assert library is not None, "callers ask isa() first"
-    return library
-
-
-@cache
-def _loaded() -> tuple[ctypes.CDLL | None, str | None, str | None]:
-    """(library, instruction set, why there is none)."""
-    wanted = os.environ.get("HERD_ISA", "").lower()
-    if wanted == "none":
-        return None, None, "HERD_ISA=none switches the native kernels off"
-    suffix = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
-    names = [Path(folder) / f"libherd{suffix}" for folder in herd.kernels.__path__]
-    found = next((name for name in names if name.is_file()), None)
-    if found is None:
-        why = "herd was installed without its native kernels (no C++20 compiler?): install again with one, for example g++"
-        return None, None, why
-    try:
-        library = ctypes.CDLL(str(found))
-    except OSError as error:
-        return None, None, f"the native kernels cannot be loaded: {error}"
-    library.herd_use.argtypes, library.herd_use.restype = (c_char_p,), c_int
-    library.herd_packed_bytes.argtypes, library.herd_packed_bytes.restype = (c_int, c_int64, c_int64), c_int64
-    library.herd_pack.argtypes = (c_int, c_void_p, c_int64, c_int64, c_void_p, c_int)
-    library.herd_matmul.argtypes = (POINTER(_Matrix), c_void_p, c_int64, c_void_p, c_int)
-    library.herd_forward.argtypes = (POINTER(_Model), POINTER(_Step), c_int)
-    for function in (library.herd_pack, library.herd_matmul, library.herd_forward):
-        function.restype = None
-    for name in (wanted,) if wanted else ISAS:
-        if library.herd_use(name.encode()):
-            return library, name, None
-    return (
-        None,
-        None,
-        f"HERD_ISA={wanted}: this processor or build does not have it; choose one of {', '.join(ISAS)}, none",
-    )

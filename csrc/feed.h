@@ -1,0 +1,77 @@
+// The feed-forward of a layer: dense, or a shared expert beside routed ones. Called by every thread of a parallel region.
+#pragma once
+#include "routing.h"
+
+namespace herd::HERD_ISA {
+
+// Strip `p` (ACT_GROUP columns) of silu(x @ w1^T) * (x @ w3^T), for rows that begin at row `at` of `to` and `floats`: quantized
+// for w2 as soon as it is complete, or left as floats [.., hidden] where w2 is plain.
+inline void gate_strip(const Matrix& w1, const Matrix& w3, bool bytes, int64_t p, const Inputs& in, int64_t rows, int64_t at, const Acts& to, float* floats, float* spare) {
+    const int64_t begin = p * ACT_GROUP, n = w1.rows - begin < ACT_GROUP ? w1.rows - begin : ACT_GROUP;
+    float *a = spare, *b = spare + rows * ACT_GROUP;
+    for (int64_t j = 0; j < n; j += PANEL) {
+        product(w1, (begin + j) / PANEL, in, rows, a + j, ACT_GROUP, nullptr);
+        product(w3, (begin + j) / PANEL, in, rows, b + j, ACT_GROUP, nullptr);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+        float* x = a + r * ACT_GROUP;
+        gate(x, b + r * ACT_GROUP, n);
+        if (bytes) quantize(x, to, at + r, begin, n);
+        else std::memcpy(floats + (at + r) * w1.rows + begin, x, n * sizeof(float));
+    }
+}
+
+// b.out [rows, dim] = w2(gate(in))
+inline void feed_dense(const Layer& l, const Buffers& b, const Inputs& in, int64_t rows, float* spare) {
+    const Inputs gated{b.gated, shaped(b.wide, l.w1.rows)};
+    const int64_t strips = (l.w1.rows + ACT_GROUP - 1) / ACT_GROUP;
+    #pragma omp for schedule(static)
+    for (int64_t p = 0; p < strips; ++p) gate_strip(l.w1, l.w3, quantized(l.w2), p, in, rows, 0, gated.acts, b.gated, spare);
+    #pragma omp for schedule(static)
+    for (int64_t p = 0; p < panels(l.w2); ++p) product(l.w2, p, gated, rows, b.out + p * PANEL, l.w2.rows, spare);
+}
+
+// b.out [rows, dim] += the routed experts' outputs: inputs are scaled by their scores, gathered by expert, and put back.
+inline void feed_experts(const Layer& l, const Buffers& b, int64_t rows, int64_t dim, float* spare) {
+    const int64_t k = l.top_k, hidden = l.experts[0].rows;
+    const int64_t strips = (hidden + ACT_GROUP - 1) / ACT_GROUP;
+    #pragma omp for schedule(static)
+    for (int64_t r = 0; r < rows; ++r) {
+        float* logits = b.logits + r * l.n_experts;
+        plain_rows(l.router, 0, l.n_experts, b.normed + r * dim, 1, logits, l.n_experts);
+        choose(logits, l.n_experts, k, b.chosen + r * k, b.score + r * k);
+    }
+    #pragma omp single
+    sort_rows(b, rows, l.n_experts, k, strips, panels(l.experts[1]));
+    const Inputs scaled{b.scaled, shaped(b.narrow, dim)};
+    #pragma omp for schedule(static)
+    for (int64_t i = 0; i < rows * k; ++i) {
+        float* x = b.scaled + b.place[i] * dim;
+        const float* from = b.normed + i / k * dim;
+        for (int64_t j = 0; j < dim; ++j) x[j] = from[j] * b.score[i];
+        if (quantized(l.experts[0]) || quantized(l.experts[2])) quantize(x, scaled.acts, b.place[i], 0, dim);
+    }
+    const Inputs gated{b.gated, shaped(b.wide, hidden)};
+    #pragma omp for schedule(dynamic)
+    for (int64_t j = 0; j < *b.n_up; ++j) {
+        const Job job = b.up[j];
+        const int64_t at = b.begin[job.expert], n = b.begin[job.expert + 1] - at;
+        const Matrix* w = l.experts + 3 * job.expert;
+        gate_strip(w[0], w[2], quantized(w[1]), job.part, scaled.from(at), n, at, gated.acts, b.gated, spare);
+    }
+    #pragma omp for schedule(dynamic, 4)
+    for (int64_t j = 0; j < *b.n_down; ++j) {
+        const Job job = b.down[j];
+        const int64_t at = b.begin[job.expert], n = b.begin[job.expert + 1] - at;
+        product(l.experts[3 * job.expert + 1], job.part, gated.from(at), n, b.routed + at * dim + job.part * PANEL, dim, spare);
+    }
+    #pragma omp for schedule(static)
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t j = 0; j < dim; ++j) {
+            float sum = 0;
+            for (int64_t i = 0; i < k; ++i) sum += b.routed[b.place[r * k + i] * dim + j];
+            b.out[r * dim + j] += sum;
+        }
+}
+
+}  // namespace herd::HERD_ISA

@@ -1,0 +1,99 @@
+#include "scratch.h"
+#include <algorithm>
+
+namespace herd {
+namespace {
+
+constexpr int64_t LINE = 64;  // a cache line: no two threads write to the same one through different buffers
+
+class Arena {
+public:
+    explicit Arena(uint8_t* base) : base_(base) {}
+    template <typename T> T* take(int64_t n) {
+        T* p = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
+        used_ += (n * int64_t(sizeof(T)) + LINE - 1) / LINE * LINE;
+        return p;
+    }
+    int64_t used() const { return used_; }
+
+private:
+    uint8_t* base_;
+    int64_t used_ = 0;
+};
+
+Acts take_acts(Arena& arena, int64_t rows, int64_t columns) {
+    const int64_t scales = (columns + ACT_GROUP - 1) / ACT_GROUP, sums = (columns + SUM_GROUP - 1) / SUM_GROUP;
+    return {arena.take<int8_t>(rows * columns), arena.take<float>(rows * scales), arena.take<int32_t>(rows * sums), columns, scales, sums};
+}
+
+bool plain(const Matrix& m) { return m.format == F32 || m.format == F16 || m.format == BF16; }
+
+}  // namespace
+
+int64_t lay_out(const Model& m, const Step& s, int threads, uint8_t* base, Buffers& b) {
+    int64_t hidden = 0, experts = 0, top_k = 0, jobs = 0;
+    bool floats = false;
+    for (int64_t i = s.first_layer; i < s.last_layer; ++i) {
+        const Layer& l = m.layers[i];
+        hidden = std::max(hidden, l.w1.rows);
+        floats |= plain(l.w2);
+        if (!l.n_experts) continue;
+        experts = std::max(experts, l.n_experts);
+        top_k = std::max(top_k, l.top_k);
+        hidden = std::max(hidden, l.experts[0].rows);
+        floats |= plain(l.experts[1]);
+        const int64_t strips = (l.experts[0].rows + ACT_GROUP - 1) / ACT_GROUP, panels = (m.dim + PANEL - 1) / PANEL;
+        jobs = std::max(jobs, std::min(l.n_experts, s.rows * l.top_k) * std::max(strips, panels));
+    }
+    const int64_t T = s.rows, places = T * std::max<int64_t>(1, top_k);
+    const int64_t heads = m.n_heads * m.head_dim, kv = m.n_kv_heads * m.head_dim, narrow = std::max(m.dim, heads);
+    Arena arena(base);
+    b.threads = threads;
+    const int64_t together = std::max<int64_t>(1, MAX_QUERIES / (m.n_heads / m.n_kv_heads));
+    b.n_tasks = 0;
+    for (int64_t i = 0; i < s.n_spans; ++i) b.n_tasks += (s.spans[i].rows + together - 1) / together;
+    b.tasks = arena.take<Task>(b.n_tasks);
+    if (base) {
+        Task* t = b.tasks;
+        for (int64_t i = 0; i < s.n_spans; ++i) {
+            const Span& span = s.spans[i];
+            for (int64_t r = 0; r < span.rows; r += together)
+                *t++ = {span.row + r, std::min(together, span.rows - r), span.position + r, span.sequence};
+        }
+    }
+    b.normed = arena.take<float>(T * narrow);
+    b.q = arena.take<float>(T * heads);
+    b.k = arena.take<float>(T * kv);
+    b.v = arena.take<float>(T * kv);
+    b.out = arena.take<float>(T * m.dim);
+    b.gated = arena.take<float>(floats ? places * hidden : 0);
+    b.narrow = take_acts(arena, places, narrow);
+    b.wide = take_acts(arena, places, hidden);
+    const int64_t strips = 2 * places * ACT_GROUP, attention = (MAX_QUERIES + 2 * m.head_dim) * TILE;
+    b.spare_floats = std::max(strips, attention);
+    b.spare = arena.take<float>(threads * b.spare_floats);
+    b.scaled = arena.take<float>(top_k ? places * m.dim : 0);
+    b.routed = arena.take<float>(top_k ? places * m.dim : 0);
+    b.logits = arena.take<float>(T * experts);
+    b.score = arena.take<float>(T * top_k);
+    b.chosen = arena.take<int64_t>(T * top_k);
+    b.place = arena.take<int64_t>(T * top_k);
+    b.begin = arena.take<int64_t>(experts + 1);
+    b.next = arena.take<int64_t>(experts);
+    b.up = arena.take<Job>(jobs);
+    b.down = arena.take<Job>(jobs);
+    b.n_up = arena.take<int64_t>(1);
+    b.n_down = arena.take<int64_t>(1);
+    return arena.used();
+}
+
+int64_t lay_out(const Matrix& m, int64_t rows, int threads, uint8_t* base, MatmulBuffers& b) {
+    Arena arena(base);
+    b.threads = threads;
+    b.acts = take_acts(arena, plain(m) ? 0 : rows, m.cols);
+    b.spare_floats = rows * PANEL;
+    b.spare = arena.take<float>(threads * b.spare_floats);
+    return arena.used();
+}
+
+}  // namespace herd

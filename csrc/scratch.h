@@ -1,0 +1,53 @@
+// Working memory of one call, carved from one allocation that the caller makes and frees. So nothing here can throw, two
+// threads may call at once, and no memory outlives the call that needed it.
+//
+// Everything that instruction sets share is plain data, filled by scratch.cpp: an inline function in a header that is compiled
+// with AVX-512 flags could be the copy the linker keeps for everybody.
+#pragma once
+#include "abi.h"
+#include "formats.h"
+
+namespace herd {
+
+constexpr int TILE = 64;          // keys that are scored together
+constexpr int MAX_QUERIES = 64;   // query rows x heads of a group that are answered together
+
+struct Acts {                     // rows of activations, quantized
+    int8_t* q;                    // [rows, columns]
+    float* scale;                 // [rows, scales]: one per ACT_GROUP columns
+    int32_t* sum;                 // [rows, sums]: one per SUM_GROUP columns
+    int64_t columns, scales, sums;
+};
+
+struct Task { int64_t row, rows, position, sequence; };  // query rows that are answered together
+struct Job { int64_t expert, part; };
+
+struct Buffers {
+    int threads;
+    int64_t n_tasks;
+    Task* tasks;
+    float *normed, *q, *k, *v, *out;   // [rows, their width]
+    float *gated;                      // [places, hidden]: where w2 reads floats
+    Acts narrow, wide;                 // of inputs as wide as the model (or its heads); of what w2 reads. `columns` is the widest
+    float *spare;                      // per thread: odd panels, strips of the gate, attention
+    int64_t spare_floats;
+    // Experts: places are rows x top_k, sorted by expert.
+    float *scaled, *routed;            // [places, dim]
+    float *logits, *score;             // [rows, experts], [rows, top_k]
+    int64_t *chosen, *place, *begin, *next;  // [rows, top_k] twice, [experts + 1], [experts]
+    Job *up, *down;
+    int64_t *n_up, *n_down;
+};
+
+struct MatmulBuffers {
+    int threads;
+    Acts acts;
+    float* spare;
+    int64_t spare_floats;
+};
+
+// Lays the buffers out from `base` and returns how many bytes they take; with base == nullptr it only counts.
+int64_t lay_out(const Model& m, const Step& s, int threads, uint8_t* base, Buffers& b);
+int64_t lay_out(const Matrix& m, int64_t rows, int threads, uint8_t* base, MatmulBuffers& b);
+
+}  // namespace herd

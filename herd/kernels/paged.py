@@ -1,0 +1,125 @@
+"""Attention over keys and values that lie in blocks: the plain torch operations, slow and right, that define faster kernels.
+
+They are traced as single operations: what they loop over is data. A cache is [blocks, block_size, Hkv, Dh]; slot s is position
+s % block_size of block s // block_size. An int8 cache has a float32 scale per position and head, [blocks, block_size, Hkv].
+
+Letters: T rows, H query heads, Hkv key/value heads, Dh head_dim, n spans.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+__all__ = ["dequantize_rows", "paged_attention", "quantize_rows", "write_kv", "write_kv_int8"]
+
+LEVELS = 127
+"""An int8 value v stands for v * scale, and the largest of a head for plus or minus 127."""
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., Dh] -> int8 [..., Dh] and float32 scales [...]: symmetric, by the largest magnitude, rounded half to even."""
+    x = x.float()
+    scale = x.abs().amax(-1) / LEVELS
+    return (x / scale.where(scale > 0, 1)[..., None]).round().clamp(-LEVELS, LEVELS).to(torch.int8), scale
+
+
+def dequantize_rows(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse: int8 [..., Dh] and scales [...] -> `dtype`."""
+    return (x.float() * scale[..., None]).to(dtype)
+
+
+@torch.library.custom_op("herd::write_kv", mutates_args=("k_cache", "v_cache"))
+def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    """Put the keys and values k, v [T, Hkv, Dh] into their `slots` [T] int64, in the cache's dtype."""
+    k_cache.flatten(0, 1).index_copy_(0, slots, k.to(k_cache.dtype))
+    v_cache.flatten(0, 1).index_copy_(0, slots, v.to(v_cache.dtype))
+
+
+@torch.library.custom_op("herd::write_kv_int8", mutates_args=("k_cache", "v_cache", "k_scale", "v_scale"))
+def write_kv_int8(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, k_scale: Tensor, v_scale: Tensor, slots: Tensor
+) -> None:
+    """The same into an int8 cache, quantized by `quantize_rows`."""
+    for new, cache, scales in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
+        values, scale = quantize_rows(new)
+        cache.flatten(0, 1).index_copy_(0, slots, values)
+        scales.flatten(0, 1).index_copy_(0, slots, scale)
+
+
+@torch.library.custom_op("herd::paged_attention", mutates_args=())
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    spans: Tensor,
+    tables: Tensor,
+    chunk: int | None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of q [T, H, Dh] over the blocks of each row's sequence -> [T, H, Dh].
+
+    spans [n, 4] int64 and tables [n, width] int32 as in `herd.engine.pack`: the rows of a span are neighbouring positions of one
+    sequence, whose own keys are in the cache already. With `chunk`, a position sees only those in its own chunk of so many
+    positions. The scales belong to an int8 cache. A span is computed as if it were alone.
+    """
+    out = torch.zeros_like(q)
+    size = k_cache.shape[1]
+    for row, rows, position, table in spans.tolist():
+        if not rows:
+            continue
+        first = 0 if chunk is None else position // chunk * chunk
+        blocks = tables[table, first // size : -(-(position + rows) // size)]
+        inside = slice(first % size, first % size + position + rows - first)
+        k = _gather(k_cache, k_scale, blocks, q.dtype)[inside]
+        v = _gather(v_cache, v_scale, blocks, q.dtype)[inside]
+        out[row : row + rows] = _attend(q[row : row + rows], k, v, position, first, chunk)
+    return out
+
+
+def _gather(cache: Tensor, scale: Tensor | None, blocks: Tensor, dtype: torch.dtype) -> Tensor:
+    """[positions, Hkv, Dh] of `blocks`."""
+    values = cache[blocks].flatten(0, 1)
+    return values.to(dtype) if scale is None else dequantize_rows(values, scale[blocks].flatten(0, 1), dtype)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, position: int, first: int, chunk: int | None) -> Tensor:
+    """One span: q [rows, H, Dh] from `position` on, k and v [K, Hkv, Dh] from `first` on."""
+    rows, keys = q.shape[0], k.shape[0]
+    q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+    if rows == 1:  # all keys are visible; the heads that share a key stand in for positions, so that it is read once
+        out = scaled_dot_product_attention(q.unflatten(0, (k.shape[0], -1)).squeeze(2)[None], k[None], v[None])
+        return out[0].flatten(0, 1)[None]
+    at = torch.arange(position, position + rows, device=q.device)[:, None]
+    seen = torch.arange(first, first + keys, device=q.device)[None]
+    mask = seen <= at
+    if chunk is not None:
+        mask = mask & (seen // chunk == at // chunk)
+    grouped = q.shape[0] != k.shape[0]
+    return scaled_dot_product_attention(q[None], k[None], v[None], mask, enable_gqa=grouped)[0].transpose(0, 1)
+
+
+@write_kv.register_fake
+def _(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    return None
+
+
+@write_kv_int8.register_fake
+def _(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, k_scale: Tensor, v_scale: Tensor, slots: Tensor) -> None:
+    return None
+
+
+@paged_attention.register_fake
+def _(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    spans: Tensor,
+    tables: Tensor,
+    chunk: int | None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    return torch.empty_like(q)
