@@ -192,6 +192,10 @@ class SamplingParams:
                 raise ConfigError(
                     f"best_of is {self.best_of}, less than n, {self.n}: the n best of it cannot be chosen"
                 )
+            if self.beams > 1:
+                raise ConfigError(
+                    "best_of chooses among samples: with beams, n alone says how many of them are returned"
+                )
             if self.best_of > self.n and self.temperature == 0:
                 raise ConfigError("best_of chooses among different replies, but at temperature 0 all are the same")
         if self.beams == 1:

@@ -11,8 +11,8 @@ import torch
 
 from herd.chat.params import SamplingParams
 from herd.engine.cache import StaticCache
-from herd.engine.sample import sample
-from herd.errors import ConfigError, ContextFullError
+from herd.engine.sampler import RowState, Sampler
+from herd.errors import ConfigError, ContextFullError, HerdError
 from herd.model.llama import Llama
 
 __all__ = ["Session"]
@@ -36,7 +36,7 @@ class Session:
             raise ConfigError(f"a context of {max_len} tokens holds no prompt and reply: give at least 2")
         self.model = model
         self.max_len = limit if max_len is None else max_len
-        weight = model.tok_embeddings.weight
+        weight = model.norm.weight  # every model has it plain, in the dtype of its activations
         first = min(FIRST_ALLOCATION, self.max_len)
         self.cache = StaticCache(model.config, max_len=first, dtype=weight.dtype, device=weight.device)
         self.tokens: list[int] = []
@@ -64,23 +64,16 @@ class Session:
         budget = self.max_len - len(prompt)
         if params.max_tokens is not None:
             budget = min(budget, params.max_tokens)
-        generator = torch.Generator(device=self.cache.k[0].device)
-        if params.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(params.seed)
         stops = frozenset() if params.ignore_stop_ids else stop_ids | params.stop_ids
+        vocab_size = self.model.config.vocab_size
+        sampler, row = Sampler(), RowState(params, prompt, vocab_size=vocab_size, stop_ids=stops)
         # The loop body must not run inside inference_mode across yields: the mode is thread-wide and would leak out.
         logits = self._prefill(prompt, on_prefill)
-        seen = None
-        if params.repetition_penalty != 1:
-            seen = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-            seen[torch.tensor(prompt, device=logits.device)] = True
         for made in range(1, budget + 1):
-            with torch.inference_mode():
-                token = int(sample(logits, params, generator, seen))
-            if seen is not None:
-                seen[token] = True
+            sampled = sampler.sample(logits, [row])[0]
+            if (token := sampled.token) is None:
+                raise HerdError(sampled.error)
+            row.append(token)
             yield token
             if token in stops or made == budget:
                 return
@@ -141,11 +134,6 @@ def _check_params(params: SamplingParams) -> None:
         "beams": params.beams > 1,
         "logprobs": params.logprobs is not None,
         "prompt_logprobs": params.prompt_logprobs is not None,
-        "typical_p": params.typical_p != 1,
-        "presence_penalty": params.presence_penalty != 0,
-        "frequency_penalty": params.frequency_penalty != 0,
-        "logit_bias": bool(params.logit_bias),
-        "min_tokens": params.min_tokens > 0,
     }
     names = [name for name, there in asked.items() if there]
     if (constraint := params.constraint) is not None:

@@ -1,168 +1,196 @@
-"""Sampling against plain twins written from the definitions, and against its own distribution."""
+"""Filters and draws against plain twins written from the definitions, against transformers, and their own distribution."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from herd.chat.params import SamplingParams
-from herd.engine.sample import HEAD, penalize, probabilities, sample
-from herd.errors import HerdError
+from herd.engine.sample import FEW, Weights, best_of_row, draw, weigh
+from herd.engine.sampler import uniform
+from tests.engine.reference_sample import filtered, reference_sample
 
 PLAIN = SamplingParams(temperature=1, top_p=1)
+CLOSE = {"atol": 2e-5, "rtol": 2e-3}
+"""Weights are float32; the twins compute in float64."""
 
 
-def softmax(logits: list[float], temperature: float) -> list[float]:
-    top = max(logits)
-    weights = [math.exp((x - top) / temperature) for x in logits]
-    return [w / sum(weights) for w in weights]
+def logits_of(size: int, spread: float = 3.0, seed: int = 0) -> NDArray[np.float32]:
+    return (np.random.default_rng(seed).standard_normal(size) * spread).astype(np.float32)
 
 
-def twin(logits: list[float], params: SamplingParams) -> list[float]:
-    """Top-k, top-p and min-p, one token at a time, from the words of their definitions."""
-    probs = softmax(logits, params.temperature)
-    if params.top_k:
-        least = sorted(probs, reverse=True)[min(params.top_k, len(probs)) - 1]
-        probs = [p if p >= least else 0.0 for p in probs]
-    if params.top_p < 1:
-        mass, total, kept = 0.0, sum(probs), [0.0] * len(probs)
-        for i in sorted(range(len(probs)), key=lambda i: -probs[i]):
-            if mass > params.top_p * total:
-                break
-            kept[i] = probs[i]
-            mass += probs[i]
-        probs = kept
-    if params.min_p:
-        probs = [p if p >= params.min_p * max(probs) else 0.0 for p in probs]
-    return [p / sum(probs) for p in probs]
+def probabilities(row: NDArray[np.float32], params: SamplingParams) -> NDArray[np.float64]:
+    return weigh(row, params).dense(len(row))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     st.lists(st.integers(-400, 400), min_size=1, max_size=40, unique=True),
     st.sampled_from([0.05, 0.6, 1.0, 5.0]),
     st.sampled_from([0, 1, 2, 7, 1000]),
+    st.sampled_from([0.023, 0.41, 0.97, 1.0]),
     st.sampled_from([0.013, 0.37, 0.93, 1.0]),
     st.sampled_from([0.0, 0.011, 0.29, 1.0]),
+    st.floats(0, 1, exclude_max=True),
 )
-def test_filters_equal_their_plain_twin(
-    logits: list[int], temperature: float, top_k: int, top_p: float, min_p: float
+def test_filters_and_draw_equal_their_plain_twin(
+    logits: list[int], temperature: float, top_k: int, typical_p: float, top_p: float, min_p: float, number: float
 ) -> None:
-    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    values = [x / 37 for x in logits]  # unique, so that no filter has to break a tie
-    got = probabilities(torch.tensor([values], dtype=torch.float64), params)[0]
-    expected = torch.tensor(twin(values, params), dtype=torch.float32)
-    torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-3)
+    params = SamplingParams(temperature=temperature, top_k=top_k, typical_p=typical_p, top_p=top_p, min_p=min_p)
+    values = [float(np.float32(x / 37)) for x in logits]  # unique, so that no filter has to break a tie
+    expected = filtered(values, params)
+    kept = weigh(np.array(values, dtype=np.float32), params)
+    np.testing.assert_allclose(kept.dense(len(values)), expected, **CLOSE)
+    token = draw(kept, number)
+    if token != reference_sample(values, params, number):  # only when the number falls on a border, within rounding
+        borders = np.cumsum(expected)
+        assert np.abs(borders - number).min() < CLOSE["atol"]
 
 
-def sorted_nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Top-p by sorting the whole vocabulary: the plain version of what `probabilities` does."""
-    ordered, order = probs.sort(dim=-1, descending=True, stable=True)
-    mass_before = torch.nn.functional.pad(ordered.cumsum(-1)[..., :-1], (1, 0))
-    ordered = ordered.where(mass_before <= top_p * probs.sum(-1, keepdim=True), 0)
-    return torch.zeros_like(probs).scatter(-1, order, ordered)
+def sorted_nucleus(weights: NDArray[np.float32], top_p: float) -> NDArray[np.bool_]:
+    """Top-p by sorting the whole vocabulary: who stays."""
+    order = np.argsort(-weights, kind="stable")
+    before = np.concatenate([[0.0], weights[order].cumsum(dtype=np.float64)[:-1]])
+    stays = np.zeros(len(weights), dtype=bool)
+    stays[order[before <= top_p * weights.sum(dtype=np.float64)]] = True
+    return stays
 
 
 @pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.9, 0.999, 1 - 1e-7])
 @pytest.mark.parametrize("spread", [0.0, 0.01, 1.0, 3.0, 30.0])
-@pytest.mark.parametrize("size", [1, 7, HEAD, HEAD + 1, 5000])
-def test_top_p_equals_the_full_sort_bit_for_bit(top_p: float, spread: float, size: int) -> None:
-    generator = torch.Generator().manual_seed(4)
-    logits = torch.randn(6, size, generator=generator) * spread
-    logits[3:] = logits[3:].bfloat16().float()  # many ties, at the cut too
-    wanted = sorted_nucleus(torch.softmax(logits - logits.amax(-1, keepdim=True), dim=-1), top_p)
-    assert torch.equal(probabilities(logits, replace(PLAIN, top_p=top_p)), wanted / wanted.sum(-1, keepdim=True))
+@pytest.mark.parametrize("size", [1, 7, FEW, FEW + 1, 5000])
+def test_top_p_equals_the_full_sort(top_p: float, spread: float, size: int) -> None:
+    for seed in range(6):
+        row = logits_of(size, spread, seed)
+        if seed >= 3:
+            row = torch.from_numpy(row).bfloat16().float().numpy()  # many ties, at the border too
+        stays = sorted_nucleus(np.exp(row - row.max()), top_p)
+        got = weigh(row, replace(PLAIN, top_p=top_p))
+        assert got.ids is None
+        # What has no weight in float32 may stay or not: it is never drawn.
+        assert np.array_equal((got.values > 0), stays & (np.exp(row - row.max()) > 0))
 
 
-def test_rows_do_not_touch_each_other() -> None:
-    logits = torch.randn(5, 30)
-    params = SamplingParams(temperature=0.8, top_k=9, top_p=0.8, min_p=0.02)
-    together = probabilities(logits, params)
-    for row in range(5):
-        torch.testing.assert_close(together[row : row + 1], probabilities(logits[row : row + 1], params))
+@pytest.mark.parametrize("k", [1, 2, 63, 64, 500, 2500, 4999, 5000, 10**18])
+def test_top_k_equals_the_full_sort_and_keeps_ties(k: int) -> None:
+    for seed in range(3):
+        row = logits_of(5000, seed=seed)
+        if seed == 2:
+            row = torch.from_numpy(row).bfloat16().float().numpy()
+        least = np.sort(row)[::-1][min(k, 5000) - 1]
+        assert np.array_equal(probabilities(row, replace(PLAIN, top_k=k)) > 0, row >= least)
 
 
-def test_samples_follow_the_distribution() -> None:
-    params = SamplingParams(temperature=0.9, top_k=12, top_p=0.95, min_p=0.01)
-    logits = torch.randn(1, 20) * 1.5
-    expected = probabilities(logits, params)[0]
-    draws = 20_000
-    generator = torch.Generator().manual_seed(3)
-    ids = sample(logits.expand(draws, -1), params, generator)
-    counts = torch.bincount(ids, minlength=20).double()
+@pytest.mark.parametrize("size", [3, 700, 20_000])
+@pytest.mark.parametrize("count", [1, 5, 20])
+def test_the_best_are_those_of_a_stable_sort(size: int, count: int) -> None:
+    for row in (logits_of(size), np.zeros(size, dtype=np.float32), logits_of(size).round()):
+        assert best_of_row(row, count).tolist() == np.argsort(-row, kind="stable")[:count].tolist()
+
+
+@pytest.mark.parametrize("value", [0.05, 0.4, 0.9, 0.99])
+@pytest.mark.parametrize("name", ["top_p", "min_p", "typical_p"])
+@pytest.mark.parametrize("size", [50, 3000])
+def test_filters_are_those_of_transformers(name: str, value: float, size: int) -> None:
+    import transformers
+
+    warper = {
+        "top_p": transformers.TopPLogitsWarper,
+        "min_p": transformers.MinPLogitsWarper,
+        "typical_p": transformers.TypicalLogitsWarper,
+    }[name](value)
+    for seed in range(5):
+        row = logits_of(size, 2.0, seed)
+        oracle = warper(None, torch.from_numpy(row.copy())[None]).softmax(-1)[0].numpy()
+        np.testing.assert_allclose(probabilities(row, replace(PLAIN, **{name: value})), oracle, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 0.7, 1.5])
+@pytest.mark.parametrize("top_k", [1, 7, 60])
+def test_temperature_and_top_k_are_those_of_transformers(temperature: float, top_k: int) -> None:
+    import transformers
+
+    row = logits_of(1000)
+    scores = transformers.TemperatureLogitsWarper(temperature)(None, torch.from_numpy(row.copy())[None])  # type: ignore[arg-type]
+    scores = transformers.TopKLogitsWarper(top_k)(None, scores)  # type: ignore[arg-type]
+    got = probabilities(row, replace(PLAIN, temperature=temperature, top_k=top_k))
+    np.testing.assert_allclose(got, scores.softmax(-1)[0].numpy(), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        PLAIN,
+        SamplingParams(temperature=0.9, top_k=12, top_p=0.95, min_p=0.01),
+        SamplingParams(temperature=1.2, top_p=1, typical_p=0.8),
+    ],
+)
+def test_samples_follow_the_distribution(params: SamplingParams) -> None:
+    row = logits_of(200, 1.5)
+    expected = probabilities(row, params)
+    kept, draws = weigh(row, params).copy(), 20_000
+    counts = np.bincount([draw(kept, uniform(3, 0, i)) for i in range(draws)], minlength=len(row))
     assert counts[expected == 0].sum() == 0
-    kept = expected > 0
-    wanted = expected[kept].double() * draws
-    chi_square = float(((counts[kept] - wanted) ** 2 / wanted).sum())
-    freedom = int(kept.sum()) - 1
+    wanted = expected * draws
+    common = wanted >= 5  # the chi-square approximation wants no smaller cells: the rest is one cell
+    cells = np.append(counts[common], counts[~common].sum()), np.append(wanted[common], wanted[~common].sum())
+    there = cells[1] > 0
+    chi_square = float(((cells[0] - cells[1])[there] ** 2 / cells[1][there]).sum())
+    freedom = int(there.sum()) - 1
     assert chi_square < freedom + 5 * math.sqrt(2 * freedom)
 
 
-def test_temperature_zero_is_the_best_token_whatever_the_filters() -> None:
-    logits = torch.randn(8, 50)
-    greedy = SamplingParams(temperature=0, top_k=3, top_p=0.2, min_p=0.5)
-    assert torch.equal(sample(logits, greedy, torch.Generator()), logits.argmax(-1))
+def test_every_number_draws_something_that_has_weight() -> None:
+    values = np.zeros(300, dtype=np.float32)
+    values[[5, 64, 130, 299]] = [1e-30, 1, 1e-20, 0.25]
+    numbers = [0.0, 5e-324, 0.3, 0.8, 0.8000000001, 1 - 2**-53]
+    for weights in (Weights(None, values), Weights(np.flatnonzero(values), values[values > 0])):
+        assert {draw(weights, number) for number in numbers} <= {5, 64, 130, 299}
+        assert draw(weights, 0.0) == 5
+        assert draw(weights, 0.79) == 64
+        assert draw(weights, 1 - 2**-53) == 299
+    assert draw(Weights(None, values[:100]), 1 - 2**-53) == 64  # nothing after it has any
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-38, 1e-9])
 def test_a_temperature_next_to_zero_is_greedy(temperature: float) -> None:
-    logits = torch.randn(8, 50) * 100
-    params = replace(PLAIN, temperature=temperature)
-    assert torch.equal(sample(logits, params, torch.Generator().manual_seed(0)), logits.argmax(-1))
+    for seed in range(8):
+        row = logits_of(50, 100, seed)
+        row[3] = -1e30
+        assert draw(weigh(row, replace(PLAIN, temperature=temperature)), 0.999) == row.argmax()
 
 
-def test_a_huge_temperature_is_nearly_uniform() -> None:
-    probs = probabilities(torch.randn(1, 40), replace(PLAIN, temperature=1e30))
-    torch.testing.assert_close(probs, torch.full((1, 40), 1 / 40))
+@pytest.mark.parametrize("temperature", [1e30, 1e300])
+def test_a_huge_temperature_is_nearly_uniform(temperature: float) -> None:
+    np.testing.assert_allclose(probabilities(logits_of(40), replace(PLAIN, temperature=temperature)), 1 / 40, rtol=1e-6)
 
 
 @pytest.mark.parametrize("top_p", [1e-300, 1e-9])
-def test_the_smallest_top_p_keeps_the_best_token(top_p: float) -> None:
-    logits = torch.randn(4, 50)
-    assert torch.equal(probabilities(logits, replace(PLAIN, top_p=top_p)).argmax(-1), logits.argmax(-1))
-    assert (probabilities(logits, replace(PLAIN, top_p=top_p)) > 0).sum() == 4
-
-
-def test_the_penalty_divides_what_is_positive_and_multiplies_what_is_negative() -> None:
-    logits = torch.tensor([[2.0, -2.0, 0.0, 3.0]])
-    seen = torch.tensor([True, True, True, False])
-    assert penalize(logits, seen, 2.0).tolist() == [[1.0, -4.0, 0.0, 3.0]]
-    assert logits.tolist() == [[2.0, -2.0, 0.0, 3.0]]  # the model's own logits are not changed
+@pytest.mark.parametrize("size", [50, 5000])
+def test_the_smallest_top_p_keeps_the_best_token(top_p: float, size: int) -> None:
+    row = logits_of(size)
+    assert np.flatnonzero(probabilities(row, replace(PLAIN, top_p=top_p))).tolist() == [row.argmax()]
 
 
 def test_masked_tokens_are_never_chosen() -> None:
-    logits = torch.full((200, 10), float("-inf"))
-    logits[:, 4] = logits[:, 7] = -1.0
-    for params in (PLAIN, SamplingParams(), SamplingParams(top_k=5, min_p=0.1), SamplingParams(temperature=0)):
-        ids = sample(logits, params, torch.Generator().manual_seed(1))
-        assert set(ids.tolist()) <= {4, 7}
+    row = np.full(10, -np.inf, dtype=np.float32)
+    row[[4, 7]] = -1.0
+    every = (PLAIN, SamplingParams(), SamplingParams(top_k=5, min_p=0.1), replace(PLAIN, typical_p=0.9))
+    for params in every:
+        kept = weigh(row, params).copy()
+        assert {draw(kept, uniform(1, 0, i)) for i in range(50)} == {4, 7}
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        [1.0, float("nan"), 2.0],
-        [float("nan")] * 3,
-        [1.0, float("inf"), 2.0],
-        [float("-inf")] * 3,
-    ],
-    ids=["one nan", "all nan", "infinite", "everything filtered"],
-)
-@pytest.mark.parametrize("temperature", [0, 0.6])
-def test_what_cannot_be_sampled_is_refused(row: list[float], temperature: float) -> None:
-    logits = torch.tensor([[1.0, 2.0, 3.0], row])
-    with pytest.raises(HerdError, match="not finite"):
-        sample(logits, SamplingParams(temperature=temperature), torch.Generator())
-
-
-def test_half_precision_logits_are_sampled_in_float32() -> None:
-    logits = torch.randn(3, 100)
-    for dtype in (torch.bfloat16, torch.float16):
-        probs = probabilities(logits.to(dtype), SamplingParams())
-        assert probs.dtype == torch.float32
-        torch.testing.assert_close(probs.sum(-1), torch.ones(3))
+def test_weights_that_were_copied_outlive_the_next_row() -> None:
+    first, second = logits_of(5000, seed=1), logits_of(5000, seed=2)
+    kept = weigh(first, SamplingParams()).copy()
+    before = kept.dense(5000)
+    weigh(second, SamplingParams())
+    assert np.array_equal(kept.dense(5000), before)

@@ -1,0 +1,236 @@
+"""The next token of every row of a batch, each by its own parameters.
+
+Order of what happens to a row: logit bias, minimum length (stop ids banned), the constraint's mask, repetition, presence and
+frequency penalties, temperature, top-k, typical-p, top-p, min-p, one draw. Greedy rows (temperature 0) take the best token after
+the penalties, ties by id. vLLM and transformers go the same way, except that vLLM has min-p before top-k, and transformers
+typical-p after top-p.
+
+Log-probabilities are those of the model: log-softmax of the logits as they came, without temperature and filters, as the
+OpenAI API and vLLM report them. So a token that a mask forced shows how unlikely the model found it.
+
+**Random numbers.** A draw takes one uniform number, which is a hash of the row's seed, its index among the n replies of its
+request and the number of tokens made before: no state, so the same wherever and whenever it is computed, after preemption, with
+any neighbours. As every row is handled alone and by the same code, a row's token is bitwise independent of its batch.
+"""
+
+from __future__ import annotations
+
+import secrets
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from herd.chat.params import SamplingParams
+from herd.engine.logits import Uses, add_bias, ban, keep_allowed, penalize, penalize_repetition
+from herd.engine.logprobs import chosen_and_best
+from herd.engine.sample import Weights, draw, weigh
+from herd.errors import ConfigError
+
+__all__ = ["Mask", "RowState", "Sampled", "Sampler", "uniform"]
+
+NOT_FINITE = (
+    "the model gave numbers that are not finite, so no next token can be chosen: its weights are damaged, or they overflow in "
+    "this dtype (try bfloat16 or float32)"
+)
+NOTHING_LEFT = "no token is left to choose from: logit_bias, min_tokens and the constraint rule out all of them"
+
+
+class Mask(Protocol):
+    """What a constrained reply may go on with (`herd.engine.grammar.GrammarState`)."""
+
+    def allowed(self) -> NDArray[np.int32]:
+        """Bits [ceil(V / 32)] of the ids that may come next. Raises ConfigError when that cannot be computed."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """`token` was chosen."""
+        ...
+
+    def fork(self) -> Mask:
+        """The same state, independent of this one."""
+        ...
+
+
+def uniform(seed: int, index: int, position: int, lane: int = 0) -> float:
+    """A uniform number from 0 up to, not including, 1: 53 bits of blake2b over the four integers (64 bits each).
+
+    `lane` separates several draws for one position (0 is the token itself; speculative decoding uses others).
+    """
+    data = blake2b(struct.pack("<QQQQ", seed, index, position, lane), digest_size=8).digest()
+    return (int.from_bytes(data, "little") >> 11) / (1 << 53)
+
+
+class RowState:
+    """What choosing the next token of one sequence needs: parameters, seed, what was used so far, and a mask.
+
+    `prompt` and `generated` are ids; `index` is the sequence's among the replies of its request. `stop_ids` are all ids that
+    end the reply (empty when they are ignored): they are banned before `min_tokens`. `seed` is that of the parameters, or a
+    fresh one when they have none: give the same to all replies of a request. A sequence that was preempted can keep its state,
+    or get a new one with the tokens it already made as `generated`.
+
+    Raises ConfigError when a bias names an id outside the vocabulary of `vocab_size`.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt: Iterable[int] = (),
+        *,
+        vocab_size: int,
+        index: int = 0,
+        stop_ids: Iterable[int] = (),
+        seed: int | None = None,
+        mask: Mask | None = None,
+        generated: Iterable[int] = (),
+    ) -> None:
+        self.params, self.index, self.mask = params, index, mask
+        self.seed = seed if seed is not None else params.seed if params.seed is not None else secrets.randbits(63)
+        self.position = 0
+        """Tokens made so far."""
+        self._stops = np.array(sorted(stop_ids), dtype=np.int64)
+        bias = dict(params.logit_bias)
+        self._bias_ids = np.array(list(bias), dtype=np.int64)
+        self._bias = np.array(list(bias.values()), dtype=np.float32)
+        if len(bias) and max(bias) >= vocab_size:
+            raise ConfigError(f"logit_bias names id {max(bias)}, but the vocabulary has {vocab_size}")
+        self._counted = Uses() if params.presence_penalty or params.frequency_penalty else None
+        self._seen = Uses(prompt) if params.repetition_penalty != 1 else None
+        for token in generated:
+            self.append(token)
+
+    @property
+    def wants_logprobs(self) -> int | None:
+        """How many alternatives to report, 0 for the chosen token's log-probability alone, None for nothing."""
+        if self.params.logprobs is None and self.params.candidates > self.params.n:
+            return 0  # best_of compares them
+        return self.params.logprobs
+
+    def append(self, token: int) -> None:
+        """`token` was chosen (by the sampler, or accepted from a draft)."""
+        self.position += 1
+        for uses in (self._counted, self._seen):
+            if uses is not None:
+                uses.add(token)
+        if self.mask is not None:
+            self.mask.accept(token)
+
+    def fork(self, index: int | None = None) -> RowState:
+        """The same state, independent of this one; with `index` as another reply of the same request."""
+        other = object.__new__(RowState)
+        other.__dict__.update(self.__dict__)
+        other._counted = None if self._counted is None else self._counted.copy()
+        other._seen = None if self._seen is None else self._seen.copy()
+        other.mask = None if self.mask is None else self.mask.fork()
+        other.index = self.index if index is None else index
+        return other
+
+    def uniform(self, lane: int = 0) -> float:
+        """The uniform number of this position, see `uniform`."""
+        return uniform(self.seed, self.index, self.position, lane)
+
+    @property
+    def plain(self) -> bool:
+        """Nothing changes the logits before temperature and filters."""
+        return (
+            not len(self._bias_ids)
+            and self.mask is None
+            and self._counted is None
+            and self._seen is None
+            and not self._banned
+        )
+
+    @property
+    def _banned(self) -> bool:
+        return self.position < self.params.min_tokens and len(self._stops) > 0
+
+    def adjust(self, row: NDArray[np.float32]) -> NDArray[np.float32]:
+        """`row` [V] with bias, bans, mask and penalties: itself when there are none, otherwise a copy."""
+        if self.plain:
+            return row
+        row = row.copy()
+        if len(self._bias_ids):
+            add_bias(row, self._bias_ids, self._bias)
+        if self._banned:
+            ban(row, self._stops)
+        if self.mask is not None:
+            keep_allowed(row, self.mask.allowed())
+        if self._seen is not None:
+            penalize_repetition(row, self._seen.ids, self.params.repetition_penalty)
+        if self._counted is not None:
+            penalize(row, self._counted, self.params.presence_penalty, self.params.frequency_penalty)
+        return row
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One row's outcome: a token, or None and what is wrong (that request alone ends with it).
+
+    `logprob` is given when the row wants log-probabilities; `top` maps its `params.logprobs` likeliest ids to theirs, best first.
+    """
+
+    token: int | None
+    logprob: float | None = None
+    top: dict[int, float] | None = None
+    error: str | None = None
+
+
+class Sampler:
+    """Chooses the next tokens of a batch. It has no state; rows do."""
+
+    def sample(self, logits: Tensor, rows: Sequence[RowState]) -> list[Sampled]:
+        """One outcome per row of `logits` [R, V]; logits are not changed.
+
+        A NaN, a positive infinity or nothing that may be chosen makes that row an error. Rows are not advanced: call
+        `row.append(token)` for what is kept.
+        """
+        assert logits.shape[:-1] == (len(rows),), f"{tuple(logits.shape)} for {len(rows)} rows"
+        values = _host(logits)
+        return [self._one(values[i], row) for i, row in enumerate(rows)]
+
+    def distribution(self, logits: Tensor, row: RowState) -> Weights:
+        """What one row would be drawn from, logits [V]: for speculative decoding. Greedy is all on one id.
+
+        Raises ConfigError with the reason when nothing can be chosen.
+        """
+        found = self._weights(_host(logits), row)
+        if isinstance(found, str):
+            raise ConfigError(found)
+        if isinstance(found, int):
+            return Weights(np.array([found]), np.ones(1, dtype=np.float32))
+        return found.copy()
+
+    def _one(self, values: NDArray[np.float32], row: RowState) -> Sampled:
+        found = self._weights(values, row)
+        if isinstance(found, str):
+            return Sampled(None, error=found)
+        token = found if isinstance(found, int) else draw(found, row.uniform())
+        if (count := row.wants_logprobs) is None:
+            return Sampled(token)
+        logprob, top = chosen_and_best(values, token, count)
+        return Sampled(token, logprob, None if row.params.logprobs is None else top)
+
+    def _weights(self, values: NDArray[np.float32], row: RowState) -> Weights | int | str:
+        """The distribution of a row, its best token when it is greedy, or what is wrong."""
+        if not np.isfinite(values.max()):
+            return NOT_FINITE
+        try:
+            adjusted = row.adjust(values)
+        except ConfigError as error:
+            return str(error)
+        if adjusted is not values and not np.isfinite(adjusted.max()):
+            return NOTHING_LEFT
+        if row.params.temperature == 0:
+            return int(adjusted.argmax())
+        return weigh(adjusted, row.params)
+
+
+def _host(logits: Tensor) -> NDArray[np.float32]:
+    """The same numbers as a float32 array in main memory; a view where they already are."""
+    return logits.detach().to("cpu", torch.float32).numpy()
