@@ -21,6 +21,7 @@ class Request:
 
     `stop_ids` are the model's own, added to those of `params`. Cached prefixes are shared only between requests with the same
     `adapter` and `salt`: a server gives each tenant its own salt, so that nobody learns from timing what others asked.
+    Prompt logprobs begin with those after the prompt's `score_from`-th token: what stands before may come from the cache.
     """
 
     id: str
@@ -29,6 +30,7 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     adapter: str | None = None
     salt: str = ""
+    score_from: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", tuple(self.prompt))
@@ -125,7 +127,8 @@ class TokenEvent:
     """One new token of one continuation, its end, or both. The stop id is told like any other token.
 
     `logprob` and `top_logprobs` (id -> log-probability) are there when asked for. `error` says what went wrong when `finish` is
-    "error". `cached_tokens` of the prompt were not computed.
+    "error". `cached_tokens` of the prompt were not computed. `prompt_logprobs` come with the first event when they were asked
+    for: (id, log-probability, likeliest ones) of each prompt token from the second, or from where scoring began.
     """
 
     request_id: str
@@ -136,3 +139,4 @@ class TokenEvent:
     finish: Finish | None = None
     error: str | None = None
     cached_tokens: int = 0
+    prompt_logprobs: list[tuple[int, float, dict[int, float]]] | None = None

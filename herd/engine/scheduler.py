@@ -104,14 +104,11 @@ class Scheduler:
         """The unfinished continuations of a request; none for an id that is unknown or finished."""
         return list(self._live.get(request_id, ()))
 
-    def add(self, request: Request) -> list[Sequence]:
-        """Queue a request: its continuations, one per candidate.
+    def admissible(self, request: Request) -> None:
+        """Raise ContextFullError when `request` can never fit, ConfigError for more continuations than run at once.
 
-        Raises ContextFullError when it can never fit, ConfigError for an id that is in use or more continuations than run at
-        once.
+        It looks at nothing that changes, so any thread may ask.
         """
-        if request.id in self._live:
-            raise ConfigError(f"request {request.id!r} is already running: give every request an id of its own")
         if request.width > self.max_seqs:
             raise ConfigError(
                 f"request {request.id!r} asks for {request.width} continuations, and at most {self.max_seqs} run at once "
@@ -125,6 +122,15 @@ class Scheduler:
                 needed=length + 1,
                 available=self.max_len,
             )
+
+    def add(self, request: Request) -> list[Sequence]:
+        """Queue a request: its continuations, one per candidate.
+
+        Raises what `admissible` raises, and ConfigError for an id that is in use.
+        """
+        if request.id in self._live:
+            raise ConfigError(f"request {request.id!r} is already running: give every request an id of its own")
+        self.admissible(request)
         self._arrivals += 1
         sequences = [Sequence(request, i, (self._arrivals, i)) for i in range(request.params.candidates)]
         sequences[0].children = sequences[1:]
