@@ -1,6 +1,6 @@
 """inspect(path): what is in a checkpoint, from headers and small files alone. Imports no torch; nothing in the files is run.
 
-The weights' data is not read (only a tied output that is stored twice is compared, as opening does).
+The weights' data is not read (of a tied output that is stored twice some samples are compared).
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def inspect(path_or_name: str | os.PathLike[str]) -> Inspection:
         if foreign is not None:
             return _described(path, folder, foreign)
         try:
-            store = open_store(path)
+            store = open_store(path, headers_only=True)
         except HerdError as error:
             return _unopened(path, folder, error)
         infos = {name: store.info(name) for name in store.names()}
@@ -180,6 +180,9 @@ def inspect(path_or_name: str | os.PathLike[str]) -> Inspection:
     if tokenizer is not None:
         findings += in_tokens(store, tokenizer, _templates(folder, store))
     findings += in_files(path, store)
+    if sampled := getattr(store, "sampled", ()):
+        text = f"{sampled[0]} repeats the embedding, to which it is tied: samples are equal, opening compares all"
+        findings.append(Finding("copies", text))
     if skipped := getattr(store, "skipped", ()):
         text = f"{len(skipped)} tensors of the vision half are there; herd runs the text model only"
         findings.append(Finding("vision", text))

@@ -42,13 +42,16 @@ _KV = re.compile(r"layers\.\d+\.attention\.w[kv]\.weight")
 class MetaStore:
     """A TensorStore over a folder. Raises CheckpointError or ConfigError.
 
-    `skipped` names tensors of the vision half of a Llama 4 checkpoint, which the text model does not use.
+    `skipped` names tensors of the vision half of a Llama 4 checkpoint, which the text model does not use. `headers_only` and
+    `sampled`: as in HFStore.
     """
 
     kind = "meta"
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, headers_only: bool = False) -> None:
         self.folder = Path(path)
+        self._headers_only = headers_only
+        self.sampled: tuple[str, ...] = ()
         self.path = str(path)
         self.generation = GenerationDefaults()
         self._params = self.folder / "params.json"
@@ -174,7 +177,10 @@ class MetaStore:
     def _tie(self) -> None:
         """Tied models store the output as a second name or a copy of the embedding: it is dropped when it is the same."""
         if all(_OUTPUT in rank.specs and _EMBEDDING in rank.specs for rank in self._ranks):
-            same = all(same_stored(rank, _OUTPUT, rank, _EMBEDDING) for rank in self._ranks)
+            alone = self._headers_only
+            same = all(same_stored(rank, _OUTPUT, rank, _EMBEDDING, sampled=alone) for rank in self._ranks)
+            if alone and same and any(rank.span(_OUTPUT) != rank.span(_EMBEDDING) for rank in self._ranks):
+                self.sampled = (_OUTPUT,)
             if self.config.tie_embeddings and not same:
                 raise CheckpointError(
                     "differs from the embedding, but params.json ties them", path=self._ranks[0].path, tensor=_OUTPUT

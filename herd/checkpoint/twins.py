@@ -7,12 +7,15 @@ from herd.checkpoint.store import TensorFile
 
 __all__ = ["same_stored"]
 
+SAMPLES, SAMPLE = 16, 4096
+"""Places spread over a tensor, and bytes at each: two different matrices differ in the first of them."""
 
-def same_stored(one: TensorFile, name: str, other: TensorFile, twin: str) -> bool:
+
+def same_stored(one: TensorFile, name: str, other: TensorFile, twin: str, *, sampled: bool = False) -> bool:
     """Whether tensor `name` of `one` and `twin` of `other` have one shape and dtype and the same bytes.
 
     Slice by slice until the first difference, letting go of the file pages after each; no torch, unless a tensor is stored
-    with unusual strides.
+    with unusual strides. `sampled` looks at SAMPLES of the bytes only, for who must not read the data.
     """
     a, b = one.describe(name), other.describe(twin)
     if (a.shape, a.number) != (b.shape, b.number):
@@ -22,8 +25,9 @@ def same_stored(one: TensorFile, name: str, other: TensorFile, twin: str) -> boo
         return _same_values(one, name, other, twin)
     if one.path == other.path and here == there:
         return True
-    for at in range(0, here.size, SLICE):
-        size = min(SLICE, here.size - at)
+    step, most = (max(1, here.size // SAMPLES), SAMPLE) if sampled else (SLICE, SLICE)
+    for at in range(0, here.size, step):
+        size = min(most, here.size - at)
         same = one.map.bytes(here.start + at, size) == other.map.bytes(there.start + at, size)
         one.map.release(here.start + at, size)
         other.map.release(there.start + at, size)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -90,27 +89,24 @@ def _file(name: str, file: Path) -> dict[str, Any]:
 
 
 def _model(path: Path) -> dict[str, Any]:
-    """The facts of the headers, or why there are none."""
-    from herd.checkpoint.open import open_store
+    """What `herd inspect` finds, in a few words, or why there is nothing to say."""
+    from herd.checkpoint.inspect import inspect
     from herd.errors import HerdError
-    from herd.model.accounting import parameters
 
     try:
-        store = open_store(path)
-        types = Counter[str]()
-        for name in store.names():
-            info = store.info(name)
-            types[info.stored] += info.nbytes
-        config = store.config
-        return {
-            "format": {"hf": "Hugging Face", "meta": "Meta", "gguf": "GGUF"}[store.kind],
-            "parameters": parameters(config),
-            "context": config.max_seq_len,
-            "numbers": dict(types.most_common()),
-            "problem": None,
-        }
+        found = inspect(path)
     except HerdError as error:
-        return {"format": None, "parameters": None, "context": None, "numbers": None, "problem": str(error)}
+        absent = dict.fromkeys(("model", "format", "parameters", "context", "numbers"))
+        return {**absent, "problem": str(error)}
+    data, config = found.as_dict(), found.config
+    return {
+        "model": found.what,
+        "format": {"hf": "Hugging Face", "meta": "Meta", "gguf": "GGUF"}.get(found.kind, found.kind),
+        "parameters": data["parameters"],
+        "context": None if config is None else config.max_seq_len,
+        "numbers": {name: nbytes for name, (_, _, nbytes) in found.types.items()},
+        "problem": found.problem,
+    }
 
 
 def _plain(key: str, value: Any) -> str:

@@ -77,7 +77,7 @@ def _is_path(name: str) -> bool:
 
 
 def _from_headers(path: Path, name: str) -> Subject:
-    store = open_store(path)
+    store = open_store(path, headers_only=True)
     infos = {tensor: store.info(tensor) for tensor in store.names()}
     kinds: Counter[str] = Counter()
     for info in infos.values():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,10 @@ from transformers import Llama4Config, Llama4ForConditionalGeneration
 from herd.chat.params import SamplingParams
 from herd.checkpoint.fill import fill
 from herd.checkpoint.hf import HFStore
+from herd.checkpoint.inspect import inspect
 from herd.checkpoint.open import open_store
 from herd.checkpoint.store import GenerationDefaults
-from tests.build import TINY, build, tokens
+from tests.build import TINY, build, tiny, tokens
 from tests.checkpoint.folders import save_bin, write_hf
 from tests.parity.oracles import hf_logits
 
@@ -114,6 +116,23 @@ def test_tied_output_may_be_stored_twice(tmp_path: Path) -> None:
     save_file(state, file)
     with pytest.raises(ValueError, match=r"lm_head\.weight.*differs from the embedding"):
         HFStore(tmp_path)
+
+
+def test_headers_alone_compare_samples_of_a_tied_output(tmp_path: Path) -> None:
+    write_hf(tmp_path, build(replace(tiny("llama-3.2"), vocab_size=4000)))
+    file = tmp_path / "model.safetensors"
+    state = load_file(file)
+    embedding = state["model.embed_tokens.weight"]
+    state["lm_head.weight"] = embedding.clone()
+    save_file(state, file)
+    assert inspect(tmp_path).findings[-1].text.startswith("lm_head.weight repeats the embedding")
+    state["lm_head.weight"][200, 3] += 1  # between two samples
+    save_file(state, file)
+    assert HFStore(tmp_path, headers_only=True).sampled == ("lm_head.weight",)
+    state["lm_head.weight"] = torch.randn_like(embedding)
+    save_file(state, file)
+    with pytest.raises(ValueError, match="differs from the embedding"):
+        HFStore(tmp_path, headers_only=True)
 
 
 def test_weights_are_views_and_the_rest_is_cast(tmp_path: Path) -> None:
