@@ -31,7 +31,7 @@ $(VENV)/.python:
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.run: $(VENV)/.python pyproject.toml constraints.txt
+$(VENV)/.run: $(VENV)/.python pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	@echo "Installing herd (torch is the large part: a minute or two) ..."
 	@$(PIP) -e .
 	@touch $@
