@@ -40,4 +40,11 @@ def _parts(tensor: Tensor, limit: int) -> Iterator[Tensor]:
         yield from tensor.split(max(1, limit // max(row, 1)))
 
 
-_WORDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+_WORDS = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float64: "F64",
+    torch.int8: "I8",
+    torch.int32: "I32",
+}
