@@ -79,10 +79,18 @@ def lint(
 ) -> Report:
     """Hold `template` against the prompt format `format` (else the one that its text shows), over all CASES.
 
-    `tokenizer`, the checkpoint's own, adds the comparison of ids. `tick` is called after every case. Raises PromptError when
-    the format is unknown or cannot be told from the template.
+    `tokenizer`, the checkpoint's own, adds the comparison of ids. `tick` is called after every case. A template that the sandbox
+    refuses is a report, of whatever format it is. Raises PromptError when there is no text, or no format that it shows.
     """
-    named = _named(template, tokenizer) if format is None else format
+    if not template.strip():
+        raise PromptError("the chat template is empty")
+    try:
+        named = _named(template, tokenizer) if format is None else format
+    except PromptError:
+        checked = sandbox.check(template)
+        if checked.kind == "text":
+            raise
+        return Report("unknown", {}, refused=checked)
     if named not in FORMATS or named == "base":
         raise PromptError(
             f"there is no prompt format {named!r} with conversations; choose one of {', '.join(_chats())}"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -139,7 +141,7 @@ def _show_table(report: Report, show_all: bool) -> None:
     print(styled(f"{same} of {total} cases are the same as {report.format}", style, sys.stdout))
     others = {name: count for name, count in report.passed.items() if name != report.format}
     for name, count in others.items():
-        print(f"  {_whose(name)} ({name}): {count} of {total}; the template follows {_whose(report.format)}")
+        print(_wrapped(f"{_whose(name)} ({name}): {count} of {total}; the template follows {_whose(report.format)}"))
     rows = [finding for finding in report.findings if show_all or finding.status != "same"]
     wide = max((len(finding.case) for finding in rows), default=0)
     for finding in rows:
@@ -183,23 +185,31 @@ def _show_meanings(differing: Sequence[Finding]) -> None:
     if counts:
         print("\n" + styled("What it means", "bold", sys.stdout))
     for reason, count in sorted(counts.items(), key=lambda item: -item[1]):
-        print(f"  {reason} ({count} {'case' if count == 1 else 'cases'}): {MEANINGS[reason]}")
+        print(_wrapped(f"{reason} ({count} {'case' if count == 1 else 'cases'}): {MEANINGS[reason]}"))
 
 
 def _show_tokens(report: Report, checked_ids: bool) -> None:
     print("\n" + styled("Tokens", "bold", sys.stdout))
     if report.forged:
-        print(
-            f"  A template's text is tokenized as a whole: the names of {report.forged} special tokens in a user's text "
-            "become those tokens, so a user can forge turns in programs that work so.\n"
-            "  herd encodes contents apart: there they stay text."
+        text = (
+            f"A template's text is tokenized as a whole: the names of {report.forged} special tokens in a user's text "
+            "become those tokens, so a user can forge turns in programs that work so. herd encodes contents apart: there "
+            "they stay text."
         )
+        print(_wrapped(text))
     else:
         print("  The special names in the test case did not reach the prompt.")
     if report.other_ids:
-        print(f"  Same text, other ids, as tokens join over the border of two texts: {', '.join(report.other_ids)}")
+        said = f"Same text, other ids, as tokens join over the border of two texts: {', '.join(report.other_ids)}"
+        print(_wrapped(said))
     elif checked_ids:
         print("  Where the text is the same, so are the ids.")
+
+
+def _wrapped(text: str) -> str:
+    """As wide as the terminal, two spaces in."""
+    width = max(40, min(shutil.get_terminal_size((100, 24)).columns, 120))
+    return textwrap.fill(text, width, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
 
 
 def _lines(text: str) -> list[str]:

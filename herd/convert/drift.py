@@ -101,8 +101,8 @@ class _Drift:
         """One sentence."""
         return (
             f"{self.positions} positions of {prompts} prompts: largest difference {self.largest:.3g}, mean KL {self.kl:.3g} "
-            f"nats, same choice at {self.agree} of {self.positions}; {self.greedy} of {prompts * count} greedy tokens until "
-            "the first difference"
+            f"nats, same choice at {self.agree} of {self.positions}; {self.greedy} of {prompts * count} greedy tokens the "
+            "same, counted up to the first difference of each prompt"
         )
 
     def figures(self) -> dict[str, float | int | bool]:

@@ -229,3 +229,19 @@ def test_a_template_of_no_llama_and_an_unknown_format(sandbox: Sandbox) -> None:
         lint(GOOD, sandbox, format="llama9")
     with pytest.raises(PromptError, match="'base'"):
         lint(GOOD, sandbox, format="base")
+
+
+@pytest.mark.parametrize(
+    "hostile", ["{{ 10**(10**7) }}", "{% include '/etc/passwd' %}", "{{ ''.__class__ }}", "{% if %}"]
+)
+def test_a_hostile_template_is_refused_whatever_its_format(sandbox: Sandbox, hostile: str) -> None:
+    report = lint(hostile, sandbox)
+    assert report.refused is not None
+    assert not report.ok
+
+
+def test_no_template_and_no_known_format_are_said(sandbox: Sandbox) -> None:
+    with pytest.raises(PromptError, match="is empty"):
+        lint(" \n", sandbox)
+    with pytest.raises(PromptError, match="of no Llama format"):
+        lint("{% for m in messages %}{{ m.content }}{% endfor %}", sandbox)

@@ -128,7 +128,7 @@ def _say(config: ModelConfig, seen: ModelConfig, own: list[str], path: Path, her
     if not herd_only:
         raise ConfigError(
             f"{path}: GGUF cannot say this model, and llama.cpp would run another one without a word: {what}. "
-            "Keep it in Meta's or Hugging Face's format, or ask for a GGUF file that only herd reads rightly"
+            "Keep it in Meta's or Hugging Face's format, or ask for a GGUF file that only herd reads rightly (--herd-only)"
         )
     warnings.warn(f"{path}: only herd reads this file rightly: {what} (the key {OWN_KEY} says so)", stacklevel=4)
 
