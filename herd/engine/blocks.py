@@ -74,6 +74,11 @@ class BlockPool:
         """How many sequences use `block`."""
         return self._refs[block]
 
+    def holds(self, block: int) -> tuple[int, ...] | None:
+        """The tokens that `block` is known to hold; None when nobody can find it."""
+        known = self._known[block]
+        return None if known is None else known.tokens
+
     def allocate(self, n: int) -> list[int]:
         """`n` blocks with one reference each; the least recently used cached ones are given up when no others are free.
 

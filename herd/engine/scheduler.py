@@ -190,10 +190,10 @@ class Scheduler:
         """
         plan = StepPlan(copies=self._copies)  # those of a plan that was dropped are still due
         decodes = [s for s in self.running if len(s.tokens) - s.computed == 1]
-        spare = self.max_tokens - len(decodes)
-        for sequence in decodes:
-            if sequence.status == "running" and plan.tokens < self.max_tokens:
-                spare -= self._plan_decode(plan, sequence, max(spare, 0))
+        spare = max(0, self.max_tokens - len(decodes))  # for drafts
+        for sequence in decodes[: self.max_tokens]:  # forks may have made more: the newest wait
+            if sequence.status == "running":
+                spare -= self._plan_decode(plan, sequence, spare)
         for sequence in [s for s in self.running if len(s.tokens) - s.computed > 1]:
             if sequence.status == "running":
                 self._plan_prompt(plan, sequence)
@@ -281,9 +281,8 @@ class Scheduler:
         if self._slots(sequence) > self.max_seqs:
             return None
         request, size = sequence.request, self.pool.block_size
-        limit = (
-            sequence.scored if _scores(sequence) else len(sequence.tokens) - 1
-        )  # the last token must run: it has logits
+        # Positions whose logits are wanted must run, the last one in any case.
+        limit = sequence.scored if _scores(sequence) else len(sequence.tokens) - 1
         blocks, digests = self.pool.lookup(sequence.tokens[:limit], salt=request.salt, adapter=request.adapter)
         need = blocks_of(len(sequence.tokens), size) - len(blocks)
         idle_hits = sum(self.pool.references(block) == 0 for block in blocks)

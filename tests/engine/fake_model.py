@@ -34,8 +34,8 @@ def chosen(state: int, index: int) -> int:
     return zlib.crc32(index.to_bytes(4, "little"), state) % VOCAB
 
 
-def expected(request: Request, index: int, max_len: int) -> list[int]:
-    """The reply, made without a cache or a scheduler."""
+def expected(request: Request, index: int, max_len: int, *, stop: bool = True) -> list[int]:
+    """The reply, made without a cache or a scheduler; going on after stop ids when `stop` is False."""
     tokens = list(request.prompt)
     state = prefix(tokens, request.adapter)
     most = max_len if request.params.max_tokens is None else len(tokens) + request.params.max_tokens
@@ -43,7 +43,7 @@ def expected(request: Request, index: int, max_len: int) -> list[int]:
         token = chosen(state, index)
         tokens.append(token)
         state = hashed(state, token)
-        if token in request.stops:
+        if stop and token in request.stops:
             break
     return tokens[len(request.prompt) :]
 
@@ -87,6 +87,7 @@ class FakeModel:
             state = hashed(state, token)
             slot = chunk.blocks[position // size] * size + position % size
             assert slot not in written, f"two rows write slot {slot}"
+            assert self.scheduler.pool.holds(slot // size) is None, f"{s} writes a block that others may find"
             written.add(slot)
             self.slots[slot] = state
             states.append(state)
