@@ -384,8 +384,8 @@ Ops = st.lists(st.tuples(st.sampled_from("aaasssssdxefp"), st.integers(0, 2**16)
 def test_any_order_of_events(
     blocks: int, size: int, seqs: int, extra: int, prefix_cache: bool, ops: list[tuple[str, int]]
 ) -> None:
-    """Requests, aborts, failures, steps (with drafts or without), forks and dropped plans in any order: every invariant holds after
-    each, and everybody finishes with the reply that it would have had alone."""
+    """Requests, aborts, failures, steps (with drafts or without), forks and dropped plans in any order: every invariant holds
+    after each, and everybody finishes with the reply that it would have had alone."""
     s = Scheduler(
         BlockPool(blocks, size, prefix_cache=prefix_cache), max_seqs=seqs, max_tokens=seqs + extra, max_len=blocks * size
     ) if blocks * size > 1 else scheduler()  # fmt: skip
