@@ -77,6 +77,7 @@ def run(
     spare: int = 6,
     drafts: bool = True,
     dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
 ) -> Seen:
     """Feed every text through scheduler, pack and runner, each token after a random prompt as if it had been sampled, and hold
     the logits of every row against `expected`. `spare` blocks beyond what the longest text needs: few mean preemption.
@@ -86,7 +87,7 @@ def run(
     max_len = LENGTH + 4
     pool = BlockPool(-(-max_len // block_size) + spare, block_size)
     scheduler = Scheduler(pool, max_seqs=4, max_tokens=48, max_len=max_len)
-    kv = PagedCache(config, blocks=pool.n_blocks, block_size=block_size, dtype=dtype)
+    kv = PagedCache(config, blocks=pool.n_blocks, block_size=block_size, dtype=dtype, device=device)
     runner = TorchRunner(build(name) if model is None else model)
     seen = Seen()
     sequences = []
@@ -102,7 +103,7 @@ def run(
         plan = scheduler.plan()
         kv.copy(plan.copies)
         every = StepPlan([replace(chunk, logits=chunk.count) for chunk in plan.rows])
-        logits = runner.logits(pack(every, block_size), kv)
+        logits = runner.logits(pack(every, block_size, device), kv).cpu()
         seen.mixed += len({chunk.count > 1 for chunk in plan.rows}) == 2
         sampled = []
         for chunk, rows in zip(plan.rows, logits.split([c.count for c in plan.rows]), strict=True):
@@ -174,6 +175,16 @@ def test_half_precision(name: str, dtype: torch.dtype, measured: Measured) -> No
     seen = run(name, whole(name, dtype), model=model.to(dtype), dtype=dtype)
     measured(f"{dtype} logits against the full forward, max abs difference", f"{name}, paged", seen.worst)
     assert seen.worst <= HALF_BOUND[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", TINY)
+def test_on_a_gpu(name: str, measured: Measured) -> None:
+    model = Llama(tiny(name)).eval()
+    model.load_state_dict(build(name).state_dict())
+    seen = run(name, whole(name), model=model.cuda(), device="cuda")
+    measured(TABLE, f"{name}, paged, GPU", seen.worst)
+    assert seen.worst <= 10 * MODES_BOUND  # other matrix kernels than those of the full forward, which ran on the CPU
 
 
 class Rounded:
