@@ -199,6 +199,25 @@ def test_preemption_takes_the_newest_and_loses_nothing() -> None:
         assert ended[r.id, 0].reply == expected(r, 0, s.max_len)
 
 
+def test_a_row_of_the_plan_is_taken_back_by_an_older_prompt() -> None:
+    """A decode row is planned first; then the prompt of an older request needs its blocks in the same step. The older one runs
+    later than the newer because the continuation that read its prompt failed."""
+    s = scheduler(blocks=8, max_tokens=32, max_len=32)
+    model = FakeModel(s)
+    first, second = s.add(request("a", [1] * 24, 4, n=2))
+    (b,) = s.add(request("b", [2] * 4, 12))
+    plan = s.plan()
+    sampled = model.run(plan)
+    assert [c.sequence for c in plan.rows] == [first, b]
+    s.commit(StepPlan(plan.rows[1:]), sampled[1:])
+    s.finish(first, "error")
+    s.max_tokens = 5
+    ended = finish_all(s, model)
+    assert b.preemptions == 1
+    for sequence in (second, b):
+        assert ended[sequence.request.id, sequence.index].reply == expected(sequence.request, sequence.index, s.max_len)
+
+
 def test_pressure_64_blocks_32_long_requests() -> None:
     s = scheduler(blocks=64, size=4, max_seqs=16, max_tokens=32, max_len=128)
     model = FakeModel(s)
