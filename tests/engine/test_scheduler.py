@@ -204,14 +204,14 @@ def test_a_row_of_the_plan_is_taken_back_by_an_older_prompt() -> None:
     later than the newer because the continuation that read its prompt failed."""
     s = scheduler(blocks=8, max_tokens=32, max_len=32)
     model = FakeModel(s)
-    first, second = s.add(request("a", [1] * 24, 4, n=2))
+    first, second = s.add(request("a", [1] * 20, 4, n=2))
     (b,) = s.add(request("b", [2] * 4, 12))
     plan = s.plan()
     sampled = model.run(plan)
     assert [c.sequence for c in plan.rows] == [first, b]
     s.commit(StepPlan(plan.rows[1:]), sampled[1:])
     s.finish(first, "error")
-    s.max_tokens = 5
+    s.max_tokens = 3
     ended = finish_all(s, model)
     assert b.preemptions == 1
     for sequence in (second, b):
