@@ -1,14 +1,14 @@
 """Weights into a model: build without storage, check every name and shape, hand each tensor its home.
 
 Tensors whose dtype and device already fit stay views of the mapped file; the others are cast one at a time and the file
-pages they came from are released, so loading takes hardly more memory than the model itself.
+pages they came from are released, so loading takes hardly more memory than the model itself. Quantized matrices can stay
+quantized, see `herd.checkpoint.weights`.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,37 +19,89 @@ from torch.overrides import TorchFunctionMode
 from herd.checkpoint.mapped import slices
 from herd.checkpoint.names import shapes
 from herd.checkpoint.placement import device_named, dtype_named
-from herd.checkpoint.store import ReadsInto, Releases, TensorStore
+from herd.checkpoint.store import KeepsBlocks, ReadsInto, Releases, TensorStore
+from herd.checkpoint.weights import FLOATS, Plan, meaningless, plan_weights, stored_dtype
 from herd.errors import CheckpointError
 from herd.model.llama import Llama
 from herd.model.rope import Rope
+from herd.quant.apply import put
+from herd.quant.encode import encode
+from herd.quant.scheme import BlockType, QuantTensor
 
-__all__ = ["check_store", "fill", "read_as", "stored_dtype"]
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+__all__ = ["FLOATS", "check_store", "fill", "read_as", "stored_dtype"]
 
 
-def fill(store: TensorStore, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu") -> Llama:
-    """A Llama with the weights of `store`, in one dtype (default: `stored_dtype`), ready to run.
+def fill(
+    store: TensorStore,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    *,
+    weights: str = "auto",
+    tick: Callable[[int, int], None] | None = None,
+) -> Llama:
+    """A Llama with the weights of `store`, ready to run: in one dtype (default: `stored_dtype`) or, as `weights` says (see
+    `herd.checkpoint.weights`), with quantized matrices.
 
     Parameters do not require gradients. On the CPU they may be views of the file: writing to one copies what is written,
-    the file never changes. Raises CheckpointError, and ConfigError for a dtype or device that `placement` does not know.
+    the file never changes. `tick(done, total)` is told the bytes of the file that have been dealt with. Raises
+    CheckpointError, and ConfigError for a dtype or device that `placement` does not know and for unknown `weights`.
     """
     dtype, device = dtype_named(dtype), device_named(device)
     check_store(store)
-    dtype = stored_dtype(store) if dtype is None else dtype
+    plan = plan_weights(store, weights, dtype, device)
+    dtype = plan.dtype
     _say_skipped(store)
+    if plan.notes:
+        first, *others = plan.notes
+        more = f" (and {len(others)} more)" if others else ""
+        warnings.warn(f"{store.path}: {first}{more}", stacklevel=3)
     with without_storage():
         model = Llama(store.config)
     with torch.device(device):
         model.rope = Rope(store.config)
+    done, total = 0, sum(store.info(name).nbytes for name in shapes(store.config))
     for name in shapes(store.config):
-        home, _, field = name.rpartition(".")
-        weight = nn.Parameter(read_as(store, name, dtype, device), requires_grad=False)
-        model.get_submodule(home).register_parameter(field, weight)
-    if store.config.tie_embeddings:
+        _fill_one(model, store, name, plan, device)
+        done += store.info(name).nbytes
+        if tick is not None:
+            tick(done, total)
+    if store.config.tie_embeddings and isinstance(model.output, nn.Linear):
         model.output.weight = model.tok_embeddings.weight
     return model.eval()
+
+
+def _fill_one(model: Llama, store: TensorStore, name: str, plan: Plan, device: torch.device) -> None:
+    """Give the parameter `name` its numbers: in the dtype of the plan, or in a stored form."""
+    kind = plan.kinds.get(name)
+    if kind is None:
+        home, _, field = name.rpartition(".")
+        weight = nn.Parameter(read_as(store, name, plan.dtype, device), requires_grad=False)
+        model.get_submodule(home).register_parameter(field, weight)
+        return
+    stored, own = _in_form(store, name, kind, device)
+    put(model, name, stored, plan.dtype, own=own)
+    if isinstance(store, Releases):
+        store.release(name)  # panels replace what was read; look-ups bring back the rows they need
+
+
+def _in_form(store: TensorStore, name: str, kind: BlockType, device: torch.device) -> tuple[QuantTensor, bool]:
+    """The tensor `name` as blocks of `kind`, and whether they are memory of their own."""
+    info = store.info(name)
+    if info.stored == kind.name and isinstance(store, KeepsBlocks):
+        raw = store.raw(name)
+        blocks = raw.blocks if isinstance(raw, QuantTensor) else _bytes(raw)
+        return QuantTensor(blocks.to(device), kind, info.shape), device.type != "cpu"
+    if kind.dtype is not None:
+        return QuantTensor(_bytes(read_as(store, name, kind.dtype, device)), kind, info.shape), True
+    dtype = torch.float32 if info.nbytes < torch.Size(info.shape).numel() * info.dtype.itemsize else info.dtype
+    values = read_as(store, name, torch.float32 if dtype == torch.float64 else dtype, torch.device("cpu"))
+    blocks = encode(values, kind.name, name=name)
+    assert isinstance(blocks, QuantTensor)
+    return QuantTensor(blocks.blocks.to(device), kind, info.shape), True
+
+
+def _bytes(values: torch.Tensor) -> torch.Tensor:
+    return values.contiguous().view(torch.uint8)
 
 
 @contextmanager
@@ -84,20 +136,6 @@ def check_store(store: TensorStore) -> None:
             raise CheckpointError(f"has shape {found}, the model needs {shape}", path=store.path, tensor=name)
 
 
-def stored_dtype(store: TensorStore) -> torch.dtype:
-    """The floating dtype that most numbers of `store` are stored in; bfloat16 for quantized ones, whose exact float32 values
-    would take eight times their file. Raises CheckpointError when there is none."""
-    counts: Counter[torch.dtype] = Counter()
-    for name in shapes(store.config):
-        info = store.info(name)
-        if info.dtype not in FLOATS:
-            raise _meaningless(store, name)
-        count = torch.Size(info.shape).numel()
-        packed = info.nbytes < count * info.dtype.itemsize
-        counts[torch.bfloat16 if packed else info.dtype] += count
-    return counts.most_common(1)[0][0]
-
-
 def read_as(store: TensorStore, name: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """One tensor in `dtype` on `device`: a view of the file when it already fits, otherwise a copy made a few rows at a time.
 
@@ -105,7 +143,7 @@ def read_as(store: TensorStore, name: str, dtype: torch.dtype, device: torch.dev
     """
     info = store.info(name)
     if info.dtype not in FLOATS:
-        raise _meaningless(store, name)
+        raise meaningless(store, name)
     if info.dtype == dtype and device.type == "cpu":
         tensor = store.read(name)
     else:  # the lasting tensor is allocated before the passing one, so that the heap does not fill with holes
@@ -126,11 +164,6 @@ def _copy(store: TensorStore, name: str, out: torch.Tensor) -> None:
         out[rows].copy_(source[rows])
         if isinstance(store, Releases):
             store.release(name)
-
-
-def _meaningless(store: TensorStore, name: str) -> CheckpointError:
-    stored = store.info(name).stored
-    return CheckpointError(f"is stored as {stored}, which has no meaning without scales", path=store.path, tensor=name)
 
 
 def _say_skipped(store: TensorStore) -> None:

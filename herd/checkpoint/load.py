@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,41 +40,66 @@ class Checkpoint:
 
 
 def load(
-    path_or_name: str | os.PathLike[str], dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu"
+    path_or_name: str | os.PathLike[str],
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    *,
+    weights: str = "auto",
+    tick: Callable[[int, int], None] | None = None,
 ) -> tuple[Llama, Tokenizer]:
     """(model, tokenizer) of a checkpoint folder, file or catalog name, in any format herd reads.
 
     `dtype` is a torch dtype or its name ("float32", "bfloat16", "float16"); "auto" and None keep the one the weights are
-    stored in, bfloat16 for quantized files. `device` is a name such as "cuda:0"; "auto" takes the fastest kind that is here.
+    stored in. `device` is a name such as "cuda:0"; "auto" takes the fastest kind that is here. `weights` says in which form
+    matrices are held (`herd.checkpoint.weights`): a quantized file stays quantized on a CPU with herd's native kernels, with
+    float32 activations, unless a dtype is asked for or `weights` is "plain", which dequantize it (to bfloat16 by default);
+    "int8", "int4" and llama.cpp's names quantize while loading. `tick(done, total)` hears of the bytes read.
     Parameters do not require gradients; on the CPU they may be views of the file. A checkpoint without a tokenizer loads,
     too, and using its tokenizer raises CheckpointError. `open_checkpoint` also gives its sampling defaults, which
     `herd.generate` does not know: its own are Meta's.
 
     Raises UnknownModelError, CheckpointError, ConfigError or TokenizerError.
     """
-    checkpoint = open_checkpoint(path_or_name, dtype, device)
+    checkpoint = open_checkpoint(path_or_name, dtype, device, weights=weights, tick=tick)
     return checkpoint.model, checkpoint.tokenizer
 
 
 def load_model(
-    path_or_name: str | os.PathLike[str], dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu"
+    path_or_name: str | os.PathLike[str],
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    *,
+    weights: str = "auto",
+    tick: Callable[[int, int], None] | None = None,
 ) -> Llama:
     """As `load`, the model alone: no tokenizer is opened."""
-    return fill(open_store(resolve(path_or_name)), dtype, device)
+    return fill(open_store(resolve(path_or_name)), dtype, device, weights=weights, tick=tick)
 
 
 def open_checkpoint(
-    path_or_name: str | os.PathLike[str], dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu"
+    path_or_name: str | os.PathLike[str],
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    *,
+    weights: str = "auto",
+    tick: Callable[[int, int], None] | None = None,
 ) -> Checkpoint:
     """As `load`, with everything else the checkpoint holds."""
     path = resolve(path_or_name)
-    return read_checkpoint(path, open_store(path), dtype, device)
+    return read_checkpoint(path, open_store(path), dtype, device, weights=weights, tick=tick)
 
 
 def read_checkpoint(
-    path: Path, store: TensorStore, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu"
+    path: Path,
+    store: TensorStore,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    *,
+    weights: str = "auto",
+    tick: Callable[[int, int], None] | None = None,
 ) -> Checkpoint:
     """The rest of `open_checkpoint`, for callers that look at the opened `store` first to choose dtype or device."""
     tokenizer = tokenizer_of(store)
     defaults = getattr(store, "generation", GenerationDefaults())
-    return Checkpoint(path, store, fill(store, dtype, device), tokenizer, defaults)
+    model = fill(store, dtype, device, weights=weights, tick=tick)
+    return Checkpoint(path, store, model, tokenizer, defaults)

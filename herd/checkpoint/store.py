@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     import torch
 
     from herd.checkpoint.mapped import MappedFile, Span
+    from herd.quant.scheme import QuantTensor
 
-__all__ = ["GenerationDefaults", "ReadsInto", "Releases", "TensorFile", "TensorInfo", "TensorStore"]
+__all__ = ["GenerationDefaults", "KeepsBlocks", "ReadsInto", "Releases", "TensorFile", "TensorInfo", "TensorStore"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,15 @@ class ReadsInto(Protocol):
 
     def read_into(self, name: str, out: torch.Tensor) -> None:
         """Copy the tensor into `out`, which has its shape and any dtype and device."""
+        ...
+
+
+@runtime_checkable
+class KeepsBlocks(Protocol):
+    """A store whose files can hold quantized blocks."""
+
+    def raw(self, name: str) -> torch.Tensor | QuantTensor:
+        """As `read`, but quantized blocks as they are: a QuantTensor over a view of the file."""
         ...
 
 

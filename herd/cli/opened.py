@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,14 @@ from herd.checkpoint.load import Checkpoint, read_checkpoint
 from herd.checkpoint.open import open_store
 from herd.checkpoint.placement import device_named, dtype_named
 from herd.checkpoint.resolve import resolve
+from herd.checkpoint.weights import is_quantized
+from herd.cli.console import note
 from herd.engine.local import LocalChat
+from herd.engine.native import unsupported
 from herd.errors import PromptError
+from herd.kernels import native
 from herd.model.accounting import parameters
+from herd.quant.apply import kind_of
 
 __all__ = ["Opened", "open_model"]
 
@@ -59,7 +64,9 @@ class Opened:
     def about(self) -> dict[str, str]:
         """The facts of /show, by name."""
         model = self.chat.session.model
-        weight = model.tok_embeddings.weight
+        weight = model.norm.weight
+        numbers = f"{str(weight.dtype).removeprefix('torch.')} on {weight.device}"
+        kind = kind_of(model)
         format = self.chat.format.name
         if self.checkpoint.chat_format_from == "catalog" and format == self.checkpoint.tokenizer.chat_format:
             format += " (by the name of its folder: its files do not say)"
@@ -67,7 +74,9 @@ class Opened:
             "model": self.name,
             "path": str(self.checkpoint.path),
             "parameters": short_count(parameters(model.config)),
-            "numbers": f"{str(weight.dtype).removeprefix('torch.')} on {weight.device}",
+            "numbers": numbers if kind is None else f"{kind}, activations {numbers}",
+            "kernels": "torch" if (why := unsupported(model)) is not None else f"native {native.isa()}",
+            **({"no native kernels": why} if why is not None and weight.device.type == "cpu" else {}),
             "format": format,
         }
 
@@ -77,19 +86,31 @@ def open_model(
     *,
     dtype: str = "auto",
     device: str = "auto",
+    weights: str = "auto",
     max_len: int | None = None,
     format_name: str | None = None,
+    tick: Callable[[int, int], None] | None = None,
 ) -> Opened:
-    """Find and load `name` (a catalog name, a folder or a file). Raises a HerdError that says what to change."""
+    """Find and load `name` (a catalog name, a folder or a file). Raises a HerdError that says what to change.
+
+    `weights` is as for `herd.load`; `tick(done, total)` hears of the bytes read. Says once when native kernels are missing.
+    """
     if format_name is not None and format_name not in FORMATS:  # before gigabytes are read
         raise PromptError(f"there is no prompt format {format_name!r}; choose one of {', '.join(FORMATS)}")
     where = device_named(device)
     path = resolve(name)
     store = open_store(path)  # headers only: how large the model is decides how it is loaded
     small = where.type == "cpu" and parameters(store.config) <= SMALL
+    if (
+        where.type == "cpu"
+        and (why := native.missing()) is not None
+        and os.environ.get("HERD_ISA", "").lower() != "none"
+    ):
+        note(f"[slower than it could be: {why}]")
     if small and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
-    checkpoint = read_checkpoint(path, store, dtype_named(dtype, torch.float32 if small else None), where)
+    wanted = dtype_named(dtype, torch.float32 if small and not is_quantized(store) else None)
+    checkpoint = read_checkpoint(path, store, wanted, where, weights=weights, tick=tick)
     chat = LocalChat(checkpoint.model, checkpoint.tokenizer, format=format_name, max_len=max_len)
     return Opened(name, checkpoint, chat)
 

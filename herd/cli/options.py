@@ -22,7 +22,7 @@ SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max
 
 
 def model_options(command: F) -> F:
-    """How a model is opened: --dtype, --device, -c, --format."""
+    """How a model is opened: --dtype, --weights, --device, -c, --format."""
     for add in (
         click.option("--format", "format_name", metavar="NAME", help="Prompt format, instead of the model's own."),
         click.option(
@@ -35,6 +35,12 @@ def model_options(command: F) -> F:
             help="Tokens of context (default: what the model was made for).",
         ),
         click.option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps (default: auto)."),
+        click.option(
+            "--weights",
+            default="auto",
+            metavar="FORM",
+            help="Form of the matrices: auto (quantized files stay so), plain, stored, int8, int4, q4_k_m, ... (default: auto).",
+        ),
         click.option(
             "--dtype", type=click.Choice(DTYPES), default="auto", help="Number type of the weights (default: auto)."
         ),
@@ -88,10 +94,12 @@ def sampling(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def opened_from(model: str, options: Mapping[str, Any]) -> Opened:
-    """The model of the command line, opened as --dtype, --device, -c and --format say. Raises HerdError."""
-    from herd.cli.progress import busy
+    """The model of the command line, opened as --dtype, --weights, --device, -c and --format say. Raises HerdError."""
+    from herd.cli.console import silent_keys
+    from herd.cli.progress import progress
 
-    with busy(f"loading {model}"):
+    with silent_keys(), progress(f"loading {model}", "bytes") as tick:
         from herd.cli.opened import open_model
 
-        return open_model(model, **{name: options[name] for name in ("dtype", "device", "max_len", "format_name")})
+        given = {name: options[name] for name in ("dtype", "weights", "device", "max_len", "format_name")}
+        return open_model(model, **given, tick=tick)

@@ -106,7 +106,7 @@ def command(
     if reply.finish_reason == "context_full":
         note(f"[cut: the context of {opened.chat.max_len:,} tokens is full]")
     if verbose:
-        note(_durations(reply, loading))
+        note(_durations(opened, reply, loading))
     return 0
 
 
@@ -189,8 +189,8 @@ def _as_json(opened: Opened, reply: Reply, loading: float) -> dict[str, Any]:
     return answer
 
 
-def _durations(reply: Reply, loading: float) -> str:
-    """Ollama's --verbose lines."""
+def _durations(opened: Opened, reply: Reply, loading: float) -> str:
+    """Ollama's --verbose lines, and what ran."""
     usage = reply.usage
     fresh = usage.prompt_tokens - usage.cached_tokens
     total = loading + usage.prefill_seconds + usage.decode_seconds
@@ -204,4 +204,6 @@ def _durations(reply: Reply, loading: float) -> str:
         "eval duration": f"{usage.decode_seconds:.3f} s",
         "eval rate": f"{usage.decode_rate:.2f} tokens/s",
     }
+    about = opened.about()
+    rows |= {name: about[name] for name in ("numbers", "kernels")}
     return "\n".join(f"{name + ':':<22}{value}" for name, value in rows.items())

@@ -15,8 +15,8 @@ from herd.chat.model import FinishReason, Reply, Usage
 from herd.chat.params import SamplingParams
 from herd.chat.render import messages_from
 from herd.chat.toolspec import tools_from
+from herd.engine.paged_session import session_for
 from herd.engine.reply import ReplyBuilder
-from herd.engine.session import Session
 from herd.errors import PromptError
 from herd.model.llama import Llama
 from herd.tokenizer.tokenizer import Tokenizer
@@ -41,7 +41,7 @@ class LocalChat:
         self, model: Llama, tokenizer: Tokenizer, *, format: AnyFormat | None = None, max_len: int | None = None
     ) -> None:
         self.tokenizer = tokenizer
-        self.session = Session(model, max_len=max_len)
+        self.session = session_for(model, max_len=max_len)
         self.last: Reply | None = None
         self.made = 0
         if isinstance(format, str):

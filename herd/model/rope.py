@@ -111,10 +111,13 @@ class Temperature(nn.Module):
         super().__init__()
         self.temper = temper
 
+    def scale(self, positions: Tensor) -> Tensor:
+        """What queries at `positions` [..., S] are multiplied by, [..., S] float32."""
+        steps = torch.floor((positions.float() + 1) / self.temper.floor_scale)
+        return torch.log1p(steps) * self.temper.attn_scale + 1
+
     def forward(self, q: Tensor, k: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
-        steps = torch.floor((rotary.positions.float() + 1) / self.temper.floor_scale)
-        scale = torch.log1p(steps) * self.temper.attn_scale + 1
-        return (q * scale[..., None, None]).type_as(q), k
+        return (q * self.scale(rotary.positions)[..., None, None]).type_as(q), k
 
 
 def make_placement(config: ModelConfig, spec: LayerSpec) -> nn.Module:

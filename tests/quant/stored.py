@@ -1,0 +1,37 @@
+"""Random stored matrices, and the plain arithmetic that native products must match."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from herd.quant.encode import encode
+from herd.quant.scheme import QuantTensor
+
+__all__ = ["PANELS", "eight_bits", "stored"]
+
+PANELS = ("Q4_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+"""Types that the native library multiplies with."""
+
+
+def stored(kind: str, *shape: int, seed: int = 0) -> QuantTensor:
+    """Random values of the size of a layer's weights, as blocks of `kind` or as plain bytes."""
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(1000 + seed)) * shape[-1] ** -0.5
+    made = encode(values, kind)
+    if isinstance(made, QuantTensor):
+        return made
+    from herd.quant.scheme import block_type
+
+    found = block_type(kind)
+    assert found is not None
+    return QuantTensor(made.view(torch.uint8), found, shape)
+
+
+def eight_bits(x: Tensor) -> Tensor:
+    """x [..., columns] rounded as the library rounds activations: 8 bits with one scale per 128 columns."""
+    columns = x.shape[-1]
+    groups = pad(x, (0, -columns % 128)).unflatten(-1, (-1, 128))
+    top = groups.abs().amax(-1, keepdim=True)
+    inverse = torch.where(top > 0, 127 / top, torch.zeros_like(top))
+    return ((groups * inverse).round() * (top / 127)).flatten(-2)[..., :columns]
