@@ -5,7 +5,7 @@
 #   make test                     style, types, floors, tests
 #   make check                    style, types and floors only
 #   make fix                      format and repair what can be repaired
-#   make bench                    speed on this machine
+#   make bench                    speed on this machine, written to benchmarks/results.md
 #   make nano DATA=../shared/data rebuild the embedded model from its texts
 
 PYTHON ?= python3
@@ -38,7 +38,7 @@ $(VENV)/.run: $(VENV)/.python pyproject.toml constraints.txt CMakeLists.txt $(wi
 
 $(VENV)/.test: $(VENV)/.run
 	@echo "Installing what the tests compare against ..."
-	@$(PIP) -e '.[test,dev,train]'
+	@$(PIP) -e '.[test,dev,train,plot]'
 	@touch $@
 
 # $(value ...) and the quoting keep quotes, backticks and dollar signs of a prompt out of the shell's hands.
@@ -59,8 +59,8 @@ fix: $(VENV)/.test
 	$(BIN)/ruff check --fix herd tests benchmarks
 
 bench: $(VENV)/.test
-	$(BIN)/python benchmarks/tokenizer.py
-	$(BIN)/python benchmarks/cold_start.py
+	$(BIN)/python benchmarks/engine.py
+	$(BIN)/herd bench tokenizer
 
 nano: $(VENV)/.test
 	$(BIN)/python -m herd.train.recipes.nano --data $(DATA) --out runs/nano --minutes $(MINUTES)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import statistics
 import subprocess
 import sys
@@ -23,8 +22,10 @@ from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
-from cold_start import hardware, weights, write_hf
-
+from herd.bench.machine import machine
+from herd.bench.material import hf_folder
+from herd.bench.subject import Subject
+from herd.bench.table import headline
 from herd.checkpoint.vocabulary import load_tokenizer
 from herd.model.config import plain
 from herd.model.shapes import LLAMA_32_1B
@@ -138,17 +139,11 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only what makes something with this word in its name")
     chosen = parser.parse_args()
     config = replace(LLAMA_32_1B, layers=plain(chosen.layers))
-    print(f"command: python benchmarks/convert.py {' '.join(sys.argv[1:])}".rstrip())
-    print(f"machine: {hardware()}")
+    print(headline(machine(["python", *sys.argv])))
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
-        folder = chosen.keep or place / "Llama-3.2-1B"
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = hf_folder(Subject(f"llama-3.2-1b-{chosen.layers}-layers", config), chosen.keep or place)
         if not (folder / "tokenizer.json").exists():
-            write_hf(folder, config, weights(config))
-            described = json.loads((folder / "config.json").read_text())
-            described |= {"architectures": ["LlamaForCausalLM"], "torch_dtype": "bfloat16"}
-            (folder / "config.json").write_text(json.dumps(described))
             tokenizer = load_tokenizer(str(files("llama_models") / "llama3" / "tokenizer.model"))
             for name, data in hf_files(tokenizer, None).items():
                 (folder / name).write_bytes(data)

@@ -3,9 +3,12 @@
     HerdError
     +-- ConfigError        a model or run description that cannot be built (also a ValueError)
     +-- CheckpointError    a file that is missing, damaged, hostile or of the wrong kind (also a ValueError)
+    |     +-- ConfigFileError       such a description in a file (also a ConfigError)
+    |     +-- TokenizerFileError    a vocabulary in a file whose rules are not Llama's (also a TokenizerError)
     +-- TokenizerError     a vocabulary or text that cannot be encoded or decoded (also a ValueError)
     +-- PromptError        a conversation that its prompt format cannot express (also a ValueError)
     +-- ContextFullError   more tokens than the context holds (also a ValueError)
+    +-- BenchError         a measurement that could not be taken
     +-- HubError           a download that the hub, the network or the disk refused
     +-- UnknownModelError  a model name that is neither a path nor in the catalog (also a LookupError)
 
@@ -17,13 +20,16 @@ from __future__ import annotations
 import os
 
 __all__ = [
+    "BenchError",
     "CheckpointError",
     "ConfigError",
+    "ConfigFileError",
     "ContextFullError",
     "HerdError",
     "HubError",
     "PromptError",
     "TokenizerError",
+    "TokenizerFileError",
     "UnknownModelError",
 ]
 
@@ -73,6 +79,10 @@ class HubError(HerdError):
         self.cause = cause
 
 
+class BenchError(HerdError):
+    """A measurement that could not be taken."""
+
+
 class CheckpointError(HerdError, ValueError):
     """A checkpoint file that is missing, damaged, hostile or of the wrong kind.
 
@@ -96,3 +106,11 @@ class CheckpointError(HerdError, ValueError):
         self.path = None if path is None else str(path)
         self.tensor = tensor
         self.offset = offset
+
+
+class ConfigFileError(CheckpointError, ConfigError):
+    """A model description in a checkpoint's file that cannot be built; the message names the key."""
+
+
+class TokenizerFileError(CheckpointError, TokenizerError):
+    """A vocabulary in a checkpoint's file whose rules are not Llama's; the message names the key."""

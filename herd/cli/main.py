@@ -42,6 +42,7 @@ class Entry(NamedTuple):
 COMMANDS = {
     "chat": Entry("herd.cli.chat", "Talk with a model, turn by turn.", "Talk"),
     "run": Entry("herd.cli.run", "Answer one prompt and exit (without a prompt: chat).", "Talk"),
+    "generate": Entry("herd.cli.generate", "Answer a file of prompts, many at once.", "Talk"),
     "pull": Entry("herd.cli.pull", "Download a model into the cache that all tools share.", "Files"),
     "list": Entry("herd.cli.list", "List the models on this machine.", "Files"),
     "show": Entry("herd.cli.show", "Show where a model lies and what it is made of.", "Files"),
@@ -49,6 +50,7 @@ COMMANDS = {
     "convert": Entry("herd.cli.convert", "Write a checkpoint in another format, with proof.", "Files"),
     "verify": Entry("herd.cli.verify", "Prove that two checkpoints are the same model.", "Files"),
     "plan": Entry("herd.cli.plan", "Say what running a model takes: memory, speed, what fits.", "Look"),
+    "bench": Entry("herd.cli.bench", "Measure speed on this machine, beside other programs.", "Look"),
     "inspect": Entry("herd.cli.inspect", "Say what is in a checkpoint, and what looks wrong.", "Look"),
     "models": Entry("herd.cli.models", "List the Llama models that herd knows.", "Look"),
     "lint-template": Entry(

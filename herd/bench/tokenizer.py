@@ -1,40 +1,42 @@
 """Encoding and opening speed of herd's tokenizers beside tiktoken, Meta's code, Hugging Face tokenizers and sentencepiece.
 
-    python benchmarks/tokenizer.py [--shared ../shared] [--megabytes 2] [--repeats 5]
-
 All encoders run in this process and take turns, each on a fresh copy of the text, so that other load and cached UTF-8 favour
-none. Rates are medians by the clock, and by CPU time of all threads (herd encodes the slices of a long text on all cores); the
-spread is (slowest - fastest) / median. "own" is the CPU time herd spends outside tiktoken's core. Texts come from the shared
-folder when it is there, else Python's own library is the only text. Packages that are not installed are left out.
+none. Rates are medians by the clock, and by CPU time of all threads (herd encodes the slices of a long text on all cores). "own"
+is the CPU time that herd spends outside tiktoken's core. Texts come from a folder of shared data when there is one, and from
+Python's own library, which is everywhere. Packages that are not installed are left out.
 """
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import importlib
+import importlib.metadata
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from herd.bench.machine import load_average, machine
+from herd.bench.table import headline
+from herd.errors import ConfigError
+from herd.tokenizer.files import load_tokenizer
+from herd.tokenizer.sentencepiece import SentencePieceTokenizer
+from herd.tokenizer.special import llama3_names, llama4_names
+from herd.tokenizer.tiktoken import REGEX, TiktokenTokenizer
 
-from herd.tokenizer.files import load_tokenizer  # noqa: E402
-from herd.tokenizer.sentencepiece import SentencePieceTokenizer  # noqa: E402
-from herd.tokenizer.special import llama3_names, llama4_names  # noqa: E402
-from herd.tokenizer.tiktoken import REGEX, TiktokenTokenizer  # noqa: E402
+__all__ = ["tokenizer_bench", "tokenizer_table"]
 
+PACKAGES = ("tiktoken", "sentencepiece", "tokenizers", "llama-models")
+BYTES = 1_000_000
+"""Of each text."""
 Encode = Callable[[str], object]
 RUNS = [
     "a",
@@ -60,40 +62,68 @@ RUNS = [
 ]
 
 
-def main() -> None:
-    """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", type=Path, default=Path(os.environ.get("HERD_SHARED") or ROOT.parent / "shared"))
-    parser.add_argument("--megabytes", type=float, default=2.0, help="size of each text")
-    parser.add_argument("--repeats", type=int, default=5)
-    args = parser.parse_args()
-    print_machine()
-    texts = dict(read_texts(args.shared, int(args.megabytes * 1e6)))
-    models = dict(find_models(args.shared))
+Say = Callable[[str, int, int], None]
+
+
+def tokenizer_bench(shared: Path | None, repeats: int, say: Say = lambda what, done, total: None) -> dict[str, Any]:
+    """{"machine", "families": [{"family", "opening", "rates", "short", "repeated"}]} of every vocabulary on this machine.
+
+    `shared` holds texts and Llama 2's vocabulary (default: HERD_SHARED). Raises ConfigError when there is no vocabulary at all.
+    """
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    place = shared or Path(os.environ.get("HERD_SHARED") or "shared")
+    if shared is not None and not shared.is_dir():
+        raise ConfigError(f"--shared: there is no folder {shared}")
+    models = dict(find_models(place))
+    if not models:
+        raise ConfigError(
+            "no vocabulary is here to be measured: pip install llama-models, which has those of Llama 3 and 4"
+        )
+    about, texts, families = machine(packages=PACKAGES), dict(read_texts(place, BYTES)), []
     for family, path in models.items():
-        print(f"\n{family}: opening {opening(path, args.repeats)}")
         tokenizer = load_tokenizer(path)
         encoders = dict(find_encoders(tokenizer, path))
+        rates = []
         for name, text in texts.items():
-            print_rates(name, text, tokenizer, encoders, args.repeats)
-        print_short(texts, encoders, args.repeats)
-        print_runs(tokenizer)
+            say(f"{family}: {name}", len(rates), len(texts))
+            rates.append(rates_of(name, text, tokenizer, encoders, repeats))
+        families.append(
+            {
+                "family": family,
+                "opening": opening(path, repeats),
+                "rates": rates,
+                "short": short_texts(texts, encoders, repeats),
+                "repeated": repeated_texts(tokenizer),
+            }
+        )
+    about["load_after"] = load_average()
+    return {"machine": about, "repeats": repeats, "families": families}
 
 
-def print_machine() -> None:
-    """Hardware, versions, commit and command line."""
-    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    packages = ("tiktoken", "sentencepiece", "tokenizers", "llama-models")
-    print(f"hardware: {cpu or platform.processor()}, {os.cpu_count()} cores; {platform.system()} {platform.machine()}")
-    print(f"python {platform.python_version()}; " + "; ".join(f"{p} {v}" for p in packages if (v := _version(p))))
-    print(f"commit {commit.stdout.strip()}; {time.strftime('%Y-%m-%d')}; python {' '.join(sys.argv)}")
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).is_file() else []
+def tokenizer_table(report: dict[str, Any]) -> str:
+    """The report for people, in 80 columns."""
+    lines = [headline(report["machine"]), "", f"Medians of {report['repeats']} runs by the clock, encoders in turn."]
+    for family in report["families"]:
+        own = family["opening"]
+        lines += [
+            "",
+            f"{family['family']}: opens in {own['cpu']:.3f} s of CPU ({own['fresh']:.2f} s with Python's start)",
+        ]
+        for rate in family["rates"]:
+            lines.append(f"  {rate['text']}: {rate['bytes'] / 1e6:.2f} MB, {rate['tokens']:,} tokens")
+            for name, row in rate["encoders"].items():
+                lines.append(
+                    f"    {name:<16}{row['mb_per_s']:>7.2f} MB/s  {row['m_tokens_per_s']:>5.2f} M tok/s  {row['times']:>5.2f}x"
+                    f"  spread {row['spread']:>4.0%}  CPU {row['cpu_mb_per_s']:>6.2f} MB/s"
+                )
+        short = ", ".join(f"{name} {value:.1f}" for name, value in family["short"].items())
+        slowest = max(family["repeated"], key=family["repeated"].__getitem__)
+        lines.append(f"  80 characters, microseconds: {short}")
+        lines.append(
+            f"  1 MB of one repeated text ({len(family['repeated'])} texts): slowest {slowest!r} with "
+            f"{family['repeated'][slowest]:.2f} s of CPU"
+        )
+    return "\n".join(lines)
 
 
 def _version(package: str) -> str | None:
@@ -130,9 +160,9 @@ def _zstd_rows(path: Path) -> Iterator[str]:
             yield from (json.loads(line)["text"] for line in lines[::9])
 
 
-def _take(rows: Iterator[str] | object, size: int) -> str:
+def _take(rows: Iterable[str], size: int) -> str:
     parts, total = [], 0
-    for row in rows:  # type: ignore[attr-defined]
+    for row in rows:
         parts.append(row)
         total += len(row.encode())
         if total >= size:
@@ -184,14 +214,14 @@ def find_encoders(tokenizer: object, path: Path) -> Iterator[tuple[str, Encode]]
         yield "HF tokenizers", lambda text: fast.encode(text, add_special_tokens=False).ids
 
 
-def opening(path: Path, repeats: int) -> str:
-    """Seconds to open the file: once in a fresh process with imports, and alone."""
+def opening(path: Path, repeats: int) -> dict[str, float]:
+    """Seconds to open the file: by the clock in a fresh process with Python's start and imports, and CPU time alone."""
     code = f"from herd.tokenizer.files import load_tokenizer; load_tokenizer({str(path)!r})"
     started = time.perf_counter()
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-c", code], check=True)
     fresh = time.perf_counter() - started
     alone = statistics.median(timed(lambda: load_tokenizer(path)) for _ in range(repeats))
-    return f"{alone:.3f} s CPU ({fresh:.2f} s wall in a fresh process with Python's start and imports)"
+    return {"cpu": alone, "fresh": fresh}
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -215,46 +245,38 @@ def take_turns(encoders: dict[str, Encode], texts: list[str], repeats: int) -> d
     return seconds
 
 
-def print_rates(name: str, text: str, tokenizer: object, encoders: dict[str, Encode], repeats: int) -> None:
+def rates_of(name: str, text: str, tokenizer: Any, encoders: dict[str, Encode], repeats: int) -> dict[str, Any]:
     """One row per encoder: MB/s by the clock and by CPU time, tokens/s, spread, speed against tiktoken or sentencepiece."""
-    size, count = len(text.encode()), len(tokenizer.encode(text))  # type: ignore[attr-defined]
+    size, count = len(text.encode()), len(tokenizer.encode(text))
     seconds = take_turns(encoders, [text], repeats)
     middle = {key: [statistics.median(column) for column in zip(*times, strict=True)] for key, times in seconds.items()}
     base = middle["tiktoken encode" if "tiktoken encode" in middle else "sentencepiece"]
-    print(f"  {name}: {size / 1e6:.2f} MB, {count:,} tokens")
+    rows = {}
     for encoder, (cpu, clock) in middle.items():
         times = [pair[1] for pair in seconds[encoder]]
-        rates = f"{size / clock / 1e6:6.2f} MB/s {count / clock / 1e6:5.2f} M tokens/s {base[1] / clock:5.2f}x"
-        spread = (max(times) - min(times)) / clock
-        print(
-            f"    {encoder:<16} {rates}  spread {spread:4.0%}  (CPU time {size / cpu / 1e6:6.2f} MB/s {base[0] / cpu:5.2f}x)"
-        )
-    if "tiktoken core" in seconds:
-        own = middle["herd"][0] - middle["tiktoken core"][0]
-        print(f"    own: {own * 1e3:+.1f} ms, {own / middle['herd'][0]:+.1%} of herd's CPU time")
+        rows[encoder] = {
+            "mb_per_s": size / clock / 1e6,
+            "m_tokens_per_s": count / clock / 1e6,
+            "times": base[1] / clock,
+            "spread": (max(times) - min(times)) / clock,
+            "cpu_mb_per_s": size / cpu / 1e6,
+            "samples": times,
+        }
+    return {"text": name, "bytes": size, "tokens": count, "encoders": rows}
 
 
-def print_short(texts: dict[str, str], encoders: dict[str, Encode], repeats: int) -> None:
+def short_texts(texts: dict[str, str], encoders: dict[str, Encode], repeats: int) -> dict[str, float]:
     """Microseconds for one text of 80 characters."""
     text = next(iter(texts.values()))[:160_000]
     pieces = [text[i : i + 80] for i in range(0, len(text), 80)]
     seconds = take_turns(encoders, pieces, repeats)
-    rows = (
-        f"{name} {statistics.median(t[0] for t in times) / len(pieces) * 1e6:.1f}" for name, times in seconds.items()
-    )
-    print(f"  one text of 80 characters, microseconds: {', '.join(rows)}")
+    return {name: statistics.median(t[0] for t in times) / len(pieces) * 1e6 for name, times in seconds.items()}
 
 
-def print_runs(tokenizer: object) -> None:
-    """CPU seconds for 1 MB of one repeated text, the slowest named."""
+def repeated_texts(tokenizer: Any) -> dict[str, float]:
+    """CPU seconds for 1 MB of one repeated text, by text."""
     seconds = {}
     for unit in RUNS:
         text = unit * (1_000_000 // len(unit.encode()))
-        seconds[unit] = timed(lambda text=text: tokenizer.encode(text))  # type: ignore[attr-defined]
-    slowest = max(seconds, key=seconds.__getitem__)
-    print(f"  1 MB of one repeated text, {len(RUNS)} texts: slowest {slowest!r} with {seconds[slowest]:.3f} s CPU")
-    print("    " + ", ".join(f"{unit!r} {value:.2f}" for unit, value in seconds.items()))
-
-
-if __name__ == "__main__":
-    main()
+        seconds[unit] = timed(lambda text=text: tokenizer.encode(text))
+    return seconds

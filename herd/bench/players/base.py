@@ -1,0 +1,42 @@
+"""What every player does, whoever it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+__all__ = ["Player", "Setup"]
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """How a player is built. `path`: its checkpoint; room for `sequences` of `length` tokens each."""
+
+    path: str
+    threads: int
+    sequences: int
+    length: int
+
+
+class Player(Protocol):
+    """A program with a model in memory. Ids in, greedy choices inside, nothing printed."""
+
+    def facts(self) -> dict[str, Any]:
+        """Versions and what is behind the figures (instruction set, kernels)."""
+        ...
+
+    def logits(self, prompt: list[int]) -> Any:
+        """Logits [V] float32 (numpy) after `prompt`, from an empty cache."""
+        ...
+
+    def prefill(self, prompt: list[int]) -> None:
+        """Read `prompt` from an empty cache and choose a token."""
+        ...
+
+    def start(self, prompts: list[list[int]]) -> None:
+        """Read `prompts` of one length into the cache, as sequences that `decode` continues."""
+        ...
+
+    def decode(self, steps: int) -> list[float]:
+        """Continue every sequence of `start` by `steps` tokens, from the end of its prompt; seconds of each step."""
+        ...

@@ -1,0 +1,110 @@
+"""herd itself, as everybody runs it: the engine with its scheduler and its sampler, requests in, tokens out."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from herd.bench.players.base import Setup
+from herd.chat.params import SamplingParams
+from herd.checkpoint.load import load_model
+from herd.engine.config import EngineConfig
+from herd.engine.engine import Engine
+from herd.engine.native import runner_for
+from herd.engine.pack import RaggedBatch
+from herd.engine.paged import PagedCache
+from herd.engine.request import Request
+from herd.engine.runner import Runner
+from herd.kernels import native
+
+__all__ = ["open_player"]
+
+BLOCK = 16
+
+
+class _Listening:
+    """A runner that remembers the logits of its last step."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner, self.last = runner, torch.empty(0)
+
+    def logits(self, batch: RaggedBatch, cache: PagedCache) -> torch.Tensor:
+        self.last = self.runner.logits(batch, cache)
+        return self.last
+
+
+class Own:
+    """One engine. Its prefix cache keeps the prompts of `start`, so that every `decode` begins at the same place."""
+
+    def __init__(self, setup: Setup) -> None:
+        torch.set_num_threads(setup.threads)
+        model = load_model(setup.path)
+        self._runner = _Listening(runner_for(model))
+        each = -(-setup.length // BLOCK) + 2
+        config = EngineConfig(
+            blocks=(setup.sequences + 1) * each,
+            max_len=setup.length + BLOCK,
+            block_size=BLOCK,
+            kv="bf16",
+            max_seqs=setup.sequences,
+            max_tokens=512,
+        )
+        self._engine = Engine(model, config, runner=self._runner)
+        self._prompts: list[list[int]] = []
+        self._count = 0
+
+    def facts(self) -> dict[str, Any]:
+        runner = type(self._runner.runner).__name__
+        return {"runner": runner, "instructions": native.isa(), "why_not_native": native.missing(), "keys": "bfloat16"}
+
+    def logits(self, prompt: list[int]) -> Any:
+        self.prefill(prompt)
+        return self._runner.last[-1].numpy()
+
+    def prefill(self, prompt: list[int]) -> None:
+        self._add(prompt, 1, salt=f"fresh {self._count}")
+        self._finish()
+
+    def start(self, prompts: list[list[int]]) -> None:
+        self._prompts = prompts
+        for prompt in prompts:
+            self._add(prompt, 1)
+        self._finish()
+
+    def decode(self, steps: int) -> list[float]:
+        waiting = {self._add(prompt, steps + 1) for prompt in self._prompts}
+        while waiting:  # until every sequence has its first token: what decoding starts from
+            waiting -= {event.request_id for event in self._step()}
+        for name in [] if steps else waiting:
+            self._engine.abort(name)
+        seconds = []
+        while self._engine.busy:
+            began = time.perf_counter()
+            self._step()
+            seconds.append(time.perf_counter() - began)
+        return seconds[-steps:]
+
+    def _add(self, prompt: list[int], tokens: int, salt: str = "") -> str:
+        self._count += 1
+        name = f"r{self._count}"
+        params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_stop_ids=True)
+        self._engine.add(Request(name, tuple(prompt), params, salt=salt))
+        return name
+
+    def _step(self) -> list[Any]:
+        events = self._engine.step()
+        for event in events:
+            if event.error is not None:
+                raise RuntimeError(event.error)
+        return events
+
+    def _finish(self) -> None:
+        while self._engine.busy:
+            self._step()
+
+
+def open_player(setup: Setup) -> Own:
+    """Load the checkpoint; quantized files stay quantized."""
+    return Own(setup)
