@@ -7,12 +7,13 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from herd.adapters.lora import LoraAdapter
+from herd.checkpoint.adapter import AdapterKind as Kind
+from herd.checkpoint.adapter import adapter_kind
 from herd.checkpoint.gguf import GGUFFile
 from herd.checkpoint.gguf_lora import one_scale, read_gguf_lora, write_gguf_lora
 from herd.checkpoint.mapped import same_bytes
@@ -26,20 +27,8 @@ from herd.model.config import ModelConfig
 
 __all__ = ["Kind", "adapter_kind", "compare_adapters", "open_adapter", "write_adapter"]
 
-Kind = Literal["peft", "gguf"]
-
 SCALED = 2.0**-22
 """Relative error of a change whose scale was multiplied into B: two roundings to float32, and float64 products."""
-
-
-def adapter_kind(path: Path) -> Kind | None:
-    """Which kind of adapter lies at `path`; None when it is none. Reads a header at most."""
-    folder = path if path.is_dir() else path.parent
-    if (path.is_dir() or path.name.startswith("adapter_")) and (folder / CONFIG).is_file():
-        return "peft"
-    if path.is_file() and path.suffix == ".gguf" and GGUFFile(path).metadata.get("general.type") == "adapter":
-        return "gguf"
-    return None
 
 
 @dataclass(frozen=True)

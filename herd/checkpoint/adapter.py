@@ -1,0 +1,46 @@
+"""A LoRA adapter from wherever it lies: PEFT's folder or llama.cpp's file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from herd.adapters.lora import LoraAdapter
+from herd.checkpoint.gguf import GGUFFile
+from herd.checkpoint.gguf_lora import read_gguf_lora
+from herd.checkpoint.peft import CONFIG, read_peft
+from herd.errors import CheckpointError
+from herd.model.config import ModelConfig
+
+__all__ = ["AdapterKind", "adapter_kind", "read_adapter"]
+
+AdapterKind = Literal["peft", "gguf"]
+
+
+def adapter_kind(path: Path) -> AdapterKind | None:
+    """Which kind of adapter lies at `path`; None when it is none. Reads a header at most."""
+    folder = path if path.is_dir() else path.parent
+    if (path.is_dir() or path.name.startswith("adapter_")) and (folder / CONFIG).is_file():
+        return "peft"
+    if path.is_file() and path.suffix == ".gguf" and GGUFFile(path).metadata.get("general.type") == "adapter":
+        return "gguf"
+    return None
+
+
+def read_adapter(path: str | os.PathLike[str], base: ModelConfig) -> LoraAdapter:
+    """The adapter at `path` for a base of config `base`, held against its parameters; tensors are views of the file.
+
+    Raises CheckpointError or ConfigError: nothing there, damage, another base, what herd does not do.
+    """
+    place = Path(path).expanduser()
+    if not place.exists():
+        raise CheckpointError(
+            "there is no such adapter: expected a folder with adapter_config.json or a GGUF file", path=place
+        )
+    kind = adapter_kind(place)
+    if kind is None:
+        raise CheckpointError(
+            "is no LoRA adapter: expected a folder with adapter_config.json or a GGUF adapter", path=place
+        )
+    return read_peft(place, base) if kind == "peft" else read_gguf_lora(place, base)
