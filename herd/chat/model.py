@@ -12,8 +12,9 @@ from herd.chat.params import SamplingParams
 
 __all__ = ["ChatModel", "FinishReason", "Reply", "Score", "Scorer", "Usage"]
 
-FinishReason = Literal["stop", "length", "context_full"]
-"""stop: the model ended its turn or met a stop string. length: max_tokens. context_full: no position left."""
+FinishReason = Literal["stop", "length", "context_full", "abort"]
+"""stop: the model ended its turn or met a stop string. length: max_tokens. context_full: no position left. abort: the caller
+ended it early."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,12 +29,13 @@ class Tick(Protocol):
 
 
 @contextlib.contextmanager
-def progress(label: str, unit: str = "") -> Iterator[Tick]:
+def progress(label: str, unit: str = "", beside: Callable[[], str] | None = None) -> Iterator[Tick]:
     """Gives a Tick behind a bar with rate and time left; `unit` is what is counted ("tokens"; "bytes" are shown as such).
 
-    Until the first tick the bar only moves. It is gone when the block ends, if not before.
+    `beside` gives a text that stands behind the rate, asked for whenever the bar is drawn. Until the first tick the bar only
+    moves. It is gone when the block ends, if not before.
     """
-    bar = _Later(lambda: _bar(label, unit))
+    bar = _Later(lambda: _bar(label, unit, beside))
     try:
         yield bar.tick
     finally:
@@ -99,7 +100,7 @@ def _spinner(label: str) -> Progress:
     return _drawing(label, parts.SpinnerColumn(), parts.TextColumn("{task.description}"), parts.TimeElapsedColumn())
 
 
-def _bar(label: str, unit: str) -> Progress:
+def _bar(label: str, unit: str, beside: Callable[[], str] | None) -> Progress:
     from rich import progress as parts
 
     class Rate(parts.ProgressColumn):
@@ -113,6 +114,16 @@ def _bar(label: str, unit: str) -> Progress:
         if unit == "bytes"
         else [parts.MofNCompleteColumn(), Rate()]
     )
+    if beside is not None:
+        say = beside
+
+        class Beside(parts.ProgressColumn):
+            """What the caller has to say."""
+
+            def render(self, task: Any) -> str:
+                return say()
+
+        counts.append(Beside())
     left = parts.TimeRemainingColumn(elapsed_when_finished=True)
     return _drawing(label, parts.TextColumn("{task.description}"), parts.BarColumn(bar_width=24), *counts, left)
 

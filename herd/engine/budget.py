@@ -18,7 +18,9 @@ SHARE = {"cpu": 0.5, "gpu": 0.9}
 """The part of the free memory that keys and values may take where nobody says: others live on a processor's memory, too."""
 USUAL = 4096
 """Tokens that a request is expected to have at most, when many run at once: what `blocks` is made for beside one long one."""
-WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}
+WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+SCALE = 4
+"""Bytes beside the int8 values of one head at one position."""
 _UNITS = {"": 1, "b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 1 << 10, "mib": 1 << 20, "gib": GIB}
 
 
@@ -80,7 +82,8 @@ def budget_for(
     if max_len is not None and max_len < 2:
         raise ConfigError(f"a context of {max_len} tokens holds no prompt and reply: give at least 2")
     kv = kv_dtype(kv)
-    block = round(kv_bytes_per_token(config, WIDTH[kv])) * block_size
+    width = WIDTH[kv] + (SCALE / config.head_dim if kv == "int8" else 0)
+    block = round(kv_bytes_per_token(config, width) * block_size)
     wished = longest if max_len is None else max_len
     most = max_seqs * _blocks(wished, block_size)
     if memory is not None:
@@ -98,7 +101,7 @@ def budget_for(
         need = _blocks(wished, block_size) * block
         raise ConfigError(
             f"keys and values of {wished:,} tokens take {_size(need)} in {kv}, and {where} holds {fits:,} tokens: "
-            "give a smaller max_len, more memory, or kv='bf16'"
+            "give a smaller max_len, more memory, or kv='int8'"
         )
     return Budget(blocks, block_size, kv, blocks * block, min(wished, fits), wished, max_seqs, free)
 

@@ -26,6 +26,8 @@ class ReplyBuilder:
         self._parser = parser
         self._matcher = StopMatcher(params.stop)
         self._go_on = params.ignore_stop_ids
+        self._free = params.min_tokens
+        """Tokens at the beginning in which no stop string is looked for."""
         # Ids that the parser must not see: stops that are ignored, and stops that only the caller knows.
         self._hidden = stop_ids | params.stop_ids if params.ignore_stop_ids else params.stop_ids - stop_ids
         self._shown: list[str] = []
@@ -62,7 +64,8 @@ class ReplyBuilder:
         out: list[Delta] = []
         for delta in deltas:
             if delta.text is not None:
-                self._show(self._matcher.push(delta.text), out)
+                free = len(self.tokens) <= self._free
+                self._show(delta.text if free else self._matcher.push(delta.text), out)
                 if self.done:
                     self.ended = True
                     break

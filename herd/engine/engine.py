@@ -1,0 +1,446 @@
+"""Requests in, tokens out, many at once: plan, forward, sample, commit, and nobody harms anybody else.
+
+One step: the scheduler says which positions of which sequences are computed; `pack` lays them side by side; the runner gives the
+logits of those that are asked for; the sampler chooses; the scheduler takes the tokens in. What fails for one request (an
+exception, logits that are not finite) ends that request alone.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from herd.adapters.lora import LoraAdapter
+from herd.engine.adapters import AdapterRunner, AdapterSet, LoadedAdapter
+from herd.engine.blocks import BlockPool
+from herd.engine.config import EngineConfig
+from herd.engine.logprobs import chosen_and_best
+from herd.engine.native import runner_for
+from herd.engine.pack import pack
+from herd.engine.paged import PagedCache
+from herd.engine.request import Request, Sequence, TokenEvent
+from herd.engine.runner import Runner, TorchRunner
+from herd.engine.sampler import NOT_FINITE, RowState, Sampler
+from herd.engine.scheduler import Chunk, Progress, Scheduler, StepPlan
+from herd.engine.speculate import Drafter, Speculation
+from herd.engine.tiles import TiledRunner
+from herd.errors import ConfigError, HerdError
+from herd.model.llama import Llama
+
+__all__ = ["Engine", "Stats"]
+
+
+@dataclass(slots=True)
+class Stats:
+    """What an engine does and has done. Blocks are those of the KV cache; tokens and counts are since it began."""
+
+    running: int = 0
+    waiting: int = 0
+    blocks_total: int = 0
+    blocks_used: int = 0
+    blocks_cached: int = 0
+    steps: int = 0
+    requests: int = 0
+    errors: int = 0
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    busy_seconds: float = 0.0
+    tokens_per_second: float = 0.0
+    """Generated tokens per second of the last steps."""
+
+    @property
+    def prefix_hits(self) -> float:
+        """The part of all prompt tokens that was found in the cache."""
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+
+@dataclass(slots=True)
+class _Row:
+    """What the engine keeps with a sequence: how it is sampled, and prompt log-probabilities that nobody was told yet."""
+
+    sampling: RowState
+    scored: list[tuple[int, float, dict[int, float]]] = field(default_factory=list)
+
+
+class _Chosen(NamedTuple):
+    """A token after a chunk, with its log-probabilities when they are asked for."""
+
+    token: int
+    logprob: float | None
+    top: dict[int, float] | None
+
+
+@dataclass(slots=True)
+class _Found:
+    """What a chunk gave: the tokens after it, none when it ends inside a prompt."""
+
+    sampled: list[_Chosen] = field(default_factory=list)
+
+
+class Engine:
+    """One model, one KV cache, any number of requests. `add` and `abort` from any thread, `step` from one at a time.
+
+    `runner` computes logits (default: the fastest one that fits the model and the cache), `drafter` guesses tokens ahead
+    (`herd.engine.speculate`). Raises ConfigError for limits that do not fit.
+    """
+
+    def __init__(
+        self, model: Llama, config: EngineConfig, *, runner: Runner | None = None, drafter: Drafter | None = None
+    ) -> None:
+        self.model, self.config = model, config
+        self.pool = BlockPool(config.blocks, config.block_size, prefix_cache=config.prefix_cache)
+        self.scheduler = Scheduler(
+            self.pool, max_seqs=config.max_seqs, max_tokens=config.max_tokens, max_len=config.max_len
+        )
+        self.adapters = AdapterSet(model)
+        self.runner = _runner(model, config) if runner is None else runner
+        self._adapted = AdapterRunner(self.runner, self.adapters, deterministic=config.deterministic)
+        self.sampler = Sampler()
+        self.speculation = None if drafter is None else Speculation(drafter, model.config)
+        self.device = model.norm.weight.device
+        self.cache = PagedCache(
+            model.config,
+            blocks=config.blocks,
+            block_size=config.block_size,
+            dtype=getattr(torch, config.kv),
+            device=self.device,
+        )
+        self._inbox: deque[Request | tuple[str, int | None]] = deque()
+        self._seeds = random.Random(config.seed)
+        self._lock = threading.Lock()
+        self._known: dict[str, str | None] = {}
+        """Ids of requests that were added and have not ended, those in the inbox included, and their adapters."""
+        self._stale: list[str] = []
+        """Adapters that were unloaded: what they left in the cache is to be forgotten."""
+        self._stats = Stats(blocks_total=config.blocks)
+        self._recent: deque[tuple[float, int]] = deque(maxlen=64)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step would have anything to do."""
+        return bool(self._inbox) or not self.scheduler.idle
+
+    def add(self, request: Request) -> None:
+        """Queue a request; it begins with one of the next steps. From any thread.
+
+        Raises ContextFullError with the counts when it can never fit, ConfigError for what cannot be done, before any work.
+        """
+        self.check(request)
+        with self._lock:
+            if request.id in self._known:
+                raise ConfigError(f"request {request.id!r} is already running: give every request an id of its own")
+            if request.adapter is not None:
+                self.adapters.check(request.adapter)  # again: it may have been unloaded
+            self._known[request.id] = request.adapter
+            self._inbox.append(request)
+
+    def abort(self, request_id: str) -> None:
+        """End a request, whatever it is doing, before the next step. From any thread; unknown and finished ids are fine."""
+        with self._lock:
+            if request_id in self._known:
+                self._inbox.append((request_id, None))
+
+    def stop(self, request_id: str, index: int) -> None:
+        """End one continuation as complete before the next step: its reader has met a stop string. From any thread."""
+        with self._lock:
+            if request_id in self._known:
+                self._inbox.append((request_id, index))
+
+    def load_adapter(self, name: str, source: str | os.PathLike[str] | LoraAdapter) -> LoadedAdapter:
+        """Make a LoRA adapter available to requests, see `AdapterSet.load`. From any thread, while others run."""
+        return self.adapters.load(name, source)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter. From any thread. Raises ConfigError when there is none, or requests with it have not ended."""
+        with self._lock:
+            users = sum(adapter == name for adapter in self._known.values())
+            if users:
+                raise ConfigError(f"adapter {name!r} has {users} unfinished requests: wait for them, or abort them")
+            self.adapters.unload(name)
+            self._stale.append(name)
+
+    def step(self) -> list[TokenEvent]:
+        """Compute one step; what it gave. Every continuation of every request ends in exactly one event with `finish`."""
+        began = time.perf_counter()
+        events = self._take_inbox()
+        if self.speculation is not None:
+            self.speculation.propose(self.scheduler.running, _sampling)
+        plan = self.scheduler.plan()
+        if self.config.debug:
+            self.scheduler.check()
+        if plan.rows:
+            done = False
+            try:
+                events += self._run(plan)
+                done = True
+            finally:
+                if not done:  # an interrupt: nothing of the plan has happened
+                    self.scheduler.commit(StepPlan(), [])
+            self._count(plan, events, time.perf_counter() - began)
+        if self.config.debug:
+            self.scheduler.check()
+        if self.scheduler.idle:
+            counts = self.pool.counts
+            assert counts["free"] + counts["cached"] == counts["total"], f"blocks are lost at idle: {counts}"
+        return events
+
+    def stats(self) -> Stats:
+        """What the engine does and has done."""
+        counts = self.pool.counts
+        recent = list(self._recent)
+        seconds = sum(time for time, _ in recent)
+        return replace(
+            self._stats,
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting) + sum(isinstance(item, Request) for item in list(self._inbox)),
+            blocks_used=counts["used"],
+            blocks_cached=counts["cached"],
+            tokens_per_second=sum(tokens for _, tokens in recent) / seconds if seconds else 0.0,
+        )
+
+    def check(self, request: Request) -> None:
+        """Raise what `add` would raise for a request that can never run. From any thread."""
+        vocab = self.model.config.vocab_size
+        bad = next((t for t in request.prompt if not 0 <= t < vocab), None)
+        if bad is not None:
+            raise ConfigError(f"request {request.id!r}: token id {bad} is outside the model's vocabulary of {vocab}")
+        if request.adapter is not None:
+            self.adapters.check(request.adapter)
+        if request.params.beams > 1:
+            raise ConfigError(
+                "beam search is not made by this engine: leave beams out, or choose among samples with best_of"
+            )
+        if (constraint := request.params.constraint) is not None:
+            raise ConfigError(f"{constraint.kind} is not enforced by this engine: leave it out")
+        if any(i >= vocab for i in dict(request.params.logit_bias)):
+            raise ConfigError(f"request {request.id!r}: logit_bias names ids outside the model's vocabulary of {vocab}")
+        if request.score_from and not 0 <= request.score_from < len(request.prompt):
+            raise ConfigError(
+                f"request {request.id!r}: score_from {request.score_from} is not a position of its prompt"
+            )
+        self.scheduler.admissible(request)
+
+    def _take_inbox(self) -> list[TokenEvent]:
+        """Begin and end what callers asked for since the last step, in their order."""
+        with self._lock:
+            items, self._inbox = self._inbox, deque()
+            stale, self._stale = self._stale, []
+        for name in stale:  # before requests with another adapter of that name begin
+            self.pool.clear(name)
+        events: list[TokenEvent] = []
+        for item in items:
+            if isinstance(item, Request):
+                events += self._begin(item)
+                continue
+            request_id, index = item
+            if index is None:
+                events += [_ended(sequence) for sequence in self.scheduler.abort(request_id)]
+            else:
+                for sequence in self.scheduler.sequences(request_id):
+                    if sequence.index == index and self.scheduler.finish(sequence, "stop"):
+                        events.append(_ended(sequence))
+            self._forget(request_id)
+        return events
+
+    def _begin(self, request: Request) -> list[TokenEvent]:
+        try:
+            sequences = self.scheduler.add(request)
+            seed = request.params.seed
+            seed = self._seeds.getrandbits(63) if seed is None else seed
+            for sequence in sequences:
+                sequence.scored = request.score_from
+                sequence.state = _Row(
+                    RowState(
+                        request.params,
+                        request.prompt,
+                        vocab_size=self.model.config.vocab_size,
+                        index=sequence.index,
+                        stop_ids=request.stops,
+                        seed=seed,
+                    )
+                )
+        except Exception as error:  # what `add` could not know
+            return self._fail(request.id, error) or [
+                TokenEvent(request.id, i, finish="error", error=_said(error)) for i in range(request.params.candidates)
+            ]
+        self._stats.requests += 1
+        return []
+
+    @torch.inference_mode()
+    def _run(self, plan: StepPlan) -> list[TokenEvent]:
+        """A plan from its positions to its events."""
+        outcomes = [self._outcome(chunk, logits) for chunk, logits in zip(plan.rows, self._forward(plan), strict=True)]
+        good = [(chunk, found) for chunk, found in zip(plan.rows, outcomes, strict=True) if isinstance(found, _Found)]
+        kept = StepPlan([chunk for chunk, _ in good], plan.copies)
+        progress = self.scheduler.commit(kept, [[one.token for one in found.sampled] for _, found in good])
+        events: list[TokenEvent] = []
+        for made, (_, found) in zip(progress, good, strict=True):
+            events += self._take_in(made, found)
+        for chunk, found in zip(plan.rows, outcomes, strict=True):
+            if not isinstance(found, _Found):
+                events += self._fail(chunk.sequence.request.id, found)
+        return events
+
+    def _forward(self, plan: StepPlan) -> list[Tensor | Exception]:
+        """The logits [chunk.logits, V] of every chunk; where a forward of all fails, of each alone, or what is wrong."""
+        try:
+            if plan.copies:
+                self.cache.copy(plan.copies)
+            return self._logits(plan.rows)
+        except Exception as error:
+            if len(plan.rows) == 1:
+                return [error]
+        found: list[Tensor | Exception] = []
+        for chunk in plan.rows:  # rows write to their own blocks only, so doing it twice does no harm
+            try:
+                found += self._logits([chunk])
+            except Exception as error:
+                found.append(error)
+        return found
+
+    def _logits(self, chunks: list[Chunk]) -> list[Tensor | Exception]:
+        batch = pack(StepPlan(chunks), self.config.block_size, self.device)
+        runner = self.runner if batch.adapters is None else self._adapted
+        logits = runner.logits(batch, self.cache)
+        return list(logits.split([chunk.logits for chunk in chunks]))
+
+    def _outcome(self, chunk: Chunk, logits: Tensor | Exception) -> _Found | Exception:
+        """What the logits of one chunk give; the error that ends its request."""
+        if isinstance(logits, Exception):
+            return logits
+        row = chunk.sequence.state
+        assert isinstance(row, _Row)
+        try:
+            found = _Found()
+            if chunk.sequence.request.params.prompt_logprobs is not None:
+                self._score(chunk, logits, row)
+            if chunk.sample:
+                found.sampled = self._sample(chunk, logits, row.sampling)
+            return found
+        except Exception as error:
+            return error
+
+    def _sample(self, chunk: Chunk, logits: Tensor, row: RowState) -> list[_Chosen]:
+        """The tokens after the chunk: one, with drafts those that were right and the one after them."""
+        if chunk.drafts:
+            assert self.speculation is not None
+            sampled = self.speculation.accept(self.sampler, logits, chunk.sequence, row)
+        else:
+            sampled = self.sampler.sample(logits[-1:], [row])
+        found = [_Chosen(one.token, one.logprob, one.top) for one in sampled if one.token is not None]
+        if not found:
+            raise HerdError(sampled[0].error or NOT_FINITE)
+        return found
+
+    def _score(self, chunk: Chunk, logits: Tensor, row: _Row) -> None:
+        """Log-probabilities of the prompt tokens that follow the chunk's rows."""
+        sequence = chunk.sequence
+        prompt, count = sequence.request.prompt, sequence.request.params.prompt_logprobs
+        assert count is not None
+        first = chunk.start + chunk.count - chunk.logits
+        for i in range(max(first, sequence.scored), min(chunk.start + chunk.count, len(prompt) - 1)):
+            values = logits[i - first].cpu().numpy()
+            if not np.isfinite(values.max()):
+                raise HerdError(NOT_FINITE)
+            row.scored.append((prompt[i + 1], *chosen_and_best(values, prompt[i + 1], count)))
+
+    def _take_in(self, made: Progress, found: _Found) -> list[TokenEvent]:
+        """The events of what one sequence gained; its sampling state goes on."""
+        sequence = made.sequence
+        row = sequence.state
+        assert isinstance(row, _Row)
+        events = []
+        if sequence.index == 0 and sequence.made == len(made.tokens) > 0:
+            self._stats.prompt_tokens += len(sequence.request.prompt)
+            self._stats.cached_tokens += sequence.cached_tokens or 0
+        for i, one in enumerate(found.sampled[: len(made.tokens)]):
+            last = i == len(made.tokens) - 1
+            if not (last and made.finish):
+                row.sampling.append(one.token)
+            scored, row.scored = row.scored, []
+            events.append(
+                TokenEvent(
+                    sequence.request.id,
+                    sequence.index,
+                    one.token,
+                    one.logprob,
+                    one.top,
+                    made.finish if last else None,
+                    cached_tokens=sequence.cached_tokens or 0,
+                    prompt_logprobs=scored or None,
+                )
+            )
+        if made.finish is not None:
+            self._stats.preemptions += sequence.preemptions
+            self._forget(sequence.request.id)
+        return events
+
+    def _fail(self, request_id: str, error: Exception) -> list[TokenEvent]:
+        """End a request with an error; nothing of it is found in the prefix cache afterwards."""
+        said = _said(error)
+        events = []
+        for sequence in self.scheduler.sequences(request_id):
+            for block in sequence.blocks:
+                self.pool.forget(block)
+            sequence.children = []
+            self.scheduler.finish(sequence, "error")
+            events.append(_ended(sequence, said))
+        self._stats.errors += bool(events)
+        self._forget(request_id)
+        return events
+
+    def _forget(self, request_id: str) -> None:
+        """The id is free again when all of its continuations have ended."""
+        if not self.scheduler.sequences(request_id):
+            with self._lock:
+                self._known.pop(request_id, None)
+
+    def _count(self, plan: StepPlan, events: list[TokenEvent], seconds: float) -> None:
+        made = sum(event.token is not None for event in events)
+        if self.speculation is not None:
+            self.speculation.settle(plan, made)
+        self._recent.append((seconds, made))
+        stats = self._stats
+        stats.steps += 1
+        stats.busy_seconds += seconds
+        stats.generated_tokens += made
+
+
+def _runner(model: Llama, config: EngineConfig) -> Runner:
+    """The fastest runner that does what `config` asks for."""
+    if config.kv == "int8":  # the native kernels read no such cache
+        return TiledRunner(model) if config.deterministic else TorchRunner(model)
+    runner = runner_for(model, deterministic=config.deterministic)
+    return TiledRunner(model) if config.deterministic and isinstance(runner, TorchRunner) else runner
+
+
+def _sampling(sequence: Sequence) -> RowState:
+    row = sequence.state
+    assert isinstance(row, _Row)
+    return row.sampling
+
+
+def _ended(sequence: Sequence, error: str | None = None) -> TokenEvent:
+    return TokenEvent(
+        sequence.request.id,
+        sequence.index,
+        finish=sequence.finish,
+        error=error,
+        cached_tokens=sequence.cached_tokens or 0,
+    )
+
+
+def _said(error: Exception) -> str:
+    """An error for the one who asked: its text; for what is a bug, also its kind."""
+    return str(error) if isinstance(error, HerdError) else f"{type(error).__name__}: {error}"
