@@ -1,4 +1,4 @@
-"""Typed access to a JSON object that describes a model: every wrong value is a ConfigError naming file and key."""
+"""Typed access to a JSON object that describes a model: every wrong value is a ConfigFileError naming file and key."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn, overload
 
-from herd.errors import ConfigError
+from herd.errors import ConfigError, ConfigFileError
 from herd.files import short
 
 __all__ = ["Fields", "named"]
@@ -14,13 +14,13 @@ __all__ = ["Fields", "named"]
 
 @contextmanager
 def named(where: str) -> Iterator[None]:
-    """Put the file's name in front of every ConfigError from inside that lacks it (numbers that do not fit together)."""
+    """Every ConfigError from inside as a ConfigFileError about the file `where` (numbers that do not fit together)."""
     try:
         yield
     except ConfigError as error:
-        if str(error).startswith(where):
+        if isinstance(error, ConfigFileError):
             raise
-        raise ConfigError(f"{where}: {error}") from error
+        raise ConfigFileError(str(error).removeprefix(f"{where}: "), path=where) from error
 
 
 class Fields:
@@ -30,8 +30,8 @@ class Fields:
         self.data, self.where, self.prefix = data, where, prefix
 
     def fail(self, key: str, why: str) -> NoReturn:
-        """Raise a ConfigError about `key`."""
-        raise ConfigError(f"{self.where}: {self.prefix}{key} {why}")
+        """Raise a ConfigFileError about `key`."""
+        raise ConfigFileError(f"{self.prefix}{key} {why}", path=self.where)
 
     def has(self, key: str) -> bool:
         """Whether `key` is there and not null."""

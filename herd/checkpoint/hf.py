@@ -21,7 +21,7 @@ from herd.checkpoint.safetensors import SafetensorsFile
 from herd.checkpoint.store import TensorFile, TensorInfo
 from herd.checkpoint.torchfile import TorchFile
 from herd.checkpoint.twins import same_stored
-from herd.errors import CheckpointError, ConfigError
+from herd.errors import CheckpointError, ConfigFileError
 from herd.files import read_json, safe_join, short
 from herd.quant.numbers import NUMBER_BYTES
 
@@ -154,7 +154,7 @@ def _config_json(path: Path) -> dict[str, Any]:
     try:
         return read_json(path)
     except CheckpointError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigFileError(str(error).removeprefix(f"{path}: "), path=path) from error
 
 
 def _open_files(folder: Path, given: Path) -> tuple[dict[str, TensorFile], Path]:

@@ -22,7 +22,7 @@ from herd.checkpoint.names import Column, Home, homes, ignored, shapes
 from herd.checkpoint.store import GenerationDefaults, TensorInfo
 from herd.checkpoint.torchfile import TorchFile
 from herd.checkpoint.twins import same_stored
-from herd.errors import CheckpointError, ConfigError
+from herd.errors import CheckpointError, ConfigFileError
 from herd.files import read_json, short
 from herd.quant.numbers import NUMBER_BYTES
 
@@ -262,7 +262,7 @@ def _read_params_json(path: Path) -> dict[str, Any]:
     try:
         return read_json(path)
     except CheckpointError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigFileError(str(error).removeprefix(f"{path}: "), path=path) from error
 
 
 def _open_ranks(folder: Path) -> list[TorchFile]:

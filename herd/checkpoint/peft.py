@@ -30,7 +30,7 @@ from herd.checkpoint.torchfile import TorchFile
 from herd.checkpoint.write.gguf_config import architecture
 from herd.checkpoint.write.planned import Planned, Tick
 from herd.checkpoint.write.safetensors import FORMAT, write_safetensors
-from herd.errors import CheckpointError, ConfigError
+from herd.errors import CheckpointError
 from herd.files import read_json, short
 from herd.model.config import ModelConfig
 
@@ -219,7 +219,7 @@ def _open_weights(folder: Path) -> TensorFile:
 def _check_config(data: Mapping[str, Any], fields: Fields) -> None:
     kind = data.get("peft_type", "LORA")
     if kind != "LORA":
-        raise ConfigError(f"{fields.where}: peft_type is {short(kind)}: herd reads LORA adapters")
+        fields.fail("peft_type", f"is {short(kind)}: herd reads LORA adapters")
     start = data.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
         fields.fail(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 
 from herd.checkpoint.resolve import resolve, tuned_release
-from herd.errors import CheckpointError
+from herd.errors import CheckpointError, TokenizerError, TokenizerFileError
 from herd.tokenizer.files import load_tokenizer as load_files
 from herd.tokenizer.gguf import tokenizer_from_gguf
 from herd.tokenizer.tokenizer import Tokenizer
@@ -94,12 +94,12 @@ def _catalog_format(path: Path) -> str | None:
 
 def _from_files(path: Path, metadata: Mapping[str, Any] | None) -> Tokenizer:
     if metadata is not None:
-        return tokenizer_from_gguf(metadata)
+        return _from_gguf(path, metadata)
     gguf = _gguf_in(path)
     if gguf is not None:
         from herd.checkpoint.gguf import GGUFFile
 
-        return tokenizer_from_gguf(GGUFFile(gguf).metadata)
+        return _from_gguf(gguf, GGUFFile(gguf).metadata)
     named = path.is_dir() or path.name.startswith("tokenizer") or path.suffix in (".model", ".tiktoken")
     return load_files(path if named else path.parent)
 
@@ -131,6 +131,13 @@ def check_vocabulary(tokenizer: Tokenizer, rows: int, path: str | os.PathLike[st
             f"the tokenizer has {size} tokens, the model {rows} embedding rows: they are not from the same checkpoint",
             path=path,
         )
+
+
+def _from_gguf(path: Path, metadata: Mapping[str, Any]) -> Tokenizer:
+    try:
+        return tokenizer_from_gguf(metadata)
+    except TokenizerError as error:
+        raise TokenizerFileError(str(error), path=path) from None
 
 
 def _gguf_in(path: Path) -> Path | None:

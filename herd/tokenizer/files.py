@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-from herd.errors import CheckpointError, TokenizerError
+from herd.errors import CheckpointError, TokenizerError, TokenizerFileError
 from herd.tokenizer.gguf import tokenizer_from_gguf
 from herd.tokenizer.huggingface import open_tokenizer_json
 from herd.tokenizer.pieces import NORMAL, PieceModel
@@ -65,7 +65,7 @@ def read_vocabulary(path: str | os.PathLike[str], family: Family | None = None) 
             return _native_ranks(parse_ranks(data, path), path, family)
         return PieceVocabulary(model=PieceModel.parse(data, path))
     except TokenizerError as error:
-        raise TokenizerError(f"{path}: {error}") from None
+        raise TokenizerFileError(str(error), path=path) from None
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", path=path) from None
 
@@ -112,7 +112,7 @@ def _build(path: Path, vocabulary: ByteVocabulary | PieceVocabulary, settings: S
     try:
         return build_tokenizer(vocabulary, settings)
     except TokenizerError as error:
-        raise TokenizerError(f"{path}: {error}") from None
+        raise TokenizerFileError(str(error), path=path) from None
 
 
 def _merge(settings: Settings, second: ByteVocabulary | PieceVocabulary) -> Settings:
