@@ -18,7 +18,7 @@ from herd.engine.blocks import BlockPool
 from herd.engine.pack import RaggedBatch, pack
 from herd.engine.paged import PagedCache
 from herd.engine.request import Request
-from herd.engine.runner import TorchRunner
+from herd.engine.runner import Runner, TorchRunner
 from herd.engine.scheduler import Chunk, Scheduler, StepPlan
 from herd.kernels.paged import dequantize_rows, quantize_rows
 from herd.model.attend import Causal
@@ -72,6 +72,7 @@ def run(
     expected: list[Tensor],
     *,
     model: Llama | None = None,
+    runner: Runner | None = None,
     seed: int = 0,
     block_size: int = 8,
     spare: int = 6,
@@ -83,12 +84,13 @@ def run(
     the logits of every row against `expected`. `spare` blocks beyond what the longest text needs: few mean preemption.
     """
     draw = random.Random(seed)
-    config = tiny(name)
+    model = build(name) if model is None else model
+    config = model.config
     max_len = LENGTH + 4
     pool = BlockPool(-(-max_len // block_size) + spare, block_size)
     scheduler = Scheduler(pool, max_seqs=4, max_tokens=48, max_len=max_len)
     kv = PagedCache(config, blocks=pool.n_blocks, block_size=block_size, dtype=dtype, device=device)
-    runner = TorchRunner(build(name) if model is None else model)
+    runner = TorchRunner(model) if runner is None else runner
     seen = Seen()
     sequences = []
     for i, ids in enumerate(texts(name)):
