@@ -92,12 +92,17 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, position: int, first: int, chunk: i
     if rows == 1:  # all keys are visible; the heads that share a key stand in for positions, so that it is read once
         out = scaled_dot_product_attention(q.unflatten(0, (k.shape[0], -1)).squeeze(2)[None], k[None], v[None])
         return out[0].flatten(0, 1)[None]
+    grouped = q.shape[0] != k.shape[0]
+    if rows == keys and (
+        chunk is None or first % chunk + rows <= chunk
+    ):  # no key before the span: a plain causal square
+        out = scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=grouped)
+        return out[0].transpose(0, 1)
     at = torch.arange(position, position + rows, device=q.device)[:, None]
     seen = torch.arange(first, first + keys, device=q.device)[None]
     mask = seen <= at
     if chunk is not None:
         mask = mask & (seen // chunk == at // chunk)
-    grouped = q.shape[0] != k.shape[0]
     return scaled_dot_product_attention(q[None], k[None], v[None], mask, enable_gqa=grouped)[0].transpose(0, 1)
 
 
