@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from typing import Protocol
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Protocol, TypeVar
 
 from herd.engine.engine import Engine
 from herd.engine.request import Request, TokenEvent
 from herd.errors import HerdError
 
 __all__ = ["Loop", "Sink"]
+
+T = TypeVar("T")
 
 
 class Sink(Protocol):
@@ -34,6 +38,7 @@ class Loop:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._sinks: dict[str, tuple[Sink, set[int]]] = {}
+        self._between: list[tuple[Callable[[], Any], Future[Any]]] = []
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closing = False
@@ -42,19 +47,37 @@ class Loop:
     def submit(self, request: Request, sink: Sink) -> None:
         """Queue a request. Raises what `Engine.add` raises, HerdError when the loop has ended."""
         with self._wake:
-            if self._closing:
-                raise HerdError("this model has been closed: open it again")
-            if self._broken is not None:
-                raise HerdError(f"the engine has stopped after an error: {self._broken}") from self._broken
+            self._check()
             if request.id not in self._sinks:
                 self.engine.add(request)  # raises before anything is registered; the thread waits for the lock
                 self._sinks[request.id] = sink, set(range(request.width))
             else:
                 self.engine.add(request)  # says that the id is in use
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="herd-engine", daemon=True)
-                self._thread.start()
-            self._wake.notify()
+            self._go()
+
+    def between(self, task: Callable[[], T]) -> T:
+        """What `task` returns or raises, run in the engine's thread between two steps: for what looks into pool and cache.
+
+        Not to be called in that thread. Raises HerdError when the loop has ended.
+        """
+        done: Future[T] = Future()
+        with self._wake:
+            self._check()
+            self._between.append((task, done))
+            self._go()
+        return done.result()
+
+    def _check(self) -> None:
+        if self._closing:
+            raise HerdError("this model has been closed: open it again")
+        if self._broken is not None:
+            raise HerdError(f"the engine has stopped after an error: {self._broken}") from self._broken
+
+    def _go(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="herd-engine", daemon=True)
+            self._thread.start()
+        self._wake.notify()
 
     def abort(self, request_id: str) -> None:
         """End a request; its sink gets the last events. Unknown and finished ids are fine."""
@@ -77,18 +100,27 @@ class Loop:
         try:
             while True:
                 with self._wake:
-                    while not self.engine.busy and not self._closing:
+                    while not self.engine.busy and not self._between and not self._closing:
                         self._wake.wait()
-                    if self._closing and not self.engine.busy:
+                    if self._closing and not self.engine.busy and not self._between:
                         return
+                    tasks, self._between = self._between, []
+                for task, done in tasks:
+                    try:
+                        done.set_result(task())
+                    except Exception as error:
+                        done.set_exception(error)
                 self._pass_on(self.engine.step())
         except BaseException as error:
             with self._wake:
                 self._broken = error
                 sinks, self._sinks = self._sinks, {}
+                tasks, self._between = self._between, []
             for sink, _ in sinks.values():
                 with contextlib.suppress(Exception):
                     sink.fail(error)
+            for _, done in tasks:
+                done.set_exception(HerdError(f"the engine has stopped after an error: {error}"))
             if not isinstance(error, Exception):
                 raise
 

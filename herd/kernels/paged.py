@@ -93,9 +93,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, position: int, first: int, chunk: i
         out = scaled_dot_product_attention(q.unflatten(0, (k.shape[0], -1)).squeeze(2)[None], k[None], v[None])
         return out[0].flatten(0, 1)[None]
     grouped = q.shape[0] != k.shape[0]
-    if rows == keys and (
-        chunk is None or first % chunk + rows <= chunk
-    ):  # no key before the span: a plain causal square
+    if rows == keys and (chunk is None or rows <= chunk):  # no key before the span's own: a plain causal square
         out = scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=grouped)
         return out[0].transpose(0, 1)
     at = torch.arange(position, position + rows, device=q.device)[:, None]
