@@ -23,6 +23,7 @@ from herd.adapters.lora import LoraAdapter
 from herd.engine.adapters import AdapterRunner, AdapterSet, LoadedAdapter
 from herd.engine.blocks import BlockPool
 from herd.engine.config import EngineConfig
+from herd.engine.grammar import Grammar, Grammars
 from herd.engine.logprobs import chosen_and_best
 from herd.engine.native import runner_for
 from herd.engine.pack import pack
@@ -67,9 +68,10 @@ class Stats:
 
 @dataclass(slots=True)
 class _Row:
-    """What the engine keeps with a sequence: how it is sampled, and prompt log-probabilities that nobody was told yet."""
+    """What the engine keeps with a sequence: how it is sampled, what it must be, prompt log-probabilities nobody was told yet."""
 
     sampling: RowState
+    grammar: Grammar | None = None
     scored: list[tuple[int, float, dict[int, float]]] = field(default_factory=list)
 
 
@@ -92,13 +94,20 @@ class Engine:
     """One model, one KV cache, any number of requests. `add` and `abort` from any thread, `step` from one at a time.
 
     `runner` computes logits (default: the fastest one that fits the model and the cache), `drafter` guesses tokens ahead
-    (`herd.engine.speculate`). Raises ConfigError for limits that do not fit.
+    (`herd.engine.speculate`), `grammars` compiles what replies must be; without it such requests are refused. Raises
+    ConfigError for limits that do not fit.
     """
 
     def __init__(
-        self, model: Llama, config: EngineConfig, *, runner: Runner | None = None, drafter: Drafter | None = None
+        self,
+        model: Llama,
+        config: EngineConfig,
+        *,
+        runner: Runner | None = None,
+        drafter: Drafter | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
-        self.model, self.config = model, config
+        self.model, self.config, self.grammars = model, config, grammars
         self.pool = BlockPool(config.blocks, config.block_size, prefix_cache=config.prefix_cache)
         self.scheduler = Scheduler(
             self.pool, max_seqs=config.max_seqs, max_tokens=config.max_tokens, max_len=config.max_len
@@ -116,7 +125,7 @@ class Engine:
             dtype=getattr(torch, config.kv),
             device=self.device,
         )
-        self._inbox: deque[Request | tuple[str, int | None]] = deque()
+        self._inbox: deque[tuple[Request, Grammar | None] | tuple[str, int | None]] = deque()
         self._seeds = random.Random(config.seed)
         self._lock = threading.Lock()
         self._known: dict[str, str | None] = {}
@@ -137,13 +146,14 @@ class Engine:
         Raises ContextFullError with the counts when it can never fit, ConfigError for what cannot be done, before any work.
         """
         self.check(request)
+        grammar = self._grammar(request)
         with self._lock:
             if request.id in self._known:
                 raise ConfigError(f"request {request.id!r} is already running: give every request an id of its own")
             if request.adapter is not None:
                 self.adapters.check(request.adapter)  # again: it may have been unloaded
             self._known[request.id] = request.adapter
-            self._inbox.append(request)
+            self._inbox.append((request, grammar))
 
     def abort(self, request_id: str) -> None:
         """End a request, whatever it is doing, before the next step. From any thread; unknown and finished ids are fine."""
@@ -203,7 +213,7 @@ class Engine:
         return replace(
             self._stats,
             running=len(self.scheduler.running),
-            waiting=len(self.scheduler.waiting) + sum(isinstance(item, Request) for item in list(self._inbox)),
+            waiting=len(self.scheduler.waiting) + sum(isinstance(item, Request) for item, _ in list(self._inbox)),
             blocks_used=counts["used"],
             blocks_cached=counts["cached"],
             tokens_per_second=sum(tokens for _, tokens in recent) / seconds if seconds else 0.0,
@@ -221,8 +231,6 @@ class Engine:
             raise ConfigError(
                 "beam search is not made by this engine: leave beams out, or choose among samples with best_of"
             )
-        if (constraint := request.params.constraint) is not None:
-            raise ConfigError(f"{constraint.kind} is not enforced by this engine: leave it out")
         if any(i >= vocab for i in dict(request.params.logit_bias)):
             raise ConfigError(f"request {request.id!r}: logit_bias names ids outside the model's vocabulary of {vocab}")
         if request.score_from and not 0 <= request.score_from < len(request.prompt):
@@ -230,6 +238,18 @@ class Engine:
                 f"request {request.id!r}: score_from {request.score_from} is not a position of its prompt"
             )
         self.scheduler.admissible(request)
+        self._grammar(request)
+
+    def _grammar(self, request: Request) -> Grammar | None:
+        """What the reply must be, compiled. Raises ConfigError when that cannot be enforced."""
+        constraint = request.params.constraint
+        if constraint is None:
+            return None
+        if self.grammars is None:
+            raise ConfigError(f"{constraint.kind} is not enforced by an engine without a tokenizer: leave it out")
+        grammar = self.grammars.compile(constraint)
+        grammar.state(request.stops)
+        return grammar
 
     def _take_inbox(self) -> list[TokenEvent]:
         """Begin and end what callers asked for since the last step, in their order."""
@@ -239,11 +259,12 @@ class Engine:
         for name in stale:  # before requests with another adapter of that name begin
             self.pool.clear(name)
         events: list[TokenEvent] = []
-        for item in items:
-            if isinstance(item, Request):
-                events += self._begin(item)
+        for what, detail in items:
+            if isinstance(what, Request):
+                assert not isinstance(detail, int)
+                events += self._begin(what, detail)
                 continue
-            request_id, index = item
+            request_id, index = what, detail
             if index is None:
                 events += [_ended(sequence) for sequence in self.scheduler.abort(request_id)]
             else:
@@ -253,7 +274,7 @@ class Engine:
             self._forget(request_id)
         return events
 
-    def _begin(self, request: Request) -> list[TokenEvent]:
+    def _begin(self, request: Request, grammar: Grammar | None) -> list[TokenEvent]:
         try:
             sequences = self.scheduler.add(request)
             seed = request.params.seed
@@ -268,7 +289,9 @@ class Engine:
                         index=sequence.index,
                         stop_ids=request.stops,
                         seed=seed,
-                    )
+                        mask=None if grammar is None else grammar.state(request.stops),
+                    ),
+                    grammar,
                 )
         except Exception as error:  # what `add` could not know
             return self._fail(request.id, error) or [
@@ -368,6 +391,7 @@ class Engine:
             last = i == len(made.tokens) - 1
             if not (last and made.finish):
                 row.sampling.append(one.token)
+            broken = self._broken(sequence, row) if last and made.finish == "stop" else None
             scored, row.scored = row.scored, []
             events.append(
                 TokenEvent(
@@ -376,7 +400,8 @@ class Engine:
                     one.token,
                     one.logprob,
                     one.top,
-                    made.finish if last else None,
+                    "error" if broken else made.finish if last else None,
+                    broken,
                     cached_tokens=sequence.cached_tokens or 0,
                     prompt_logprobs=scored or None,
                 )
@@ -385,6 +410,14 @@ class Engine:
             self._stats.preemptions += sequence.preemptions
             self._forget(sequence.request.id)
         return events
+
+    def _broken(self, sequence: Sequence, row: _Row) -> str | None:
+        """What is wrong with a complete reply that was to have a form: a last check of the masks it was made with."""
+        if row.grammar is None or self.grammars is None:
+            return None
+        said = b"".join(self.grammars.tokenizer.bytes_of(token) for token in sequence.reply[:-1])
+        wrong = row.grammar.check(said)
+        return None if wrong is None else f"the reply is not what was asked for: {wrong}"
 
     def _fail(self, request_id: str, error: Exception) -> list[TokenEvent]:
         """End a request with an error; nothing of it is found in the prefix cache afterwards."""

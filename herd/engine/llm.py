@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 
+from herd.adapters.lora import LoraAdapter
 from herd.chat.base import BaseFormat
 from herd.chat.format import ChatFormat, Delta, ToolSpec
 from herd.chat.formats import detect, format_named
@@ -28,14 +29,20 @@ from herd.checkpoint.open import open_store
 from herd.checkpoint.placement import device_named, dtype_named
 from herd.checkpoint.resolve import resolve
 from herd.checkpoint.store import GenerationDefaults
+from herd.engine.adapters import LoadedAdapter
 from herd.engine.budget import Budget, budget_for, free_on
 from herd.engine.completion import Collector, Completion
 from herd.engine.config import SMALL, EngineConfig
+from herd.engine.draft_model import ModelDrafter, check_vocabularies
 from herd.engine.engine import Engine, Stats
+from herd.engine.grammar import Grammars
 from herd.engine.loop import Loop
+from herd.engine.ngram import NgramDrafter
+from herd.engine.prompt_cache import fingerprint, load_prompt, save_prompt
 from herd.engine.reply import ReplyBuilder
 from herd.engine.request import Request
 from herd.engine.sinks import CompletionSink, ReplySink
+from herd.engine.speculate import Drafter
 from herd.errors import ConfigError, HerdError, PromptError
 from herd.model.accounting import parameters
 from herd.model.llama import Llama
@@ -57,7 +64,11 @@ class LLM:
     and values, `memory` their bytes (or a text such as "4 GiB"; default: a part of what is free, see `budget`), `max_len` the
     most tokens of one request, `max_seqs` the most replies that grow at once, `step_tokens` the most tokens computed in one
     step. `deterministic`: a request's tokens and numbers are the same bits alone and in any company. `seed` is where requests
-    without one get theirs; None draws fresh ones.
+    without one get theirs; None draws fresh ones. `draft` guesses tokens ahead, which changes nothing but the speed: "lookup"
+    looks in the text so far, any other name is a smaller model of the same vocabulary, or it is a drafter
+    (`herd.engine.speculate`).
+
+    `load_adapter` adds a LoRA adapter, which requests choose with `adapter=` (its name).
 
     Without `params`, requests use the sampling defaults of the checkpoint. Methods may be called from any thread, their
     `a...` twins from any event loop. Use it in a `with`, or `close` it: its thread ends then.
@@ -81,6 +92,7 @@ class LLM:
         prefix_cache: bool = True,
         deterministic: bool = False,
         seed: int | None = 0,
+        draft: str | os.PathLike[str] | Drafter | None = None,
         debug: bool = False,
     ) -> None:
         self.model, self.tokenizer, self._defaults = _opened(model, weights, dtype, device)
@@ -109,7 +121,8 @@ class LLM:
             seed=seed,
             debug=debug,
         )
-        self._engine = Engine(self.model, config)
+        grammars = Grammars(self.tokenizer, vocab_size=self.model.config.vocab_size)
+        self._engine = Engine(self.model, config, drafter=_drafter(draft, self.tokenizer, where), grammars=grammars)
         self._loop = Loop(self._engine)
         self._numbers = itertools.count()
         # The thread knows the loop and not this object, so one that is dropped or outlives the program is closed, too.
@@ -136,6 +149,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        adapter: str | None = None,
         errors: Literal["raise", "keep"] = "raise",
         on_done: Callable[[Completion], None] | None = None,
     ) -> list[Completion]:
@@ -145,7 +159,7 @@ class LLM:
         ended, or with `errors="keep"` has the finish reason "error". `on_done` is called as each prompt is done, in the
         engine's thread. An interrupt ends all of them.
         """
-        requests = self._requests(prompts, params)
+        requests = self._requests(prompts, params, adapter)
         futures = self._submit(requests, on_done)
         try:
             done = [future.result() for future in futures]
@@ -159,10 +173,11 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        adapter: str | None = None,
         errors: Literal["raise", "keep"] = "raise",
     ) -> list[Completion]:
         """As `generate`. Cancelling ends the requests."""
-        requests = self._requests(prompts, params)
+        requests = self._requests(prompts, params, adapter)
         futures = self._submit(requests, None)
         try:
             done = await asyncio.gather(*(asyncio.wrap_future(future) for future in futures))
@@ -177,13 +192,14 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         tools: Sequence[ToolSpec | Any] = (),
+        adapter: str | None = None,
     ) -> Any:
         """The reply to a conversation, or the replies to several, each in the model's prompt format.
 
         Messages may be plain dictionaries and tools Python functions, see `herd.render`. Raises PromptError or
         ContextFullError before any work, HerdError when a request failed.
         """
-        several, streams = self._chats(messages, params, tools)
+        several, streams = self._chats(messages, params, tools, adapter)
         try:
             replies = [stream.wait() for stream in streams]
         except BaseException:
@@ -198,9 +214,10 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         tools: Sequence[ToolSpec | Any] = (),
+        adapter: str | None = None,
     ) -> Any:
         """As `chat`. Cancelling ends the requests."""
-        several, streams = self._chats(messages, params, tools)
+        several, streams = self._chats(messages, params, tools, adapter)
         try:
             replies = await asyncio.gather(*(asyncio.wrap_future(stream.future) for stream in streams))
         except BaseException:
@@ -215,12 +232,13 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         tools: Sequence[ToolSpec | Any] = (),
+        adapter: str | None = None,
     ) -> Pending:
         """Begin a reply and do not wait for it. A list of messages is a conversation; a text or ids are gone on with.
 
         Raises PromptError, ConfigError or ContextFullError before any work.
         """
-        return self._start(*self._prepared(prompt, params, tools_from(tools), "the prompt"))
+        return self._start(*self._prepared(prompt, params, tools_from(tools), "the prompt", adapter))
 
     def stream(
         self,
@@ -228,13 +246,14 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         tools: Sequence[ToolSpec | Any] = (),
+        adapter: str | None = None,
     ) -> ReplyStream:
         """The reply as it is made: an iterator of deltas, whose `reply` is the whole when it has ended.
 
         Leaving it early, or `close`, ends the request. Raises what `submit` raises.
         """
         found: queue.SimpleQueue[Delta | None] = queue.SimpleQueue()
-        return ReplyStream(self._stream(prompt, params, tools, found.put), found)
+        return ReplyStream(self._stream(prompt, params, tools, adapter, found.put), found)
 
     def astream(
         self,
@@ -242,6 +261,7 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         tools: Sequence[ToolSpec | Any] = (),
+        adapter: str | None = None,
     ) -> AsyncReplyStream:
         """As `stream`, for `async for`; call it inside a running event loop."""
         loop = asyncio.get_running_loop()
@@ -250,7 +270,7 @@ class LLM:
         def put(delta: Delta | None) -> None:
             loop.call_soon_threadsafe(found.put_nowait, delta)
 
-        return AsyncReplyStream(self._stream(prompt, params, tools, put), found)
+        return AsyncReplyStream(self._stream(prompt, params, tools, adapter, put), found)
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> list[Score]:
         """How likely each continuation is after its context: sums of log-probabilities of (context, continuation) pairs.
@@ -274,6 +294,48 @@ class LLM:
     loglikelihood = score
     """The name of `herd.chat.model.Scorer`."""
 
+    def load_adapter(self, name: str, source: str | os.PathLike[str] | LoraAdapter) -> LoadedAdapter:
+        """Add a LoRA adapter (a PEFT folder or a GGUF file) while others run; requests choose it with `adapter=name`.
+
+        Raises CheckpointError or ConfigError with the reason when it does not fit this model.
+        """
+        return self._engine.load_adapter(name, source)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter. Raises ConfigError when there is none, or requests with it have not ended."""
+        self._engine.unload_adapter(name)
+
+    @property
+    def adapters(self) -> tuple[LoadedAdapter, ...]:
+        """Those that requests can choose."""
+        return self._engine.adapters.loaded
+
+    def save_prompt(
+        self, path: str | os.PathLike[str], prompt: Prompt | Conversation, *, overwrite: bool = False
+    ) -> int:
+        """Read `prompt` (what prompts begin with: a text, ids, or messages such as a long system prompt) and keep it in a file.
+
+        `load_prompt` has it at once in another run. Returns how many of its tokens the file has: whole blocks only. Raises
+        ConfigError when it is shorter than a block or the prefix cache is off, CheckpointError when `path` cannot be written.
+        """
+        if isinstance(prompt, str):
+            ids = self._base.complete(prompt).tokens
+        elif prompt and isinstance(prompt[0], int):
+            ids = list(prompt)
+        else:
+            ids = self.format.render(messages_from(prompt), generate=False).tokens
+        self.generate([ids], SamplingParams(temperature=0, max_tokens=1))
+        cache, pool, mark = self._engine.cache, self._engine.pool, fingerprint(self.model)
+        return self._loop.between(lambda: save_prompt(path, ids, cache, pool, mark, overwrite=overwrite))
+
+    def load_prompt(self, path: str | os.PathLike[str]) -> int:
+        """Put a prompt of `save_prompt` into the cache; requests that begin with it do not compute it. Returns its tokens.
+
+        Raises CheckpointError for a file of another model, other weights or another dtype of keys and values.
+        """
+        cache, pool, mark = self._engine.cache, self._engine.pool, fingerprint(self.model)
+        return len(self._loop.between(lambda: load_prompt(path, cache, pool, mark)))
+
     def stats(self) -> Stats:
         """What the engine does and has done: requests, blocks, prefix hits, tokens per second."""
         return self._engine.stats()
@@ -289,7 +351,10 @@ class LLM:
         self.close()
 
     def _requests(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        adapter: str | None,
     ) -> list[tuple[Request, str | None]]:
         """Checked requests with their texts, before any is queued."""
         if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
@@ -304,16 +369,23 @@ class LLM:
         for number, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
             text = prompt if isinstance(prompt, str) else None
             ids = self._base.complete(text).tokens if text is not None else prompt
-            out.append((self._request(ids, one, self._base.stop_ids, f"prompt {number}"), text))
+            out.append((self._request(ids, one, self._base.stop_ids, f"prompt {number}", adapter=adapter), text))
         return out
 
     def _request(
-        self, ids: Any, params: SamplingParams, stop_ids: frozenset[int], what: str, *, score_from: int = 0
+        self,
+        ids: Any,
+        params: SamplingParams,
+        stop_ids: frozenset[int],
+        what: str,
+        *,
+        adapter: str | None = None,
+        score_from: int = 0,
     ) -> Request:
         """A request that the engine will take; errors call it `what`."""
         if not all(isinstance(i, int) for i in ids):
             raise PromptError(f"{what} is not a text or a list of token ids")
-        request = Request(what, tuple(ids), params, stop_ids, score_from=score_from)
+        request = Request(what, tuple(ids), params, stop_ids, adapter, score_from=score_from)
         self._engine.check(request)
         return replace(request, id=f"{what} #{next(self._numbers)}")
 
@@ -335,12 +407,14 @@ class LLM:
         for request, _ in requests:
             self._loop.abort(request.id)
 
-    def _chats(self, messages: Any, params: SamplingParams | None, tools: Any) -> tuple[bool, list[Pending]]:
+    def _chats(
+        self, messages: Any, params: SamplingParams | None, tools: Any, adapter: str | None
+    ) -> tuple[bool, list[Pending]]:
         """Whether several conversations were given, and each of them begun."""
         several = len(messages) > 0 and not isinstance(messages, Mapping) and _is_conversation(messages[0])
         specs = tools_from(tools)
         prepared = [
-            self._prepared(one, params, specs, f"conversation {i}" if several else "the conversation")
+            self._prepared(one, params, specs, f"conversation {i}" if several else "the conversation", adapter)
             for i, one in enumerate(messages if several else [messages])
         ]
         started: list[Pending] = []
@@ -354,9 +428,14 @@ class LLM:
         return several, started
 
     def _stream(
-        self, prompt: Any, params: SamplingParams | None, tools: Any, put: Callable[[Delta | None], None]
+        self,
+        prompt: Any,
+        params: SamplingParams | None,
+        tools: Any,
+        adapter: str | None,
+        put: Callable[[Delta | None], None],
     ) -> Pending:
-        return self._start(*self._prepared(prompt, params, tools_from(tools), "the prompt", put))
+        return self._start(*self._prepared(prompt, params, tools_from(tools), "the prompt", adapter, put))
 
     def _prepared(
         self,
@@ -364,6 +443,7 @@ class LLM:
         params: SamplingParams | None,
         tools: Sequence[ToolSpec],
         what: str,
+        adapter: str | None,
         put: Callable[[Delta | None], None] | None = None,
     ) -> tuple[Request, ReplySink]:
         """One reply to be made of a text, ids or a conversation."""
@@ -379,7 +459,7 @@ class LLM:
             rendered = self.format.render(messages_from(prompt), tools, generate=True)
             stop_ids, parser, notes = self.format.stop_ids, self.format.parser(tools), rendered.notes
             ids = rendered.tokens
-        request = self._request(ids, params, stop_ids, what)
+        request = self._request(ids, params, stop_ids, what, adapter=adapter)
         return request, ReplySink(request, ReplyBuilder(parser, params, stop_ids), notes, put)
 
     def _start(self, request: Request, sink: ReplySink) -> Pending:
@@ -514,6 +594,17 @@ def _opened(
         return model.model, model.tokenizer, model.defaults
     llama, tokenizer = model
     return llama, tokenizer, GenerationDefaults()
+
+
+def _drafter(draft: Any, tokenizer: Tokenizer, device: torch.device) -> Drafter | None:
+    """What guesses for a model of `tokenizer`. Raises ConfigError when a draft model has another vocabulary."""
+    if draft == "lookup":
+        return NgramDrafter()
+    if draft is None or not isinstance(draft, str | os.PathLike):
+        return draft
+    model, other, _ = _opened(draft, None, None, device)
+    check_vocabularies(tokenizer, other)
+    return ModelDrafter(model)
 
 
 def _kv_for(model: Llama) -> str:
