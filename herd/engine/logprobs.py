@@ -15,16 +15,21 @@ from torch import Tensor
 
 from herd.engine.sample import best_of_row
 
-__all__ = ["Scored", "chosen_and_best", "score"]
+__all__ = ["Scored", "chosen_and_best", "log_total", "score"]
 
 ROWS = 64
 """Positions whose logits exist at once while scoring: 32 MB at a 128k vocabulary."""
 
 
+def log_total(row: NDArray[np.float32]) -> float:
+    """log(sum(exp(row))): a logit less this is a log-probability. row [V]."""
+    top = row.max()
+    return float(np.log(np.exp(row - top).sum(dtype=np.float64))) + float(top)
+
+
 def chosen_and_best(row: NDArray[np.float32], token: int, count: int) -> tuple[float, dict[int, float]]:
     """The log-probability of `token` and those of the `count` likeliest ids, best first (ties by id); row [V] of logits."""
-    top = row.max()
-    total = float(np.log(np.exp(row - top).sum(dtype=np.float64))) + float(top)
+    total = log_total(row)
     best = best_of_row(row, count) if count else ()
     return float(row[token]) - total, {int(i): float(row[i]) - total for i in best}
 
