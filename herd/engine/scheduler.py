@@ -199,6 +199,7 @@ class Scheduler:
                 self._plan_prompt(plan, sequence)
         while plan.tokens < self.max_tokens and (sequence := self._admit()) is not None:
             self._plan_prompt(plan, sequence)
+            assert sequence.status == "running", "it was let in without room"
         assert plan.rows or self.idle, "there is work, but no step for it"
         return plan
 
