@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from herd.cli.options import model_options, opened_from, sampling, sampling_options
+from herd.cli.options import adapter_option, model_options, opened_from, sampling, sampling_options
 from herd.errors import PromptError
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ In the chat, /? lists the commands, Ctrl-C stops a reply, Ctrl-D leaves.
 @click.option("--system", default="", metavar="TEXT", help="System prompt.")
 @sampling_options
 @model_options
+@adapter_option
 @click.option("--verbose", is_flag=True, help="Rates and context after each reply, also when not at a terminal.")
 def command(model: str, system: str, verbose: bool, **options: Any) -> int:
     """Talk with a model, turn by turn. MODEL is a name (herd models), a folder or a file; nano is the default."""

@@ -18,6 +18,7 @@ from herd.checkpoint.placement import device_named, dtype_named
 from herd.checkpoint.resolve import resolve
 from herd.checkpoint.weights import is_quantized
 from herd.cli.console import note
+from herd.engine.adapters import OneAdapter
 from herd.engine.local import LocalChat
 from herd.engine.native import unsupported
 from herd.errors import PromptError
@@ -38,11 +39,12 @@ cores with a training run beside it: 250 with one thread, 2 with two.
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A model in memory. `name` is what the user called it."""
+    """A model in memory. `name` is what the user called it; `adapter` says which one lies on top."""
 
     name: str
     checkpoint: Checkpoint
     chat: LocalChat
+    adapter: str | None = None
 
     def params(self, chosen: Mapping[str, Any]) -> SamplingParams:
         """The user's choices over the checkpoint's own defaults over Meta's."""
@@ -78,6 +80,7 @@ class Opened:
             "kernels": "torch" if (why := unsupported(model)) is not None else f"native {native.isa()}",
             **({"no native kernels": why} if why is not None and weight.device.type == "cpu" else {}),
             "format": format,
+            **({} if self.adapter is None else {"adapter": self.adapter}),
         }
 
 
@@ -89,11 +92,13 @@ def open_model(
     weights: str = "auto",
     max_len: int | None = None,
     format_name: str | None = None,
+    adapter: str | None = None,
     tick: Callable[[int, int], None] | None = None,
 ) -> Opened:
     """Find and load `name` (a catalog name, a folder or a file). Raises a HerdError that says what to change.
 
-    `weights` is as for `herd.load`; `tick(done, total)` hears of the bytes read. Says once when native kernels are missing.
+    `adapter` is a LoRA adapter to use on top. `weights` is as for `herd.load`; `tick(done, total)` hears of the bytes read.
+    Says once when native kernels are missing.
     """
     if format_name is not None and format_name not in FORMATS:  # before gigabytes are read
         raise PromptError(f"there is no prompt format {format_name!r}; choose one of {', '.join(FORMATS)}")
@@ -111,8 +116,13 @@ def open_model(
         torch.set_num_threads(1)
     wanted = dtype_named(dtype, torch.float32 if small and not is_quantized(store) else None)
     checkpoint = read_checkpoint(path, store, wanted, where, weights=weights, tick=tick)
-    chat = LocalChat(checkpoint.model, checkpoint.tokenizer, format=format_name, max_len=max_len)
-    return Opened(name, checkpoint, chat)
+    runner = None if adapter is None else OneAdapter(checkpoint.model, adapter)
+    chat = LocalChat(checkpoint.model, checkpoint.tokenizer, format=format_name, max_len=max_len, runner=runner)
+    if runner is None:
+        return Opened(name, checkpoint, chat)
+    if runner.loaded.change == 0:
+        note(f"[the adapter {adapter} changes nothing: all of its B matrices are zero]")
+    return Opened(name, checkpoint, chat, f"{adapter}, rank {runner.loaded.rank}, {runner.loaded.matrices} matrices")
 
 
 def short_count(count: int) -> str:

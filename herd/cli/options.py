@@ -14,7 +14,7 @@ from herd.errors import ConfigError
 if TYPE_CHECKING:
     from herd.cli.opened import Opened
 
-__all__ = ["DTYPES", "model_options", "opened_from", "sampling", "sampling_options"]
+__all__ = ["DTYPES", "adapter_option", "model_options", "opened_from", "sampling", "sampling_options"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -47,6 +47,18 @@ def model_options(command: F) -> F:
     ):
         command = add(command)
     return command
+
+
+def adapter_option(command: F) -> F:
+    """--adapter: a LoRA adapter for all replies."""
+    return click.option(
+        "--adapter",
+        "--adapter-path",
+        "adapter",
+        type=click.Path(exists=True),
+        metavar="PATH",
+        help="A LoRA adapter on top of the model: a PEFT folder or a GGUF file.",
+    )(command)
 
 
 def sampling_options(command: F) -> F:
@@ -94,7 +106,10 @@ def sampling(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def opened_from(model: str, options: Mapping[str, Any]) -> Opened:
-    """The model of the command line, opened as --dtype, --weights, --device, -c and --format say. Raises HerdError."""
+    """The model of the command line, opened as --dtype, --weights, --device, -c, --format and --adapter say.
+
+    Raises HerdError.
+    """
     from herd.cli.console import silent_keys
     from herd.cli.progress import progress
 
@@ -102,4 +117,4 @@ def opened_from(model: str, options: Mapping[str, Any]) -> Opened:
         from herd.cli.opened import open_model
 
         given = {name: options[name] for name in ("dtype", "weights", "device", "max_len", "format_name")}
-        return open_model(model, **given, tick=tick)
+        return open_model(model, **given, adapter=options.get("adapter"), tick=tick)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from herd.cli.console import note
-from herd.cli.options import model_options, opened_from, sampling, sampling_options
+from herd.cli.options import adapter_option, model_options, opened_from, sampling, sampling_options
 from herd.cli.progress import progress
 from herd.cli.question import (
     Question,
@@ -40,6 +40,7 @@ Examples:
   herd run ./Llama-3.2-1B-Instruct "Hi" --temp 0 --json
   herd run --raw ./Llama-3.2-1B "Once upon a time" -n 100   a base model continues text
   git diff | herd run MODEL "Explain this change."          what is piped in follows the prompt
+  herd run ./Llama-3.2-1B "Hi" --adapter ./my-lora          with a LoRA adapter on top
   herd run MODEL - < question.txt                           the prompt is what is piped in
   herd run ./CodeLlama-7b "def add(a, b):" --suffix "return c"     the middle between two texts
   herd run ./Llama-Guard-3-1B --messages chat.json          a Guard judges the last message
@@ -52,6 +53,7 @@ Examples:
 @click.option("--system", default="", metavar="TEXT", help="System prompt.")
 @sampling_options
 @model_options
+@adapter_option
 @click.option("--raw", is_flag=True, help="Continue the prompt as plain text, without a prompt format.")
 @click.option(
     "--suffix",

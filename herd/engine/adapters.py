@@ -32,7 +32,7 @@ from herd.kernels import native
 from herd.model.llama import Llama
 from herd.quant.linear import QuantEmbedding, QuantLinear
 
-__all__ = ["AdapterRunner", "AdapterSet", "LoadedAdapter", "LoraEmbedding", "LoraLinear", "Rows"]
+__all__ = ["AdapterRunner", "AdapterSet", "LoadedAdapter", "LoraEmbedding", "LoraLinear", "OneAdapter", "Rows"]
 
 MAX_RANK = 1024
 """Above this an adapter is not thin, and a merged model is the better way."""
@@ -149,8 +149,10 @@ class AdapterSet:
         """Those that requests can choose."""
         return tuple(self._loaded)
 
-    def __getitem__(self, name: str) -> LoadedAdapter:
-        return self._loaded[name]
+    @property
+    def loaded(self) -> tuple[LoadedAdapter, ...]:
+        """What is known of each."""
+        return tuple(self._loaded.values())
 
     def check(self, name: str) -> None:
         """Raise ConfigError when there is no such adapter."""
@@ -304,6 +306,22 @@ class AdapterRunner:
         every = Rows(((name, None),))
         with self.adapters.bound(every, every) as model:
             return TiledRunner(model).logits(replace(batch, adapters=None), cache)
+
+
+class OneAdapter:
+    """A Runner for `model` with one adapter for every row: a chat with a tuned model. `loaded` says what it is.
+
+    Raises CheckpointError or ConfigError when the adapter at `source` does not fit.
+    """
+
+    def __init__(self, model: Llama, source: str | os.PathLike[str] | LoraAdapter) -> None:
+        adapters = AdapterSet(model)
+        self.loaded = adapters.load("adapter", source)
+        self._runner = AdapterRunner(TorchRunner(model), adapters)
+
+    def logits(self, batch: RaggedBatch, cache: PagedCache) -> Tensor:
+        """As `Runner.logits`."""
+        return self._runner.logits(replace(batch, adapters=(self.loaded.name,) * len(batch.spans)), cache)
 
 
 def _spans(batch: RaggedBatch, names: list[str | None] | list[str]) -> list[int]:

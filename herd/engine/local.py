@@ -15,8 +15,9 @@ from herd.chat.model import FinishReason, Reply, Usage
 from herd.chat.params import SamplingParams
 from herd.chat.render import messages_from
 from herd.chat.toolspec import tools_from
-from herd.engine.paged_session import session_for
+from herd.engine.paged_session import PagedSession, session_for
 from herd.engine.reply import ReplyBuilder
+from herd.engine.runner import Runner
 from herd.errors import PromptError
 from herd.model.llama import Llama
 from herd.tokenizer.tokenizer import Tokenizer
@@ -32,16 +33,26 @@ class LocalChat:
     """Chat with one model in this process, one conversation at a time; later turns reuse the cache of earlier ones.
 
     `format` is a prompt format, its name, or a name with the tokenizer it is for; None means the one the checkpoint was
-    trained with, detected on first use. `max_len` limits the context.
+    trained with, detected on first use. `max_len` limits the context. `runner` computes the steps, instead of the fastest one.
     After a stream is exhausted or closed, `last` is its Reply (finish reason "length" when it was closed early); while it
     runs, `made` counts its tokens.
     """
 
     def __init__(
-        self, model: Llama, tokenizer: Tokenizer, *, format: AnyFormat | None = None, max_len: int | None = None
+        self,
+        model: Llama,
+        tokenizer: Tokenizer,
+        *,
+        format: AnyFormat | None = None,
+        max_len: int | None = None,
+        runner: Runner | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self.session = session_for(model, max_len=max_len)
+        self.session = (
+            session_for(model, max_len=max_len)
+            if runner is None
+            else PagedSession(model, max_len=max_len, runner=runner)
+        )
         self.last: Reply | None = None
         self.made = 0
         if isinstance(format, str):
