@@ -6,9 +6,7 @@ The library is optional. Without it (no compiler at install time, an unknown pro
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import mmap
 from collections.abc import Sequence
 from ctypes import POINTER, byref, c_void_p
 
@@ -21,9 +19,6 @@ __all__ = ["Decoder", "LayerWeights", "Span", "Weight", "isa", "matmul", "missin
 
 PACKED = {2: "Q4_0", 8: "Q8_0", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K"}
 """GGML types with panels, by id."""
-
-HUGE = 2 << 20
-"""Bytes of a huge page on x86; smaller memory gains nothing from one."""
 
 MAX_GROUP = 64
 """Query heads that may share a key head."""
@@ -213,17 +208,6 @@ def _scratch(nbytes: int) -> Tensor:
     return torch.empty(nbytes, dtype=torch.uint8)
 
 
-def _lasting(nbytes: int) -> Tensor:
-    """Memory for weights, in huge pages where the system gives them on request: their page faults are half the time of packing,
-    and reading misses fewer address translations."""
-    if nbytes < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(nbytes, dtype=torch.uint8)
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
-
-
 def isa() -> str | None:
     """The instruction set in use, or None without the library (`missing` says why)."""
     return loaded()[1]
@@ -244,7 +228,7 @@ def pack(type_id: int, blocks: Tensor, columns: int) -> Weight:
     assert blocks.dtype == torch.uint8
     assert blocks.is_contiguous()
     native, rows = library(), blocks.shape[0]
-    out = _lasting(native.herd_packed_bytes(type_id, rows, columns))
+    out = torch.empty(native.herd_packed_bytes(type_id, rows, columns), dtype=torch.uint8)
     native.herd_pack(type_id, blocks.data_ptr(), rows, columns, out.data_ptr(), torch.get_num_threads())
     return Weight(out, type_id, rows, columns)
 
