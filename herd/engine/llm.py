@@ -8,7 +8,7 @@ import math
 import os
 import queue
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, Literal
@@ -278,18 +278,21 @@ class LLM:
         The pair is tokenized as one text, so white space between the two belongs to the continuation's tokens. Contexts that
         are the same are computed once. Raises ContextFullError when a pair does not fit, PromptError for an empty continuation.
         """
+        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
         requests = []
         for number, (context, continuation) in enumerate(pairs):
             ids, start = self._joined(context, continuation, number)
-            params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
             requests.append(self._request(ids, params, frozenset(), f"pair {number}", score_from=start - 1))
-        futures = self._submit([(request, None) for request in requests], None)
-        try:
-            done = [future.result() for future in futures]
-        except BaseException:
-            self._abort([(request, None) for request in requests])
-            raise
-        return [_score(one) for one in _checked(done, "raise")]
+        found: dict[int, Completion] = {}
+        for together in _rounds([context for context, _ in pairs], self.budget.seqs):
+            chosen = [(requests[i], None) for i in together]
+            futures = self._submit(chosen, None)
+            try:
+                found.update(zip(together, [future.result() for future in futures], strict=True))
+            except BaseException:
+                self._abort(chosen)
+                raise
+        return [_score(one) for one in _checked([found[i] for i in range(len(pairs))], "raise")]
 
     loglikelihood = score
     """The name of `herd.chat.model.Scorer`."""
@@ -319,11 +322,11 @@ class LLM:
         ConfigError when it is shorter than a block or the prefix cache is off, CheckpointError when `path` cannot be written.
         """
         if isinstance(prompt, str):
-            ids = self._base.complete(prompt).tokens
+            ids: Sequence[int] = self._base.complete(prompt).tokens
         elif prompt and isinstance(prompt[0], int):
-            ids = list(prompt)
+            ids = prompt  # type: ignore[assignment]
         else:
-            ids = self.format.render(messages_from(prompt), generate=False).tokens
+            ids = self.format.render(messages_from(prompt), generate=False).tokens  # type: ignore[arg-type]
         self.generate([ids], SamplingParams(temperature=0, max_tokens=1))
         cache, pool, mark = self._engine.cache, self._engine.pool, fingerprint(self.model)
         return self._loop.between(lambda: save_prompt(path, ids, cache, pool, mark, overwrite=overwrite))
@@ -383,7 +386,7 @@ class LLM:
         score_from: int = 0,
     ) -> Request:
         """A request that the engine will take; errors call it `what`."""
-        if not all(isinstance(i, int) for i in ids):
+        if not isinstance(ids, Sequence) or not all(isinstance(i, int) for i in ids):
             raise PromptError(f"{what} is not a text or a list of token ids")
         request = Request(what, tuple(ids), params, stop_ids, adapter, score_from=score_from)
         self._engine.check(request)
@@ -629,6 +632,25 @@ def _checked(done: Sequence[Completion], errors: Literal["raise", "keep"]) -> li
         more = f" ({count} of {len(done)} requests failed)" if len(done) > 1 else ""
         raise HerdError(f"{failed.error}{more}")
     return list(done)
+
+
+def _rounds(contexts: Sequence[str], width: int) -> Iterator[list[int]]:
+    """Which pairs are scored at the same time: of each context the first, so that the others find it in the cache, then those.
+
+    `width` contexts at a time, in their order: the cache must not have forgotten them by then.
+    """
+    groups: dict[str, list[int]] = {}
+    for i, context in enumerate(contexts):
+        groups.setdefault(context, []).append(i)
+    if len(groups) == len(contexts):
+        yield list(range(len(contexts)))
+        return
+    every = list(groups.values())
+    for first in range(0, len(every), width):
+        part = every[first : first + width]
+        yield [group[0] for group in part]
+        if rest := [i for group in part for i in group[1:]]:
+            yield rest
 
 
 def _score(completion: Completion) -> Score:

@@ -172,7 +172,10 @@ class Scheduler:
         return True
 
     def fork(self, parent: Sequence) -> Sequence:
-        """A new continuation with all that `parent` has (beam search). It shares its blocks; the first to write copies."""
+        """A new continuation with all that `parent` has, between two steps (beam search); its last token may be replaced.
+
+        Blocks are shared until one of them writes. Beyond `max_tokens` the newest wait, so keep to the request's width.
+        """
         assert parent.status == "running", parent
         index = self._indices[parent.request.id]
         self._indices[parent.request.id] += 1

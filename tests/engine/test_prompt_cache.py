@@ -11,13 +11,14 @@ from torch import Tensor
 
 from herd.chat.params import SamplingParams
 from herd.engine.blocks import BlockPool
+from herd.engine.llm import LLM
 from herd.engine.pack import pack
 from herd.engine.paged import PagedCache
 from herd.engine.prompt_cache import fingerprint, load_prompt, save_prompt
 from herd.engine.request import Request
 from herd.engine.runner import TorchRunner
 from herd.engine.scheduler import Scheduler
-from herd.errors import CheckpointError, ConfigError
+from herd.errors import CheckpointError, ConfigError, HerdError
 from herd.model.llama import Llama
 from herd.quant.apply import quantize
 from tests.build import build, tiny, tokens
@@ -171,3 +172,26 @@ def test_fingerprint_of_quantized_weights() -> None:
     again = build("llama-2")
     quantize(again, "int8")
     assert fingerprint(again) == fingerprint(one)
+
+
+def test_through_the_library(tmp_path: Path) -> None:
+    """A system prompt of one process in the next: the same reply, and its tokens are not computed."""
+    path, params = tmp_path / "system", SamplingParams(temperature=0, max_tokens=12)
+    text = "Once there was a dog. The dog was red and liked to run in the park with a ball and a small cat. "
+    with LLM("nano", max_len=200, max_seqs=2) as llm:
+        expected = llm.generate(text + "One day", params)[0]
+    with LLM("nano", max_len=200, max_seqs=2) as llm:
+        saved_tokens = llm.save_prompt(path, text)
+        assert saved_tokens >= 16
+        with pytest.raises(CheckpointError, match="exists already"):
+            llm.save_prompt(path, text)
+        assert llm.save_prompt(path, text, overwrite=True) == saved_tokens
+        with pytest.raises(ConfigError, match="nothing of this prompt"):
+            llm.save_prompt(tmp_path / "short", "Hi")
+    with LLM("nano", max_len=200, max_seqs=2) as llm:
+        assert llm.load_prompt(path) == saved_tokens
+        again = llm.generate(text + "One day", params)[0]
+        assert llm.stats().cached_tokens == saved_tokens
+    assert again.text == expected.text
+    with pytest.raises(HerdError, match="closed"):
+        llm.load_prompt(path)

@@ -245,6 +245,18 @@ def test_nobody_passes_the_first_in_line() -> None:
     assert begun == ["long", "short"]
 
 
+def test_a_spare_block_for_each_running_sequence() -> None:
+    """Let in without one, the newer would be thrown out when the older needs its next block."""
+    for blocks, inside in ((4, False), (5, True)):
+        s = scheduler(blocks=blocks, max_len=16)
+        model = FakeModel(s)
+        s.add(request("a", [1] * 7))
+        model.step()
+        (b,) = s.add(request("b", [2] * 8))
+        s.plan()
+        assert (b.status == "running") == inside
+
+
 @pytest.mark.parametrize("right", [0, 1, 2, 3])
 def test_drafts_are_taken_as_far_as_they_are_right(right: int) -> None:
     s = scheduler()
