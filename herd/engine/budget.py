@@ -81,6 +81,8 @@ def budget_for(
         raise ConfigError(f"a context of {max_len} tokens was asked for, but this model was made for {longest}")
     if max_len is not None and max_len < 2:
         raise ConfigError(f"a context of {max_len} tokens holds no prompt and reply: give at least 2")
+    if max_seqs < 1 or max_tokens < 1:
+        raise ConfigError(f"max_seqs is {max_seqs} and a step has {max_tokens} tokens: give at least 1 of each")
     kv = kv_dtype(kv)
     width = WIDTH[kv] + (SCALE / config.head_dim if kv == "int8" else 0)
     block = round(kv_bytes_per_token(config, width) * block_size)
