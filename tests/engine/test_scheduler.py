@@ -245,6 +245,30 @@ def test_nobody_passes_the_first_in_line() -> None:
     assert begun == ["long", "short"]
 
 
+def test_no_more_at_once_than_max_seqs() -> None:
+    """Continuations count from the start, beams as many as they may become."""
+    s = scheduler(max_seqs=3)
+    model = FakeModel(s)
+    s.add(request("a", [1] * 3, 2, n=2))
+    for name in "bc":
+        s.add(request(name, [2], 8))
+    s.add(request("beams", [3], 4, beams=3, temperature=0))
+    s.add(request("d", [4], 2))
+
+    def running() -> set[str]:
+        model.step()
+        s.check()
+        return {sequence.request.id for sequence in s.running}
+
+    assert running() == {"a", "b"}
+    assert running() == {"a", "b"}
+    seen = [running() for _ in range(12)]
+    assert seen[0] == {"b", "c"}
+    assert {"beams"} in seen
+    assert not any("beams" in one and len(one) > 1 for one in seen)
+    finish_all(s, model)
+
+
 def test_a_spare_block_for_each_running_sequence() -> None:
     """Let in without one, the newer would be thrown out when the older needs its next block."""
     for blocks, inside in ((4, False), (5, True)):
