@@ -15,7 +15,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from herd.chat.params import SamplingParams
 
-__all__ = ["COLDEST", "Weights", "best_of_row", "draw", "weigh"]
+__all__ = ["COLDEST", "HOTTEST", "Weights", "best_of_row", "draw", "weigh"]
 
 COLDEST = 1e-30
 """Lower temperatures are taken as this one: dividing by a number that underflows would turn the best token into a NaN."""

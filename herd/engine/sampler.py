@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from herd.chat.params import SamplingParams
+from herd.engine import device_sample
 from herd.engine.logits import Uses, add_bias, ban, keep_allowed, penalize, penalize_repetition
 from herd.engine.logprobs import chosen_and_best
 from herd.engine.sample import Weights, draw, weigh
@@ -96,12 +97,14 @@ class RowState:
         """Tokens made so far."""
         self._stops = np.array(sorted(stop_ids), dtype=np.int64)
         bias = dict(params.logit_bias)
-        self._bias_ids = np.array(list(bias), dtype=np.int64)
-        self._bias = np.array(list(bias.values()), dtype=np.float32)
+        self.bias = np.array(list(bias), dtype=np.int64), np.array(list(bias.values()), dtype=np.float32)
+        """Ids and what is added to their logits."""
         if len(bias) and max(bias) >= vocab_size:
             raise ConfigError(f"logit_bias names id {max(bias)}, but the vocabulary has {vocab_size}")
-        self._counted = Uses() if params.presence_penalty or params.frequency_penalty else None
-        self._seen = Uses(prompt) if params.repetition_penalty != 1 else None
+        self.counted = Uses() if params.presence_penalty or params.frequency_penalty else None
+        """Uses in the reply, when they are penalised."""
+        self.seen = Uses(prompt) if params.repetition_penalty != 1 else None
+        """Uses in prompt and reply, when they are penalised."""
         for token in generated:
             self.append(token)
 
@@ -115,7 +118,7 @@ class RowState:
     def append(self, token: int) -> None:
         """`token` was chosen (by the sampler, or accepted from a draft)."""
         self.position += 1
-        for uses in (self._counted, self._seen):
+        for uses in (self.counted, self.seen):
             if uses is not None:
                 uses.add(token)
         if self.mask is not None:
@@ -125,8 +128,8 @@ class RowState:
         """The same state, independent of this one; with `index` as another reply of the same request."""
         other = object.__new__(RowState)
         other.__dict__.update(self.__dict__)
-        other._counted = None if self._counted is None else self._counted.copy()
-        other._seen = None if self._seen is None else self._seen.copy()
+        other.counted = None if self.counted is None else self.counted.copy()
+        other.seen = None if self.seen is None else self.seen.copy()
         other.mask = None if self.mask is None else self.mask.fork()
         other.index = self.index if index is None else index
         return other
@@ -138,33 +141,27 @@ class RowState:
     @property
     def plain(self) -> bool:
         """Nothing changes the logits before temperature and filters."""
-        return (
-            not len(self._bias_ids)
-            and self.mask is None
-            and self._counted is None
-            and self._seen is None
-            and not self._banned
-        )
+        free = self.mask is None and self.counted is None and self.seen is None
+        return free and not len(self.bias[0]) and not len(self.banned)
 
     @property
-    def _banned(self) -> bool:
-        return self.position < self.params.min_tokens and len(self._stops) > 0
+    def banned(self) -> NDArray[np.int64]:
+        """Ids that may not come at this position: stop ids before the minimum length."""
+        return self._stops if self.position < self.params.min_tokens else self._stops[:0]
 
     def adjust(self, row: NDArray[np.float32]) -> NDArray[np.float32]:
         """`row` [V] with bias, bans, mask and penalties: itself when there are none, otherwise a copy."""
         if self.plain:
             return row
         row = row.copy()
-        if len(self._bias_ids):
-            add_bias(row, self._bias_ids, self._bias)
-        if self._banned:
-            ban(row, self._stops)
+        add_bias(row, *self.bias)
+        ban(row, self.banned)
         if self.mask is not None:
             keep_allowed(row, self.mask.allowed())
-        if self._seen is not None:
-            penalize_repetition(row, self._seen.ids, self.params.repetition_penalty)
-        if self._counted is not None:
-            penalize(row, self._counted, self.params.presence_penalty, self.params.frequency_penalty)
+        if self.seen is not None:
+            penalize_repetition(row, self.seen.ids, self.params.repetition_penalty)
+        if self.counted is not None:
+            penalize(row, self.counted, self.params.presence_penalty, self.params.frequency_penalty)
         return row
 
 
@@ -191,8 +188,28 @@ class Sampler:
         `row.append(token)` for what is kept.
         """
         assert logits.shape[:-1] == (len(rows),), f"{tuple(logits.shape)} for {len(rows)} rows"
+        if logits.device.type != "cpu":
+            return self.on_device(logits, rows)
         values = _host(logits)
         return [self._one(values[i], row) for i, row in enumerate(rows)]
+
+    def on_device(self, logits: Tensor, rows: Sequence[RowState]) -> list[Sampled]:
+        """The same as `sample`, for logits on a GPU: all rows at once, where they lie (see `herd.engine.device_sample`)."""
+        masks, errors = _masks(rows)
+        chosen = device_sample.choose(logits, rows, masks)
+        found = [
+            Sampled(None, error=error or (NOTHING_LEFT if finite else NOT_FINITE))
+            if error or not finite or not left
+            else Sampled(token)
+            for (token, finite, left), error in zip(chosen, errors, strict=True)
+        ]
+        asked = [i for i, row in enumerate(rows) if row.wants_logprobs is not None and found[i].error is None]
+        if asked:
+            counts = [rows[i].wants_logprobs or 0 for i in asked]
+            scores = device_sample.logprobs(logits[asked], [chosen[i][0] for i in asked], counts)
+            for i, (logprob, top) in zip(asked, scores, strict=True):
+                found[i] = Sampled(chosen[i][0], logprob, None if rows[i].params.logprobs is None else top)
+        return found
 
     def distribution(self, logits: Tensor, row: RowState) -> Weights:
         """What one row would be drawn from, logits [V]: for speculative decoding. Greedy is all on one id.
@@ -229,6 +246,19 @@ class Sampler:
         if row.params.temperature == 0:
             return int(adjusted.argmax())
         return weigh(adjusted, row.params)
+
+
+def _masks(rows: Sequence[RowState]) -> tuple[list[NDArray[np.int32] | None], list[str | None]]:
+    """The allowed bits of the rows that have a constraint, and what went wrong in getting them."""
+    masks: list[NDArray[np.int32] | None] = [None] * len(rows)
+    errors: list[str | None] = [None] * len(rows)
+    for i, row in enumerate(rows):
+        if row.mask is not None:
+            try:
+                masks[i] = row.mask.allowed()
+            except ConfigError as error:
+                errors[i] = str(error)
+    return masks, errors
 
 
 def _host(logits: Tensor) -> NDArray[np.float32]:
