@@ -96,7 +96,7 @@ def compare(
     checks = [_check_config(a, b)]
     start = time.monotonic()
     checks += [
-        check_tokenizers(a.tokenizer, b.tokenizer),
+        check_tokenizers(a.tokenizer, b.tokenizer, kind_b=b.store.kind),
         check_prompts(a.tokenizer, b.tokenizer, kind_b=b.store.kind),
     ]
     seconds["tokenizer and prompts"] = time.monotonic() - start

@@ -23,6 +23,7 @@ from herd.cli.main import run
 from herd.errors import CheckpointError, ConfigError, HerdError
 from tests.build import build
 from tests.checkpoint.folders import write_hf, write_meta
+from tests.convert.damaged import copy_of_nano
 
 Captured = pytest.CaptureFixture[str]
 
@@ -99,6 +100,17 @@ def test_a_chat_model_keeps_template_tokenizer_and_sampling(tmp_path: Path) -> N
     assert report.passed, report.text()
     assert herd.load_tokenizer("nano").template == herd.load_tokenizer(tmp_path / "back").template
     assert open_store(tmp_path / "back").generation.temperature == 0.6  # type: ignore[attr-defined]
+
+
+def test_stop_ids_that_metas_format_has_no_place_for_are_said(tmp_path: Path) -> None:
+    source = copy_of_nano(tmp_path)
+    file = source / "generation_config.json"
+    said = json.loads(file.read_text())
+    file.write_text(json.dumps(said | {"eos_token_id": [*said["eos_token_id"], 5]}))
+    report = herd.convert(source, tmp_path / "meta", to="meta", greedy=0)
+    assert report.passed, report.text()
+    assert any("Meta's format has no place for others" in line for check in report.checks for line in check.lines)
+    assert not herd.verify(tmp_path / "meta", source, greedy=0).passed, "the other way round it is a difference"
 
 
 @pytest.mark.parametrize("keep", [False, True])
