@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from herd.kernels.ops import fake, operation
+
 __all__ = ["dequantize_rows", "paged_attention", "quantize_rows", "write_kv", "write_kv_int8"]
 
 LEVELS = 127
@@ -30,14 +32,14 @@ def dequantize_rows(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (x.float() * scale[..., None]).to(dtype)
 
 
-@torch.library.custom_op("herd::write_kv", mutates_args=("k_cache", "v_cache"))
+@operation(mutates=("k_cache", "v_cache"))
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     """Put the keys and values k, v [T, Hkv, Dh] into their `slots` [T] int64, in the cache's dtype."""
     k_cache.flatten(0, 1).index_copy_(0, slots, k.to(k_cache.dtype))
     v_cache.flatten(0, 1).index_copy_(0, slots, v.to(v_cache.dtype))
 
 
-@torch.library.custom_op("herd::write_kv_int8", mutates_args=("k_cache", "v_cache", "k_scale", "v_scale"))
+@operation(mutates=("k_cache", "v_cache", "k_scale", "v_scale"))
 def write_kv_int8(
     k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, k_scale: Tensor, v_scale: Tensor, slots: Tensor
 ) -> None:
@@ -48,7 +50,7 @@ def write_kv_int8(
         scales.flatten(0, 1).index_copy_(0, slots, scale)
 
 
-@torch.library.custom_op("herd::paged_attention", mutates_args=())
+@operation()
 def paged_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -104,17 +106,17 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, position: int, first: int, chunk: i
     return scaled_dot_product_attention(q[None], k[None], v[None], mask, enable_gqa=grouped)[0].transpose(0, 1)
 
 
-@write_kv.register_fake
+@fake(write_kv)
 def _(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     return None
 
 
-@write_kv_int8.register_fake
+@fake(write_kv_int8)
 def _(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, k_scale: Tensor, v_scale: Tensor, slots: Tensor) -> None:
     return None
 
 
-@paged_attention.register_fake
+@fake(paged_attention)
 def _(
     q: Tensor,
     k_cache: Tensor,

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -114,9 +116,21 @@ def test_declared_as_torch_demands(dtype: torch.dtype) -> None:
     slots = torch.tensor([4, 5, 6])
     spans, tables = torch.tensor([[0, 3, 0, 0]]), torch.tensor([[1, 0]], dtype=torch.int32)
     kinds = ("test_schema", "test_faketensor")
-    torch.library.opcheck(write_kv, (k, v, kc, vc, slots), test_utils=kinds)
-    torch.library.opcheck(paged_attention, (q, kc, vc, spans, tables, 4), test_utils=kinds)
+    torch.library.opcheck(torch.ops.herd.write_kv.default, (k, v, kc, vc, slots), test_utils=kinds)
+    torch.library.opcheck(torch.ops.herd.paged_attention.default, (q, kc, vc, spans, tables, 4), test_utils=kinds)
     k8, v8 = (torch.zeros(2, 4, 2, 8, dtype=torch.int8) for _ in range(2))
     scales = torch.zeros(2, 4, 2), torch.zeros(2, 4, 2)
-    torch.library.opcheck(write_kv_int8, (k, v, k8, v8, *scales, slots), test_utils=kinds)
-    torch.library.opcheck(paged_attention, (q, k8, v8, spans, tables, None, *scales), test_utils=kinds)
+    torch.library.opcheck(torch.ops.herd.write_kv_int8.default, (k, v, k8, v8, *scales, slots), test_utils=kinds)
+    torch.library.opcheck(
+        torch.ops.herd.paged_attention.default, (q, k8, v8, spans, tables, None, *scales), test_utils=kinds
+    )
+
+
+def test_the_first_call_does_not_import_the_compiler() -> None:
+    code = (
+        "import sys, torch, herd.kernels.paged as p\n"
+        "q, k, spans = torch.zeros(1, 2, 16), torch.zeros(1, 4, 1, 16), torch.tensor([[0, 1, 0, 0]])\n"
+        "p.paged_attention(q, k, k, spans, torch.zeros(1, 1, dtype=torch.int32), None)\n"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0

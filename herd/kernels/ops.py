@@ -1,0 +1,49 @@
+"""Operations of herd's own that a compiler sees as one: traced by name, never looked into.
+
+`torch.library.custom_op` does the same, but its first call imports the compiler, which takes seconds that nobody asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+__all__ = ["fake", "operation"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+_LIBRARY = torch.library.Library("herd", "FRAGMENT")
+
+
+def operation(*, mutates: Sequence[str] = ()) -> Callable[[F], F]:
+    """Make a function over tensors the operation torch.ops.herd.<its name>; `mutates` names the arguments it writes to.
+
+    It has no gradient. Its result for tensors without data is given with `fake`.
+    """
+
+    def made(function: F) -> F:
+        name = function.__name__
+        schema = torch.library.infer_schema(function, mutates_args=tuple(mutates))
+        _LIBRARY.define(f"{name}{schema}")
+        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        overload = getattr(torch.ops.herd, name).default
+
+        @functools.wraps(function)
+        def call(*args: Any, **named: Any) -> Any:
+            return overload(*args, **named)
+
+        return call  # type: ignore[return-value]
+
+    return made
+
+
+def fake(operation: Callable[..., Any]) -> Callable[[F], F]:
+    """What `operation` gives for tensors without data: shapes and dtypes."""
+
+    def made(function: F) -> F:
+        torch.library.register_fake(f"herd::{operation.__name__}", function, lib=_LIBRARY)
+        return function
+
+    return made
