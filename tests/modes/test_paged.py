@@ -249,12 +249,10 @@ def _one_graph() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        ("llama-2", torch.float32),
         ("llama-3.2", torch.float32),
         ("llama-4-scout", torch.float32),
         ("llama-4-maverick", torch.float32),
         ("llama-3.2", torch.int8),
-        ("llama-guard-4", torch.int8),
     ],
 )
 def test_decode_step_compiles_once(name: str, dtype: torch.dtype) -> None:
