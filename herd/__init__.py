@@ -16,6 +16,7 @@ _HOME = {
     "ContextFullError": "herd.errors",
     "HerdError": "herd.errors",
     "HubError": "herd.errors",
+    "LLM": "herd.engine.llm",
     "Llama": "herd.model.llama",
     "Message": "herd.chat.messages",
     "ModelConfig": "herd.model.config",
@@ -31,11 +32,13 @@ _HOME = {
     "load": "herd.checkpoint.load",
     "load_tokenizer": "herd.checkpoint.vocabulary",
     "plan": "herd.planning.plan",
+    "pull": "herd.hub.pull",
     "render": "herd.chat.render",
     "verify": "herd.convert.verify",
 }
 
 __all__ = [
+    "LLM",
     "CheckpointError",
     "ConfigError",
     "ContextFullError",
@@ -57,6 +60,7 @@ __all__ = [
     "load",
     "load_tokenizer",
     "plan",
+    "pull",
     "render",
     "verify",
 ]
@@ -71,6 +75,7 @@ if TYPE_CHECKING:
     from herd.checkpoint.vocabulary import load_tokenizer
     from herd.convert.driver import convert
     from herd.convert.verify import verify
+    from herd.engine.llm import LLM
     from herd.engine.local import generate
     from herd.errors import (
         CheckpointError,

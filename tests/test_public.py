@@ -10,7 +10,7 @@ import pytest
 
 import herd
 
-TORCH_FREE = sorted(set(herd.__all__) - {"Llama", "generate", "load", "verify"})
+TORCH_FREE = sorted(set(herd.__all__) - {"LLM", "Llama", "generate", "load", "verify"})
 
 
 def test_the_list_is_what_it_was_meant_to_be() -> None:
@@ -21,6 +21,7 @@ def test_the_list_is_what_it_was_meant_to_be() -> None:
         "ContextFullError",
         "HerdError",
         "HubError",
+        "LLM",
         "Llama",
         "Message",
         "ModelConfig",
@@ -37,6 +38,7 @@ def test_the_list_is_what_it_was_meant_to_be() -> None:
         "load",
         "load_tokenizer",
         "plan",
+        "pull",
         "render",
         "verify",
     ]
