@@ -4,37 +4,41 @@
 
 namespace herd::HERD_ISA {
 
-// Strip `p` (ACT_GROUP columns) of silu(x @ w1^T) * (x @ w3^T), for rows that begin at row `at` of `to` and `floats`: quantized
-// for w2 as soon as it is complete, or left as floats [.., hidden] where w2 is plain.
-inline void gate_strip(const Matrix& w1, const Matrix& w3, bool bytes, int64_t p, const Inputs& in, int64_t rows, int64_t at, const Acts& to, float* floats, float* spare) {
-    const int64_t begin = p * ACT_GROUP, n = w1.rows - begin < ACT_GROUP ? w1.rows - begin : ACT_GROUP;
-    float *a = spare, *b = spare + rows * ACT_GROUP;
+// Piece and strip `i` (ACT_GROUP columns) of silu(x @ w1^T) * (x @ w3^T), for rows that begin at row `at` of `to` and `floats`:
+// quantized for w2 as soon as it is complete, or left as floats [.., hidden] where w2 is plain.
+inline void gate_strip(const Matrix& w1, const Matrix& w3, bool bytes, int64_t i, const Inputs& all, int64_t rows, int64_t at, const Acts& to, float* floats, float* spare) {
+    const int64_t size = piece_rows(all.acts), strips = strips_of(w1), first = i / strips * size;
+    const int64_t begin = i % strips * ACT_GROUP, n = w1.rows - begin < ACT_GROUP ? w1.rows - begin : ACT_GROUP;
+    const int64_t count = rows - first < size ? rows - first : size;
+    const Inputs in = all.from(first);
+    float *a = spare, *b = spare + count * ACT_GROUP;
     for (int64_t j = 0; j < n; j += PANEL) {
-        product(w1, (begin + j) / PANEL, in, rows, a + j, ACT_GROUP, nullptr);
-        product(w3, (begin + j) / PANEL, in, rows, b + j, ACT_GROUP, nullptr);
+        product(w1, (begin + j) / PANEL, in, count, a + j, ACT_GROUP, nullptr);
+        product(w3, (begin + j) / PANEL, in, count, b + j, ACT_GROUP, nullptr);
     }
-    for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t r = 0; r < count; ++r) {
         float* x = a + r * ACT_GROUP;
         gate(x, b + r * ACT_GROUP, n);
-        if (bytes) quantize(x, to, at + r, begin, n);
-        else std::memcpy(floats + (at + r) * w1.rows + begin, x, n * sizeof(float));
+        if (bytes) quantize(x, to, at + first + r, begin, n);
+        else std::memcpy(floats + (at + first + r) * w1.rows + begin, x, n * sizeof(float));
     }
 }
 
 // b.out [rows, dim] = w2(gate(in))
 inline void feed_dense(const Layer& l, const Buffers& b, const Inputs& in, int64_t rows, float* spare) {
     const Inputs gated{b.gated, shaped(b.wide, l.w1.rows)};
-    const int64_t strips = (l.w1.rows + ACT_GROUP - 1) / ACT_GROUP;
+    const bool bytes = quantized(l.w2);
     #pragma omp for schedule(static)
-    for (int64_t p = 0; p < strips; ++p) gate_strip(l.w1, l.w3, quantized(l.w2), p, in, rows, 0, gated.acts, b.gated, spare);
+    for (int64_t i = 0; i < pieces(in.acts, rows) * strips_of(l.w1); ++i)
+        gate_strip(l.w1, l.w3, bytes, i, in, rows, 0, gated.acts, b.gated, spare);
     #pragma omp for schedule(static)
-    for (int64_t p = 0; p < panels(l.w2); ++p) product(l.w2, p, gated, rows, b.out + p * PANEL, l.w2.rows, spare);
+    for (int64_t i = 0; i < pieces(gated.acts, rows) * panels(l.w2); ++i) product_piece(l.w2, i, gated, rows, b.out, spare);
 }
 
 // b.out [rows, dim] += the routed experts' outputs: inputs are scaled by their scores, gathered by expert, and put back.
 inline void feed_experts(const Layer& l, const Buffers& b, int64_t rows, int64_t dim, float* spare) {
     const int64_t k = l.top_k, hidden = l.experts[0].rows;
-    const int64_t strips = (hidden + ACT_GROUP - 1) / ACT_GROUP;
+    const Inputs scaled{b.scaled, shaped(b.narrow, dim)}, gated{b.gated, shaped(b.wide, hidden)};
     #pragma omp for schedule(static)
     for (int64_t r = 0; r < rows; ++r) {
         float* logits = b.logits + r * l.n_experts;
@@ -42,8 +46,7 @@ inline void feed_experts(const Layer& l, const Buffers& b, int64_t rows, int64_t
         choose(logits, l.n_experts, k, b.chosen + r * k, b.score + r * k);
     }
     #pragma omp single
-    sort_rows(b, rows, l.n_experts, k, strips, panels(l.experts[1]));
-    const Inputs scaled{b.scaled, shaped(b.narrow, dim)};
+    sort_rows(b, rows, l, scaled.acts, gated.acts);
     #pragma omp for schedule(static)
     for (int64_t i = 0; i < rows * k; ++i) {
         float* x = b.scaled + b.place[i] * dim;
@@ -51,7 +54,6 @@ inline void feed_experts(const Layer& l, const Buffers& b, int64_t rows, int64_t
         for (int64_t j = 0; j < dim; ++j) x[j] = from[j] * b.score[i];
         if (quantized(l.experts[0]) || quantized(l.experts[2])) quantize(x, scaled.acts, b.place[i], 0, dim);
     }
-    const Inputs gated{b.gated, shaped(b.wide, hidden)};
     #pragma omp for schedule(dynamic)
     for (int64_t j = 0; j < *b.n_up; ++j) {
         const Job job = b.up[j];
@@ -63,7 +65,7 @@ inline void feed_experts(const Layer& l, const Buffers& b, int64_t rows, int64_t
     for (int64_t j = 0; j < *b.n_down; ++j) {
         const Job job = b.down[j];
         const int64_t at = b.begin[job.expert], n = b.begin[job.expert + 1] - at;
-        product(l.experts[3 * job.expert + 1], job.part, gated.from(at), n, b.routed + at * dim + job.part * PANEL, dim, spare);
+        product_piece(l.experts[3 * job.expert + 1], job.part, gated.from(at), n, b.routed + at * dim, spare);
     }
     #pragma omp for schedule(static)
     for (int64_t r = 0; r < rows; ++r)

@@ -12,7 +12,7 @@ namespace herd {
 constexpr int PANEL = 16;         // rows
 constexpr int GROUP = 32;         // columns
 constexpr int ACT_GROUP = 128;    // columns that share one activation scale
-constexpr int SUM_GROUP = 16;     // columns that share one activation sum
+constexpr int SUM_GROUP = 16;     // columns that share one weight scale at least (Q6_K)
 
 // GGML's own ids.
 enum Format : int { F32 = 0, F16 = 1, Q4_0 = 2, Q8_0 = 8, Q4_K = 12, Q5_K = 13, Q6_K = 14, I8 = 24, BF16 = 30 };

@@ -34,12 +34,12 @@ inline void self_attention(const Model& m, const Layer& l, const Step& s, const 
     const int64_t T = s.rows, D = m.dim, Q = m.n_heads * m.head_dim, KV = m.n_kv_heads * m.head_dim, group = m.n_heads / m.n_kv_heads;
     float* scales[2] = {s.k_scale ? s.k_scale[index] : nullptr, s.v_scale ? s.v_scale[index] : nullptr};
     const Inputs in{b.normed, shaped(b.narrow, D)};
-    const int64_t pq = panels(l.wq), pk = panels(l.wk), pv = panels(l.wv);
+    const int64_t n = pieces(in.acts, T), nq = n * panels(l.wq), nk = n * panels(l.wk), nv = n * panels(l.wv);
     #pragma omp for schedule(static)
-    for (int64_t p = 0; p < pq + pk + pv; ++p) {
-        if (p < pq) product(l.wq, p, in, T, b.q + p * PANEL, Q, spare);
-        else if (p < pq + pk) product(l.wk, p - pq, in, T, b.k + (p - pq) * PANEL, KV, spare);
-        else product(l.wv, p - pq - pk, in, T, b.v + (p - pq - pk) * PANEL, KV, spare);
+    for (int64_t i = 0; i < nq + nk + nv; ++i) {
+        if (i < nq) product_piece(l.wq, i, in, T, b.q, spare);
+        else if (i < nq + nk) product_piece(l.wk, i - nq, in, T, b.k, spare);
+        else product_piece(l.wv, i - nq - nk, in, T, b.v, spare);
     }
     #pragma omp for schedule(static)
     for (int64_t r = 0; r < T; ++r) {
@@ -67,7 +67,7 @@ inline void self_attention(const Model& m, const Layer& l, const Step& s, const 
         for (int64_t r = 0; r < T; ++r) quantize(b.normed + r * Q, seen.acts, r, 0, Q);
     }
     #pragma omp for schedule(static)
-    for (int64_t p = 0; p < panels(l.wo); ++p) product(l.wo, p, seen, T, b.out + p * PANEL, D, spare);
+    for (int64_t i = 0; i < pieces(seen.acts, T) * panels(l.wo); ++i) product_piece(l.wo, i, seen, T, b.out, spare);
 }
 
 // x += b.out where there is something to add; then the normalised rows, quantized where one of their readers is.

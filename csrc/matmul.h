@@ -16,7 +16,7 @@ inline void matmul(const Matrix& m, const float* x, int64_t rows, float* y, cons
             for (int64_t r = 0; r < rows; ++r) quantize(x + r * m.cols, acts, r, 0, m.cols);
         }
         #pragma omp for schedule(static)
-        for (int64_t p = 0; p < panels(m); ++p) product(m, p, in, rows, y + p * PANEL, m.rows, spare);
+        for (int64_t i = 0; i < pieces(acts, rows) * panels(m); ++i) product_piece(m, i, in, rows, y, spare);
     }
 }
 

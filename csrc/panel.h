@@ -11,6 +11,7 @@ namespace herd::HERD_ISA {
 using F = V::F;
 using I = V::I;
 constexpr int PARTS = PANEL / V::LANES;
+constexpr int AHEAD = 4096;  // bytes: weights come from memory while those before them are multiplied
 
 inline I low(I c) { return V::both(c, 0x0f0f0f0f); }
 inline I high(I c) { return V::both(V::template right<4>(c), 0x0f0f0f0f); }
@@ -77,98 +78,86 @@ template <> struct Fmt<Q6_K> {
     }
 };
 
-inline int32_t four(const int8_t* p) { int32_t x; std::memcpy(&x, p, 4); return x; }
+inline int32_t four(const uint8_t* p) { int32_t x; std::memcpy(&x, p, 4); return x; }
+inline F float_at(const uint8_t* p) { float x; std::memcpy(&x, p, 4); return V::set(x); }
 
-template <int FORMAT, int T, int k, int END>
-inline void steps(const uint8_t* g, int part, const int8_t* const* x, int64_t column, I (&acc)[T][2]) {
+// acc += steps k to END (4 columns each) of one group, for T tokens.
+template <int FORMAT, int T, int CHAINS, int k, int END>
+inline void steps(const uint8_t* g, int part, const uint8_t* const* x, int64_t at, I (&acc)[T][CHAINS]) {
     if constexpr (k < END) {
         const I w = Fmt<FORMAT>::template numbers<k>(g, part);
-        for (int t = 0; t < T; ++t) {
-            I& a = acc[t][T <= 2 ? k & 1 : 0];  // few tokens: two chains, so that one does not wait for the other
-            a = V::dot(a, w, four(x[t] + column + 4 * k));
-        }
-        steps<FORMAT, T, k + 1, END>(g, part, x, column, acc);
+        for (int t = 0; t < T; ++t) acc[t][k % CHAINS] = V::dot(acc[t][k % CHAINS], w, four(x[t] + at + 4 * k));
+        steps<FORMAT, T, CHAINS, k + 1, END>(g, part, x, at, acc);
     }
 }
 
+// run += one group, for T tokens; x + at is their record of it.
+template <int FORMAT, int T>
+inline void add_group(const uint8_t* head, const uint8_t* g, int part, const uint8_t* const* x, int64_t at, F (&run)[T]) {
+    using Form = Fmt<FORMAT>;
+    constexpr int CHAINS = T <= 2 ? 2 : 1;  // few tokens: two chains, so that one product does not wait for the other
+    constexpr int STEPS = 8 / Form::SCALES;
+    auto part_of = [&]<int HALF>() {
+        I acc[T][CHAINS];
+        for (int t = 0; t < T; ++t) {
+            acc[t][0] = Form::ZERO ? V::ints(four(x[t] + at + (Form::SCALES == 2 ? REC_32 + 4 * HALF : Form::ZERO == 8 ? REC_8 : REC_128))) : V::ints(0);
+            if constexpr (CHAINS == 2) acc[t][1] = V::ints(0);
+        }
+        steps<FORMAT, T, CHAINS, HALF * STEPS, (HALF + 1) * STEPS>(g, part, x, at, acc);
+        const F s = Form::scale(head, g, part, HALF);
+        for (int t = 0; t < T; ++t) run[t] = V::fma(V::floats(CHAINS == 2 ? V::plus(acc[t][0], acc[t][CHAINS - 1]) : acc[t][0]), s, run[t]);
+    };
+    part_of.template operator()<0>();
+    if constexpr (Form::SCALES == 2) part_of.template operator()<1>();
+    if constexpr (Form::MINIMUM) {
+        const F m = Form::minimum(head, g, part);
+        for (int t = 0; t < T; ++t) run[t] = V::fnma(m, float_at(x[t] + at + REC_SUM), run[t]);
+    }
+}
+
+// One panel for T tokens from `first` on.
 template <int FORMAT, int T>
 void tile(const uint8_t* w, const Acts& a, int64_t first, float* y, int64_t stride) {
-    using Form = Fmt<FORMAT>;
     constexpr Layout l = layout(FORMAT);
-    constexpr int groups = l.columns / GROUP;
-    const int8_t* x[T];
-    const float* scales[T];
-    const int32_t* sums[T];
-    for (int t = 0; t < T; ++t) {
-        x[t] = a.q + (first + t) * a.columns;
-        scales[t] = a.scale + (first + t) * a.scales;
-        sums[t] = a.sum + (first + t) * a.sums;
-    }
-    F total[T][PARTS], run[T][PARTS];
-    for (int t = 0; t < T; ++t)
-        for (int p = 0; p < PARTS; ++p) total[t][p] = run[t][p] = V::zero();
-    const uint8_t* head = w;
-    const uint8_t* g = w + l.head;
-    for (int64_t column = 0, n = 0; column < a.columns; column += GROUP) {
-        if constexpr (FORMAT == Q4_0 || FORMAT == Q8_0) __builtin_prefetch(g + 2048);
+    const uint8_t* x[T];
+    for (int t = 0; t < T; ++t) x[t] = a.data + (first + t) * a.stride;
+    alignas(64) float total[T][PANEL] = {};
+    const uint8_t *head = w, *g = w + l.head;
+    for (int64_t column = 0; column < a.columns; column += ACT_GROUP) {
+        const int n = a.columns - column < ACT_GROUP ? int(a.columns - column) / GROUP : ACT_GROUP / GROUP;
+        const int64_t at = column / GROUP * RECORD;
+        for (int i = 0; i < ACT_GROUP / GROUP * l.body; i += 64) __builtin_prefetch(g + AHEAD + i);
         for (int p = 0; p < PARTS; ++p) {
-            for (int half = 0; half < Form::SCALES; ++half) {
-                I acc[T][2];
-                for (int t = 0; t < T; ++t) {
-                    int32_t offset = 0;
-                    if constexpr (Form::ZERO != 0) {
-                        const int32_t* s = sums[t] + column / SUM_GROUP;
-                        offset = -Form::ZERO * (Form::SCALES == 2 ? s[half] : s[0] + s[1]);
-                    }
-                    acc[t][0] = V::ints(offset);
-                    if constexpr (T <= 2) acc[t][1] = V::ints(0);
-                }
-                if constexpr (Form::SCALES == 1) {
-                    steps<FORMAT, T, 0, 8>(g, p, x, column, acc);
-                } else if (half == 0) {
-                    steps<FORMAT, T, 0, 4>(g, p, x, column, acc);
-                } else {
-                    steps<FORMAT, T, 4, 8>(g, p, x, column, acc);
-                }
-                const F s = Form::scale(head, g, p, half);
-                for (int t = 0; t < T; ++t) {
-                    const I whole = T <= 2 ? V::plus(acc[t][0], acc[t][1]) : acc[t][0];
-                    run[t][p] = V::fma(V::floats(whole), s, run[t][p]);
-                }
-            }
-            if constexpr (Form::MINIMUM) {
-                const F m = Form::minimum(head, g, p);
-                for (int t = 0; t < T; ++t) {
-                    const int32_t* s = sums[t] + column / SUM_GROUP;
-                    run[t][p] = V::fnma(m, V::set(float(s[0] + s[1])), run[t][p]);
-                }
+            F run[T];
+            for (int t = 0; t < T; ++t) run[t] = V::zero();
+            for (int i = 0; i < n; ++i) add_group<FORMAT, T>(head, g + i * l.body, p, x, at + i * RECORD, run);
+            for (int t = 0; t < T; ++t) {
+                float* to = total[t] + p * V::LANES;
+                V::store(to, V::fma(run[t], float_at(x[t] + at + REC_SCALE), V::load(to)));
             }
         }
-        g += l.body;
-        if (groups > 1 && ++n == groups) { n = 0; head = g; g += l.head; }
-        if ((column + GROUP) % ACT_GROUP == 0 || column + GROUP == a.columns) {
-            for (int t = 0; t < T; ++t) {
-                const F s = V::set(scales[t][column / ACT_GROUP]);
-                for (int p = 0; p < PARTS; ++p) {
-                    total[t][p] = V::fma(run[t][p], s, total[t][p]);
-                    run[t][p] = V::zero();
-                }
-            }
+        // The totals belong in memory: with them, and the sums of a group and of a block, there are more values than registers,
+        // and left to itself the compiler moves those of the innermost loop out.
+        asm volatile("" : : "r"(total) : "memory");
+        g += n * l.body;
+        if (l.head && (column + ACT_GROUP) % l.columns == 0) {
+            head = g;
+            g += l.head;
         }
     }
-    for (int t = 0; t < T; ++t)
-        for (int p = 0; p < PARTS; ++p) V::store(y + (first + t) * stride + p * V::LANES, total[t][p]);
+    for (int t = 0; t < T; ++t) std::memcpy(y + (first + t) * stride, total[t], sizeof total[t]);
 }
 
-// One panel for tokens [first, last): y [M, stride], the panel's 16 columns of it.
+// One panel for tokens [0, rows): y [rows, stride], the panel's 16 columns of it.
 template <int FORMAT>
-void panel(const uint8_t* w, const Acts& a, int64_t first, int64_t last, float* y, int64_t stride) {
-    int64_t t = first;
-    for (; last - t >= 12; t += 12) tile<FORMAT, 12>(w, a, t, y, stride);
-    if (last - t >= 8) { tile<FORMAT, 8>(w, a, t, y, stride); t += 8; }
-    if (last - t >= 4) { tile<FORMAT, 4>(w, a, t, y, stride); t += 4; }
-    if (last - t >= 2) { tile<FORMAT, 2>(w, a, t, y, stride); t += 2; }
-    if (last - t >= 1) tile<FORMAT, 1>(w, a, t, y, stride);
+void panel(const uint8_t* w, const Acts& a, int64_t rows, float* y, int64_t stride) {
+    constexpr int MOST = V::LANES == 8 ? 4 : 12;  // AVX2 has 16 registers, the others 32
+    int64_t t = 0;
+    for (; rows - t >= MOST; t += MOST) tile<FORMAT, MOST>(w, a, t, y, stride);
+    if constexpr (MOST > 8) if (rows - t >= 8) { tile<FORMAT, 8>(w, a, t, y, stride); t += 8; }
+    if (rows - t >= 4) { tile<FORMAT, 4>(w, a, t, y, stride); t += 4; }
+    if (rows - t >= 2) { tile<FORMAT, 2>(w, a, t, y, stride); t += 2; }
+    if (rows - t >= 1) tile<FORMAT, 1>(w, a, t, y, stride);
 }
 
 }  // namespace herd::HERD_ISA

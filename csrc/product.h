@@ -8,29 +8,33 @@ inline bool quantized(const Matrix& m) { return m.format != F32 && m.format != F
 
 inline int64_t panels(const Matrix& m) { return (m.rows + PANEL - 1) / PANEL; }
 
-inline Acts shaped(const Acts& storage, int64_t columns) {
-    return {storage.q, storage.scale, storage.sum, columns, (columns + ACT_GROUP - 1) / ACT_GROUP, columns / SUM_GROUP};
-}
+inline Acts shaped(const Acts& storage, int64_t columns) { return {storage.data, columns, record_stride(columns)}; }
 
 // Rows that a product reads, in both forms; `acts` is filled only where a matrix that reads them is quantized.
 struct Inputs {
     const float* x;
     Acts acts;
     Inputs from(int64_t row) const {
-        const Acts& a = acts;
-        return {x ? x + row * a.columns : x, {a.q + row * a.columns, a.scale + row * a.scales, a.sum + row * a.sums, a.columns, a.scales, a.sums}};
+        return {x + row * acts.columns, {acts.data + row * acts.stride, acts.columns, acts.stride}};
     }
 };
 
 inline void panel_of(int64_t format, const uint8_t* w, const Acts& a, int64_t rows, float* y, int64_t stride) {
     switch (format) {
-        case Q4_0: return panel<Q4_0>(w, a, 0, rows, y, stride);
-        case Q8_0: return panel<Q8_0>(w, a, 0, rows, y, stride);
-        case Q4_K: return panel<Q4_K>(w, a, 0, rows, y, stride);
-        case Q5_K: return panel<Q5_K>(w, a, 0, rows, y, stride);
-        case Q6_K: return panel<Q6_K>(w, a, 0, rows, y, stride);
+        case Q4_0: return panel<Q4_0>(w, a, rows, y, stride);
+        case Q8_0: return panel<Q8_0>(w, a, rows, y, stride);
+        case Q4_K: return panel<Q4_K>(w, a, rows, y, stride);
+        case Q5_K: return panel<Q5_K>(w, a, rows, y, stride);
+        case Q6_K: return panel<Q6_K>(w, a, rows, y, stride);
     }
 }
+
+inline int64_t piece_rows(const Acts& a) {
+    const int64_t n = PIECE / a.stride / MIN_PIECE * MIN_PIECE;
+    return n < MIN_PIECE ? MIN_PIECE : n > MAX_PIECE ? MAX_PIECE : n;
+}
+
+inline int64_t pieces(const Acts& a, int64_t rows) { return (rows + piece_rows(a) - 1) / piece_rows(a); }
 
 // Panel `p` of inputs @ m^T, its 16 columns at y [rows, stride]. Where m ends inside the panel, the columns behind are written
 // too if there is room for them, and otherwise go by way of `spare` [rows, PANEL].
@@ -41,6 +45,13 @@ inline void product(const Matrix& m, int64_t p, const Inputs& in, int64_t rows, 
     if (n == PANEL || !spare) return panel_of(m.format, w, in.acts, rows, y, stride);
     panel_of(m.format, w, in.acts, rows, spare, PANEL);
     for (int64_t r = 0; r < rows; ++r) std::memcpy(y + r * stride, spare + r * PANEL, n * sizeof(float));
+}
+
+// Piece and panel `i` of y [rows, m.rows] = inputs @ m^T; there are pieces(in.acts, rows) * panels(m).
+inline void product_piece(const Matrix& m, int64_t i, const Inputs& in, int64_t rows, float* y, float* spare) {
+    const int64_t size = piece_rows(in.acts), first = i / panels(m) * size, p = i % panels(m);
+    const int64_t n = rows - first < size ? rows - first : size;
+    product(m, p, in.from(first), n, y + first * m.rows + p * PANEL, m.rows, spare);
 }
 
 }  // namespace herd::HERD_ISA

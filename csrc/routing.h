@@ -21,8 +21,11 @@ inline void choose(const float* logits, int64_t experts, int64_t k, int64_t* cho
     }
 }
 
-// Places of rows x k in the order of their experts, and the work that follows: (expert, strip) and (expert, panel).
-inline void sort_rows(const Buffers& b, int64_t rows, int64_t experts, int64_t k, int64_t strips, int64_t panels) {
+inline int64_t strips_of(const Matrix& m) { return (m.rows + ACT_GROUP - 1) / ACT_GROUP; }
+
+// Places of rows x k in the order of their experts, and the work that follows: strips of w1 and w3, panels of w2, in pieces.
+inline void sort_rows(const Buffers& b, int64_t rows, const Layer& l, const Acts& in, const Acts& gated) {
+    const int64_t experts = l.n_experts, k = l.top_k;
     for (int64_t e = 0; e <= experts; ++e) b.begin[e] = 0;
     for (int64_t i = 0; i < rows * k; ++i) ++b.begin[b.chosen[i] + 1];
     for (int64_t e = 0; e < experts; ++e) {
@@ -32,9 +35,9 @@ inline void sort_rows(const Buffers& b, int64_t rows, int64_t experts, int64_t k
     for (int64_t i = 0; i < rows * k; ++i) b.place[i] = b.next[b.chosen[i]]++;
     int64_t up = 0, down = 0;
     for (int64_t e = 0; e < experts; ++e) {
-        if (b.begin[e] == b.begin[e + 1]) continue;
-        for (int64_t p = 0; p < strips; ++p) b.up[up++] = {e, p};
-        for (int64_t p = 0; p < panels; ++p) b.down[down++] = {e, p};
+        const int64_t n = b.begin[e + 1] - b.begin[e];
+        for (int64_t p = 0; p < pieces(in, n) * strips_of(l.experts[0]); ++p) b.up[up++] = {e, p};
+        for (int64_t p = 0; p < pieces(gated, n) * panels(l.experts[1]); ++p) b.down[down++] = {e, p};
     }
     *b.n_up = up;
     *b.n_down = down;

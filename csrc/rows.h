@@ -71,16 +71,20 @@ inline float to_bytes(const float* x, int64_t n, int8_t* q) {
 
 // Columns [begin, begin + n) of row `row` of a; begin is a multiple of ACT_GROUP, n of GROUP, and x points at the first of them.
 inline void quantize(const float* x, const Acts& a, int64_t row, int64_t begin, int64_t n) {
-    int8_t* q = a.q + row * a.columns + begin;
-    float* scale = a.scale + row * a.scales + begin / ACT_GROUP;
-    int32_t* sum = a.sum + row * a.sums + begin / SUM_GROUP;
-    for (int64_t g = 0; g < n; g += ACT_GROUP) {
-        const int64_t end = g + ACT_GROUP < n ? g + ACT_GROUP : n;
-        scale[g / ACT_GROUP] = to_bytes(x + g, end - g, q + g);
-        for (int64_t i = g; i < end; i += SUM_GROUP) {
-            int32_t s = 0;
-            for (int j = 0; j < SUM_GROUP; ++j) s += q[i + j];
-            sum[i / SUM_GROUP] = s;
+    uint8_t* record = a.data + row * a.stride + begin / GROUP * RECORD;
+    for (int64_t at = 0; at < n; at += ACT_GROUP) {
+        const int64_t width = n - at < ACT_GROUP ? n - at : ACT_GROUP;
+        int8_t q[ACT_GROUP];
+        const float scale = to_bytes(x + at, width, q);
+        for (int64_t i = 0; i < width; i += GROUP, record += RECORD) {
+            int32_t half[2] = {0, 0};
+            for (int j = 0; j < GROUP; ++j) half[j / SUM_GROUP] += q[i + j];
+            const int32_t sum = half[0] + half[1];
+            const int32_t offsets[4] = {-8 * sum, -128 * sum, -32 * half[0], -32 * half[1]};
+            const float floats[2] = {float(sum), scale};
+            std::memcpy(record, q + i, GROUP);
+            std::memcpy(record + REC_8, offsets, sizeof offsets);
+            std::memcpy(record + REC_SUM, floats, sizeof floats);
         }
     }
 }

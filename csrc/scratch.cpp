@@ -22,8 +22,8 @@ private:
 };
 
 Acts take_acts(Arena& arena, int64_t rows, int64_t columns) {
-    const int64_t scales = (columns + ACT_GROUP - 1) / ACT_GROUP, sums = (columns + SUM_GROUP - 1) / SUM_GROUP;
-    return {arena.take<int8_t>(rows * columns), arena.take<float>(rows * scales), arena.take<int32_t>(rows * sums), columns, scales, sums};
+    const int64_t stride = record_stride(columns);
+    return {arena.take<uint8_t>(rows * stride), columns, stride};
 }
 
 bool plain(const Matrix& m) { return m.format == F32 || m.format == F16 || m.format == BF16; }
@@ -43,7 +43,9 @@ int64_t lay_out(const Model& m, const Step& s, int threads, uint8_t* base, Buffe
         hidden = std::max(hidden, l.experts[0].rows);
         floats |= plain(l.experts[1]);
         const int64_t strips = (l.experts[0].rows + ACT_GROUP - 1) / ACT_GROUP, panels = (m.dim + PANEL - 1) / PANEL;
-        jobs = std::max(jobs, std::min(l.n_experts, s.rows * l.top_k) * std::max(strips, panels));
+        // Pieces of MIN_PIECE rows or more, and a last one per expert that may be shorter.
+        const int64_t pieces = std::min(l.n_experts, s.rows * l.top_k) + s.rows * l.top_k / MIN_PIECE;
+        jobs = std::max(jobs, pieces * std::max(strips, panels));
     }
     const int64_t T = s.rows, places = T * std::max<int64_t>(1, top_k);
     const int64_t heads = m.n_heads * m.head_dim, kv = m.n_kv_heads * m.head_dim, narrow = std::max(m.dim, heads);
@@ -69,7 +71,7 @@ int64_t lay_out(const Model& m, const Step& s, int threads, uint8_t* base, Buffe
     b.gated = arena.take<float>(floats ? places * hidden : 0);
     b.narrow = take_acts(arena, places, narrow);
     b.wide = take_acts(arena, places, hidden);
-    const int64_t strips = 2 * places * ACT_GROUP, attention = (MAX_QUERIES + 2 * m.head_dim) * TILE;
+    const int64_t strips = 2 * std::min(places, MAX_PIECE) * ACT_GROUP, attention = (MAX_QUERIES + 2 * m.head_dim) * TILE;
     b.spare_floats = std::max(strips, attention);
     b.spare = arena.take<float>(threads * b.spare_floats);
     b.scaled = arena.take<float>(top_k ? places * m.dim : 0);
@@ -91,7 +93,7 @@ int64_t lay_out(const Matrix& m, int64_t rows, int threads, uint8_t* base, Matmu
     Arena arena(base);
     b.threads = threads;
     b.acts = take_acts(arena, plain(m) ? 0 : rows, m.cols);
-    b.spare_floats = rows * PANEL;
+    b.spare_floats = std::min(rows, MAX_PIECE) * PANEL;
     b.spare = arena.take<float>(threads * b.spare_floats);
     return arena.used();
 }

@@ -12,12 +12,21 @@ namespace herd {
 constexpr int TILE = 64;          // keys that are scored together
 constexpr int MAX_QUERIES = 64;   // query rows x heads of a group that are answered together
 
-struct Acts {                     // rows of activations, quantized
-    int8_t* q;                    // [rows, columns]
-    float* scale;                 // [rows, scales]: one per ACT_GROUP columns
-    int32_t* sum;                 // [rows, sums]: one per SUM_GROUP columns
-    int64_t columns, scales, sums;
+// Rows of a product are taken in pieces whose inputs stay in the second-level cache, while weights, which are read once per
+// piece, stream past. Both are multiples of every tile.
+constexpr int64_t PIECE = 640 << 10;  // bytes
+constexpr int64_t MIN_PIECE = 24, MAX_PIECE = 240;  // rows
+
+// Rows of activations, quantized. A row is a record of RECORD bytes per GROUP of columns: the bytes, and what the products need
+// of them beside: sums times what each format's numbers are offset by, the sum itself, and the scale of the ACT_GROUP.
+struct Acts {
+    uint8_t* data;
+    int64_t columns, stride;      // bytes from row to row
 };
+constexpr int RECORD = 64, REC_8 = 32, REC_128 = 36, REC_32 = 40, REC_SUM = 48, REC_SCALE = 52;  // REC_32: of either half
+
+// An odd number of cache lines: rows a power of two apart would all compete for the same few places in the cache.
+static inline int64_t record_stride(int64_t columns) { return ((columns + GROUP - 1) / GROUP | 1) * RECORD; }
 
 struct Task { int64_t row, rows, position, sequence; };  // query rows that are answered together
 struct Job { int64_t expert, part; };
