@@ -17,15 +17,20 @@ COMMANDS = [
     for language, block in BLOCKS
     if language == "sh"
     for line in block.splitlines()
-    if line.startswith(("herd run nano", "herd tokens", "herd models"))
+    if line.startswith(("herd run nano", "herd tokens", "herd models", "herd inspect nano", "herd lint", "herd plan"))
 ]
 
 
-def test_python_runs_as_printed() -> None:
-    (code,) = (block for language, block in BLOCKS if language == "python")
+PYTHON = [block for language, block in BLOCKS if language == "python"]
+
+
+@pytest.mark.parametrize(
+    ("code", "shown"), list(zip(PYTHON, ("True", "is_greedy=True"), strict=True)), ids=("model", "LLM")
+)
+def test_python_runs_as_printed(code: str, shown: str) -> None:
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "True" in done.stdout  # the loss mask
+    assert shown in done.stdout  # the loss mask, a score
 
 
 @pytest.mark.parametrize("command", COMMANDS)
