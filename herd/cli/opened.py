@@ -114,7 +114,8 @@ def open_model(
         note(f"[slower than it could be: {why}]")
     if small and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
-    wanted = dtype_named(dtype, torch.float32 if small and not is_quantized(store) else None)
+    stays = native.isa() is not None and is_quantized(store)
+    wanted = dtype_named(dtype, torch.float32 if small and not stays else None)
     checkpoint = read_checkpoint(path, store, wanted, where, weights=weights, tick=tick)
     runner = None if adapter is None else OneAdapter(checkpoint.model, adapter)
     chat = LocalChat(checkpoint.model, checkpoint.tokenizer, format=format_name, max_len=max_len, runner=runner)

@@ -142,7 +142,14 @@ def test_steps_of_many_rows_go_through_torch(name: str) -> None:
     assert run(name, expected, model=model, runner=runner, seed=6).worst <= PLAIN_BOUND
     assert isinstance(runner_for(model, deterministic=True), NativeRunner)
     assert isinstance(runner_for(quantized(name, "int8")), NativeRunner)
-    assert MANY_ROWS > 1
+
+
+def test_which_runner() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        runner = runner_for(build("llama-2").to(dtype))
+        assert isinstance(runner, StepwiseRunner)
+        assert runner.rows == MANY_ROWS[dtype]
+    assert isinstance(runner_for(build("llama-2").half()), NativeRunner)
 
 
 def test_what_the_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
