@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
@@ -19,13 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from herd.chat.params import Constraint
+from herd.engine.grammar_trial import GrammarTrial, TooSlow
 from herd.errors import ConfigError
 from herd.tokenizer.tokenizer import Tokenizer
 
 __all__ = ["Grammar", "GrammarState", "Grammars", "require_grammar"]
 
 COMPILE_SECONDS = 1.0
-"""A constraint that takes longer is refused. Of MaskBench's 11,306 schemas the slowest takes 0.23 s."""
+"""A constraint that takes longer is refused. llguidance takes at most 0.23 s for any of MaskBench's 11,306 schemas."""
 LIMITS = {
     "initial_lexer_fuel": 1_000_000,
     "step_lexer_fuel": 200_000,
@@ -83,6 +85,7 @@ class Grammars:
         self.seconds = seconds
         self._kept: OrderedDict[Constraint, Grammar] = OrderedDict()
         self._lock = threading.Lock()
+        self._trial = GrammarTrial(LIMITS)
         self._stuck = 0
         self._table: Any = None
         self._limits: Any = None
@@ -99,10 +102,22 @@ class Grammars:
             if self._table is None:
                 self._open()
         schema = _checked(constraint)
-        matcher = self._timed(constraint.kind, lambda: self._matcher(_source(constraint)))
+        text = ""
+        try:
+            text = _source(constraint)
+            wrong = self._trial.check(text, self.seconds)
+        except TooSlow as error:
+            raise ConfigError(f"{constraint.kind}: {error}: make it simpler") from None
+        except ConfigError:
+            raise
+        except ValueError as error:  # llguidance's, when it cannot even read the schema
+            wrong = str(error)
+        if wrong is not None:
+            where = "" if schema is None else self._where(schema, wrong)
+            raise ConfigError(f"{constraint.kind}{where}: {_reason(wrong)}")
+        matcher = self._timed(constraint.kind, lambda: self._matcher(text))
         if isinstance(matcher, str):
-            where = "" if schema is None else self._timed(constraint.kind, lambda: self._where(schema, matcher))
-            raise ConfigError(f"{constraint.kind}{where}: {_reason(matcher)}")
+            raise ConfigError(f"{constraint.kind}: {_reason(matcher)}")
         grammar = Grammar(constraint, matcher, self._table, self._normal)
         with self._lock:
             self._kept[constraint] = grammar
@@ -120,48 +135,46 @@ class Grammars:
         vocabulary = _Vocabulary(self.tokenizer, self.vocab_size)
         table = llguidance.LLTokenizer(vocabulary, n_vocab=self.vocab_size, eos_token=vocabulary.eos_token_id)  # type: ignore[arg-type]
         self._normal = _bits(vocabulary.normal, self.vocab_size)
-        first = self._matcher_of(table, '{"type":"object"}')
+        first = llguidance.LLMatcher(table, _json_source('{"type":"object"}'), log_level=0)
         first.compute_bitmask()  # sorts the vocabulary for JSON strings: the first mask would take as long as a hundred others
         self._table = table
 
-    def _matcher_of(self, table: Any, schema: str) -> Any:
+    def _matcher(self, text: str) -> Any:
+        """A matcher at its start, with its first mask made, or the message that says why there is none."""
         from llguidance import LLMatcher
 
-        return LLMatcher(table, LLMatcher.grammar_from_json_schema(schema, overrides=JSON_OPTIONS), log_level=0)  # type: ignore[arg-type]
-
-    def _matcher(self, source: Callable[[], str]) -> Any:
-        """A matcher at its start, or the message that says why there is none."""
-        from llguidance import LLMatcher
-
-        try:
-            text = source()
-        except ValueError as error:
-            return str(error)
-        failed, messages = LLMatcher.validate_grammar_with_warnings(text, self._table, limits=self._limits)
-        if failed or messages:
-            return messages[0] if messages else "it cannot be read"
         matcher = LLMatcher(self._table, text, log_level=0, limits=self._limits)
         if not matcher.is_error():
             bits = _mask(matcher, self._normal)
             if not matcher.is_error() and not matcher.is_accepting() and not bits.any():
-                return "nothing can satisfy it"
+                return "nothing can satisfy it with the tokens of this vocabulary"
         return matcher.get_error() if matcher.is_error() else matcher
 
     def _where(self, schema: Any, message: str) -> str:
         """ " at " and the JSON pointer of the innermost part of `schema` that is refused in the same way; or nothing."""
         left, at, part = MAX_SEARCH, "", schema
+        until = time.monotonic() + self.seconds
         definitions = {key: schema[key] for key in ("$defs", "definitions", "$schema") if key in schema}
         found = True
         while found:
             found = False
             for pointer, child in _children(part):
                 left -= 1
-                if left < 0:
+                if left < 0 or time.monotonic() > until:
                     break
-                if self._matcher(_json_source(json.dumps(definitions | child))) == message:
+                if self._refusal(definitions | child) == message:
                     at, part, found = at + pointer, child, True
                     break
         return f" at {at}" if at else ""
+
+    def _refusal(self, schema: dict[str, Any]) -> str | None:
+        """What is wrong with a schema by itself; nothing when it takes too long to say."""
+        try:
+            return self._trial.check(_json_source(json.dumps(schema)), self.seconds)
+        except TooSlow:
+            return None
+        except ValueError as error:
+            return str(error)
 
     def _timed(self, kind: str, work: Callable[[], Any]) -> Any:
         """What `work` gives, in a thread of its own. Raises ConfigError when it takes too long; it is then left behind."""
@@ -328,28 +341,28 @@ def _bits(ids: Iterable[int], size: int) -> NDArray[np.int32]:
     return np.packbits(marked, bitorder="little").view(np.int32)
 
 
-def _source(constraint: Constraint) -> Callable[[], str]:
-    """What llguidance compiles for `constraint`."""
+def _source(constraint: Constraint) -> str:
+    """What llguidance compiles for `constraint`. Raises ValueError with its message where that already fails."""
     from llguidance import LLMatcher
 
     match constraint.kind:
         case "regex":
-            return lambda: LLMatcher.grammar_from_regex(constraint.text)
+            return LLMatcher.grammar_from_regex(constraint.text)
         case "grammar":
-            return lambda: LLMatcher.grammar_from_lark(constraint.text)
+            return LLMatcher.grammar_from_lark(constraint.text)
         case "choices":
             listed = " | ".join(json.dumps(c, ensure_ascii=False) for c in json.loads(constraint.text))
-            return lambda: LLMatcher.grammar_from_lark(f"start: {listed}")
+            return LLMatcher.grammar_from_lark(f"start: {listed}")
         case "json_object":
             return _json_source('{"type":"object"}')
         case "schema":
             return _json_source("{}" if constraint.text == "true" else constraint.text)
 
 
-def _json_source(schema: str) -> Callable[[], str]:
+def _json_source(schema: str) -> str:
     from llguidance import LLMatcher
 
-    return lambda: LLMatcher.grammar_from_json_schema(schema, overrides=JSON_OPTIONS)  # type: ignore[arg-type]
+    return LLMatcher.grammar_from_json_schema(schema, overrides=JSON_OPTIONS)  # type: ignore[arg-type]
 
 
 def _checked(constraint: Constraint) -> Any:

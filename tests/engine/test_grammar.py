@@ -212,9 +212,8 @@ def test_special_tokens_never_come_but_to_end() -> None:
         set(np.flatnonzero(np.unpackbits(inside.allowed().view(np.uint8), bitorder="little"))) == tokenizer.special.stop
     )
     by_number = SamplingParams(grammar=f'start: "a" <[{tokenizer.special.ids["<|image|>"]}]>').constraint
-    forged = grammars().compile(by_number).state(tokenizer.special.stop)  # type: ignore[arg-type]
-    forged.accept(ord("a"))
-    assert not forged.allowed().any()
+    with pytest.raises(ConfigError, match="Token range"):
+        grammars().compile(by_number)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -272,7 +271,8 @@ def test_a_compilation_over_its_time_is_refused_and_only_so_many_run_on(monkeypa
     release = threading.Event()
     hasty = Grammars(small(), seconds=0.05)
     hasty._open()
-    monkeypatch.setattr(hasty, "_matcher", lambda source: release.wait(30) and "late")
+    monkeypatch.setattr(hasty._trial, "check", lambda text, seconds: None)
+    monkeypatch.setattr(hasty, "_matcher", lambda text: release.wait(30) and "late")
     for text in "ab":
         with pytest.raises(ConfigError, match=r"takes more than 0.05 s"):
             hasty.compile(SamplingParams(regex=text).constraint)  # type: ignore[arg-type]
@@ -284,6 +284,30 @@ def test_a_compilation_over_its_time_is_refused_and_only_so_many_run_on(monkeypa
             break
         time.sleep(0.01)
     assert hasty._stuck == 0
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"schema": {"type": "string", "allOf": [{"pattern": f"a.*{i}.*b"} for i in range(100)]}},
+        {"schema": {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(12_000)}}},
+        {"schema": {"properties": {f"p{i}": {"type": "integer", "multipleOf": 9973 - i} for i in range(50)}}},
+        {
+            "grammar": "start: "
+            + " ".join(f"r{i}" for i in range(20_000))
+            + "".join(f'\nr{i}: "a{i}"*' for i in range(20_000))
+        },
+    ],
+    ids=["patterns", "properties", "multiples", "rules"],
+)
+def test_what_keeps_the_compiler_busy_is_stopped_and_the_next_one_works(given: dict[str, Any]) -> None:
+    kept = grammars()
+    started = time.perf_counter()
+    with pytest.raises(ConfigError, match="more than 1 s to compile: make it simpler"):
+        kept.compile(SamplingParams(**given).constraint)  # type: ignore[arg-type]
+    assert time.perf_counter() - started < 10  # a second and a little, on a machine with nothing else to do
+    assert kept._stuck == 0
+    assert kept.compile(SamplingParams(regex="next[0-9]").constraint).check("next1") is None  # type: ignore[arg-type]
 
 
 def test_grammars_are_kept_but_not_without_bound(monkeypatch: pytest.MonkeyPatch) -> None:
