@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from herd.chat.params import SamplingParams
+from herd.engine.beam import Beam, BeamSearch
 from herd.engine.cache import StaticCache
 from herd.engine.sampler import RowState, Sampler
 from herd.errors import ConfigError, ContextFullError, HerdError
@@ -81,6 +82,43 @@ class Session:
                 raise RuntimeError("this session has begun another reply: an earlier one cannot go on")
             logits = self._forward([token])
 
+    @torch.inference_mode()
+    def search(
+        self, prompt: Sequence[int], params: SamplingParams, stop_ids: frozenset[int] = frozenset()
+    ) -> list[Beam]:
+        """The n best replies to `prompt` that beam search finds, best first, stop ids included. Needs `params.beams` above 1.
+
+        The hypotheses have a cache of their own, of `params.beams` times the length; this session's keeps the prompt. Raises
+        what `generate` raises, and HerdError when the model's numbers are not finite.
+        """
+        self._check(prompt)
+        if params.beams < 2:
+            raise ConfigError(f"beams is {params.beams}: beam search needs at least 2")
+        self._turn += 1
+        stops = frozenset() if params.ignore_stop_ids else stop_ids | params.stop_ids
+        length, budget = len(prompt), self.max_len - len(prompt)
+        search = BeamSearch(params, stops, budget if params.max_tokens is None else min(budget, params.max_tokens))
+        branches = search.advance(self._prefill(prompt, None).cpu().numpy())
+        own, device = self.cache.k[0], self.cache.k[0].device
+        room = min(self.max_len, length + FIRST_ALLOCATION)
+        cache = StaticCache(self.model.config, batch=params.beams, max_len=room, dtype=own.dtype, device=device)
+        for theirs, ours in zip((*cache.k, *cache.v), (*self.cache.k, *self.cache.v), strict=True):
+            theirs[:, :length] = ours[:, :length]
+        while branches:
+            # Every row is computed in every step; those that no hypothesis needs any more repeat the last one.
+            filled = branches + [branches[-1]] * (params.beams - len(branches))
+            parents = torch.tensor([branch.parent for branch in filled], device=device)
+            for tensor in (*cache.k, *cache.v):
+                tensor[:, :length] = tensor[parents, :length]
+            if length == cache.max_len:
+                cache.grow(min(self.max_len, 2 * length))
+            positions = torch.tensor([length], device=device)
+            tokens = torch.tensor([[branch.token] for branch in filled], device=device)
+            length += 1
+            h = self.model.hidden(self.model.embed(tokens), positions, cache.bind(positions, kv_len=length))
+            branches = search.advance(self.model.output(h[:, -1])[: len(branches)].float().cpu().numpy())
+        return search.best()
+
     def _check(self, prompt: Sequence[int]) -> None:
         if not prompt:
             raise ConfigError("the prompt has no tokens: give at least the beginning-of-text id")
@@ -139,4 +177,5 @@ def _check_params(params: SamplingParams) -> None:
     if (constraint := params.constraint) is not None:
         names.append(constraint.kind)
     if names:
-        raise ConfigError(f"a single plain stream does not do {', '.join(names)}: use herd.LLM")
+        other = "Session.search" if params.beams > 1 else "herd.LLM"
+        raise ConfigError(f"a single plain stream does not do {', '.join(names)}: use {other}")

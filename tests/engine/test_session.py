@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from herd.chat.params import SamplingParams
 from herd.engine import session as session_module
+from herd.engine.beam import beam_search
 from herd.engine.session import Session
 from herd.errors import ConfigError, ContextFullError, HerdError
 from herd.model.llama import Llama
@@ -250,3 +252,36 @@ def test_the_repetition_penalty_counts_prompt_and_reply() -> None:
     ids = list(Session(model).generate(prompt, SamplingParams(temperature=0, repetition_penalty=1e6, max_tokens=40)))
     assert len(set(ids)) == len(ids)
     assert not set(ids) & set(prompt)
+
+
+@pytest.mark.parametrize("name", ["llama-3", "llama-4-scout"])
+@pytest.mark.parametrize("first", [4, 256])
+def test_beam_search_is_that_of_full_forwards(name: str, first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "FIRST_ALLOCATION", first)
+    model = build(name)
+    prompt, stops = prompt_of(model, 30), frozenset(range(0, model.config.vocab_size, 40))
+
+    def step(hypotheses: list[tuple[int, ...]]) -> np.ndarray:
+        with torch.inference_mode():
+            return model(torch.tensor([[*prompt, *ids] for ids in hypotheses]))[:, -1].float().numpy()
+
+    params = SamplingParams(temperature=0, beams=4, n=3, max_tokens=10, min_tokens=2)
+    session = Session(model)
+    expected = beam_search(step, params, stops, 10)
+    for _ in range(2):  # the second time from the cache
+        found = session.search(prompt, params, stops)
+        assert [(b.tokens, b.finish) for b in found] == [(b.tokens, b.finish) for b in expected]
+        assert [b.score for b in found] == pytest.approx([b.score for b in expected], abs=1e-4)
+    assert list(session.generate(prompt, GREEDY)) == full_forward_greedy(model, prompt, 12)
+
+
+def test_beam_search_ends_with_the_context_and_refuses_what_it_cannot_do() -> None:
+    model = build("llama-3")
+    prompt = prompt_of(model, 20)
+    session = Session(model, max_len=26)
+    found = session.search(prompt, SamplingParams(temperature=0, beams=3, n=3))
+    assert [len(beam.tokens) for beam in found] == [6, 6, 6]
+    with pytest.raises(ConfigError, match="at least 2"):
+        session.search(prompt, GREEDY)
+    with pytest.raises(ConfigError, match=r"beams: use Session\.search"):
+        next(iter(session.generate(prompt, SamplingParams(temperature=0, beams=3))))
