@@ -263,18 +263,26 @@ def _sample(plan: Plan, batch: int, player: _Contestant, verb: str, words: dict[
 def _figure(plan: Plan, batch: int, answer: dict[str, Any]) -> dict[str, Any]:
     others = {"others": answer["others"], "load": (load_average() or [None])[0]}
     if plan.task == "prefill":
-        return {"tokens_per_s": round(plan.prompt / answer["seconds"], 3), **others}
-    steps = answer["value"]
+        rate = plan.prompt / answer["seconds"]
+        return {"tokens_per_s": round(rate, 3), "cpu_seconds": round(answer["cpu_seconds"], 3), **others}
+    steps = [clock for clock, _ in answer["value"]]
     return {
         "tokens_per_s": round(batch * len(steps) / sum(steps), 3),
         "step_median_ms": round(statistics.median(steps) * 1e3, 3),
         "step_min_ms": round(min(steps) * 1e3, 3),
+        "cpu_seconds": round(sum(cpu for _, cpu in answer["value"]), 3),
         **others,
     }
 
 
 def _middle(samples: Sequence[dict[str, Any]]) -> float:
     return statistics.median(sample["tokens_per_s"] for sample in samples)
+
+
+def _by_cpu_time(plan: Plan, batch: int, samples: Sequence[dict[str, Any]]) -> float:
+    """Tokens per second of one core's time: what is left to say on a machine that others use, best with one thread."""
+    tokens = plan.prompt if plan.task == "prefill" else batch * plan.tokens
+    return tokens / max(statistics.median(sample["cpu_seconds"] for sample in samples), 1e-9)
 
 
 def _row(
@@ -294,6 +302,7 @@ def _row(
         "min": round(min(values), 2),
         "max": round(max(values), 2),
         "others": max((sample["others"] for sample in samples if sample["others"] is not None), default=None),
+        "tokens_per_cpu_s": round(_by_cpu_time(plan, batch, samples), 2),
         "resident_bytes": player.resident,
         "file_bytes": player.file_bytes,
         "times": None if player.who == "herd" else round(own / rate, 2),

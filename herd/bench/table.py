@@ -102,6 +102,8 @@ def _remarks(report: dict[str, Any]) -> Iterator[str]:
         lines.append(
             f"Other programs took up to {busy:.0%} of the cores during samples: these figures are not those of a quiet machine."
         )
+        rates = (f"{row['who']} {row['weights']} {_number(row['tokens_per_cpu_s'])}" for row in report["rows"])
+        lines.append(f"Tokens per second of one core's CPU time: {'; '.join(rates)}.")
     aside = sum(len(row["set_aside"]) for row in report["rows"])
     if aside:
         lines.append(f"{aside} samples during which other programs ran were taken again; --json has them.")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-__all__ = ["Player", "Setup"]
+__all__ = ["Player", "Seconds", "Setup", "Watch"]
+
+Seconds = tuple[float, float]
+"""By the clock, and of CPU time of all threads of the process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +20,18 @@ class Setup:
     threads: int
     sequences: int
     length: int
+
+
+class Watch:
+    """Measures from when it is made."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter(), time.process_time()
+
+    def read(self) -> Seconds:
+        """Since then."""
+        clock, cpu = self._began
+        return time.perf_counter() - clock, time.process_time() - cpu
 
 
 class Player(Protocol):
@@ -37,6 +53,6 @@ class Player(Protocol):
         """Read `prompts` of one length into the cache, as sequences that `decode` continues."""
         ...
 
-    def decode(self, steps: int) -> list[float]:
+    def decode(self, steps: int) -> list[Seconds]:
         """Continue every sequence of `start` by `steps` tokens, from the end of its prompt; seconds of each step."""
         ...

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import time
 from importlib import import_module
 from typing import Any
 
 import numpy as np
 
-from herd.bench.players.base import Setup
+from herd.bench.players.base import Seconds, Setup, Watch
 
 __all__ = ["open_player"]
 
@@ -61,15 +60,15 @@ class LlamaCpp:
             self._first.append(int(self._logits(-1).argmax()))
         self._prompt = len(prompts[0])
 
-    def decode(self, steps: int) -> list[float]:
+    def decode(self, steps: int) -> list[Seconds]:
         chosen, seconds = list(self._first), []
         for sequence in range(len(chosen)):
             self._lib.llama_memory_seq_rm(self._memory, sequence, self._prompt, -1)
         for step in range(steps):
-            began = time.perf_counter()
+            watch = Watch()
             self._run([(token, self._prompt + step, s, True) for s, token in enumerate(chosen)])
             chosen = [int(self._logits(row).argmax()) for row in range(len(chosen))]
-            seconds.append(time.perf_counter() - began)
+            seconds.append(watch.read())
         return seconds
 
     def _read(self, prompt: list[int], sequence: int) -> None:

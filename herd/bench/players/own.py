@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
 
-from herd.bench.players.base import Setup
+from herd.bench.players.base import Seconds, Setup, Watch
 from herd.chat.params import SamplingParams
 from herd.checkpoint.load import load_model
 from herd.engine.config import EngineConfig
@@ -73,17 +72,15 @@ class Own:
             self._add(prompt, 1)
         self._finish()
 
-    def decode(self, steps: int) -> list[float]:
+    def decode(self, steps: int) -> list[Seconds]:
         waiting = {self._add(prompt, steps + 1) for prompt in self._prompts}
         while waiting:  # until every sequence has its first token: what decoding starts from
             waiting -= {event.request_id for event in self._step()}
-        for name in [] if steps else waiting:
-            self._engine.abort(name)
         seconds = []
         while self._engine.busy:
-            began = time.perf_counter()
+            watch = Watch()
             self._step()
-            seconds.append(time.perf_counter() - began)
+            seconds.append(watch.read())
         return seconds[-steps:]
 
     def _add(self, prompt: list[int], tokens: int, salt: str = "") -> str:

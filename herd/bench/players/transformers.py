@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from importlib import import_module
 from typing import Any
 
 import torch
 
-from herd.bench.players.base import Setup
+from herd.bench.players.base import Seconds, Setup, Watch
 
 __all__ = ["open_player"]
 
@@ -40,17 +39,17 @@ class Transformers:
         self._prompt = len(prompts[0])
 
     @torch.inference_mode()
-    def decode(self, steps: int) -> list[float]:
+    def decode(self, steps: int) -> list[Seconds]:
         assert self._cache is not None
         chosen, seconds = self._first, []
         behind = self._cache.get_seq_length() - self._prompt
         if behind:
             self._cache.crop(-behind)
         for _ in range(steps):
-            began = time.perf_counter()
+            watch = Watch()
             out = self._model(chosen, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
             chosen = out.logits[:, -1].argmax(-1, keepdim=True)
-            seconds.append(time.perf_counter() - began)
+            seconds.append(watch.read())
         return seconds
 
     @torch.inference_mode()
