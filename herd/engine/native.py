@@ -42,7 +42,8 @@ class NativeRunner:
     """A Runner over the native library. Raises ConfigError for a model that `unsupported` objects to.
 
     A row's logits are the same bits whatever rows are computed beside it, however the prompt was split, and with any number of
-    threads. Weights that the model has as views of a file stay views.
+    threads. Weights that the model has as views of a file stay views. The runner has the weights of the moment it is made: after
+    training steps, or other weights loaded into the model, make a new one.
     """
 
     def __init__(self, model: Llama) -> None:
