@@ -48,8 +48,9 @@ KEPT_CHARACTERS = 2_000_000
 MAX_SEARCH = 300
 """Parts of a refused schema that are tried by themselves to find the place."""
 TERMINAL = re.compile(r"/(?:[^/\\\n]|\\.)*/")
-WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
-"""Between the parts of JSON: enough for indentation, but not the endless blank lines that models can fall into."""
+WHITESPACE = r" |\r?\n[ \t]{0,32}"
+"""Between the parts of JSON: a space, or a line break and indentation. With all that JSON allows, small models fill the rest of
+their reply with blank lines."""
 JSON_OPTIONS = {
     "item_separator": ",",
     "key_separator": ":",

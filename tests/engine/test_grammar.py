@@ -187,6 +187,19 @@ def test_choices_are_all_reached_and_nothing_else() -> None:
     assert seen == set(choices)
 
 
+def test_json_may_be_indented_but_not_drift_into_blank_lines() -> None:
+    grammar = grammars().compile(SamplingParams(json_object=True).constraint)  # type: ignore[arg-type]
+    for text in (
+        '{"a": [1, 2], "b": {}}',
+        json.dumps({"a": [1, {"b": None}]}, indent=4),
+        '{"a":1}',
+        '{\r\n\t"a": 1\r\n}',
+    ):
+        assert grammar.check(text) is None
+    for text in ('{\n\n"a": 1}', '{"a":  1}', ' {"a": 1}'):
+        assert grammar.check(text) is not None
+
+
 def test_a_lark_grammar_with_recursion() -> None:
     lark = 'start: "(" start ")" | NUMBER\nNUMBER: /[0-9]{1,2}/'
     for seed in range(5):
