@@ -99,10 +99,12 @@ class _Drift:
 
     def line(self, prompts: int, count: int) -> str:
         """One sentence."""
+        tokens = prompts * count
+        same = f"{self.greedy} of {tokens} greedy tokens the same, counted up to the first difference of each prompt"
+        greedy = f"; all {tokens} greedy tokens the same" if self.greedy == tokens else f"; {same}"
         return (
             f"{self.positions} positions of {prompts} prompts: largest difference {self.largest:.3g}, mean KL {self.kl:.3g} "
-            f"nats, same choice at {self.agree} of {self.positions}; {self.greedy} of {prompts * count} greedy tokens the "
-            "same, counted up to the first difference of each prompt"
+            f"nats, same choice at {self.agree} of {self.positions}{greedy if count else ''}"
         )
 
     def figures(self) -> dict[str, float | int | bool]:
