@@ -5,6 +5,8 @@ Letters: T rows, H query heads, Hkv key/value heads, Dh head_dim.
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,6 +37,10 @@ def block_bytes(config: ModelConfig, block_size: int = 16, dtype: torch.dtype = 
 def blocks_for(nbytes: int, config: ModelConfig, block_size: int = 16, dtype: torch.dtype = torch.bfloat16) -> int:
     """How many blocks fit into `nbytes`."""
     return nbytes // block_bytes(config, block_size, dtype)
+
+
+LAZY = 1 << 20
+"""Bytes of a tensor from which on its memory is taken page by page."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +90,11 @@ class PagedCache:
         self.device = torch.device(device)
         shape = (blocks, block_size, config.n_kv_heads, config.head_dim)
         layers = range(config.n_layers)
-        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
-        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self.k = [_zeros(shape, dtype, self.device) for _ in layers]
+        self.v = [_zeros(shape, dtype, self.device) for _ in layers]
         scaled = layers if dtype == torch.int8 else ()
-        self.k_scale = [torch.zeros(shape[:-1], device=device) for _ in scaled]
-        self.v_scale = [torch.zeros(shape[:-1], device=device) for _ in scaled]
+        self.k_scale = [_zeros(shape[:-1], torch.float32, self.device) for _ in scaled]
+        self.v_scale = [_zeros(shape[:-1], torch.float32, self.device) for _ in scaled]
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -113,3 +119,12 @@ class PagedCache:
         for source, target in pairs:
             for tensor in self.tensors:
                 tensor[target] = tensor[source]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; large ones on a CPU take memory only where something has been written, so that an unused cache costs nothing."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or nbytes < LAZY or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)  # keeps the pages as long as it lives

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import gc
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -105,3 +108,20 @@ def test_a_bf16_model_over_an_fp32_cache_and_back() -> None:
             full = model(torch.tensor([[1, 2, 3]]))[0, -1:].float()
         logits = TorchRunner(model).logits(pack(s.plan(), 4), cache)
         assert (logits - full).abs().max() <= 6e-2  # a few units of bfloat16's last place at order one
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the memory of this process is read from /proc")
+def test_a_large_cache_takes_memory_when_it_is_used() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    before = resident()
+    cache = PagedCache(tiny("llama-3"), blocks=100_000, dtype=torch.bfloat16)
+    assert cache.nbytes > 300 << 20
+    assert resident() - before < 100 << 20
+    assert not cache.k[1][99_999].any()
+    cache.k[1][5] = 1
+    assert cache.k[1][4:7].sum() == cache.k[1][5].numel()
+    del cache
+    gc.collect()
+    assert resident() - before < 100 << 20
