@@ -347,6 +347,9 @@ class LLM:
         """End all requests and the engine's thread. Calling it again does nothing."""
         self._closed()
 
+    def __repr__(self) -> str:
+        return f"LLM({self.budget.sentence()})"
+
     def __enter__(self) -> LLM:
         return self
 
