@@ -433,4 +433,8 @@ def _reason(message: str) -> str:
             place = f" at character {caret - 4}" if caret >= 4 else ""
             return f"{line.removeprefix('error: ')}{place}"
     text = lines[0].strip().split(". Enable ")[0]
+    if text.startswith("NoExtension"):  # what llguidance calls a parser that stops before it began
+        return "nothing can satisfy it"
+    if text.startswith("Unable to determine"):
+        return "the patterns and lengths that must hold together are too complex to find out whether anything satisfies them"
     return text if len(text) <= 200 else f"{text[:197]}..."
