@@ -32,7 +32,9 @@ def test_a_store_is_opened_once(chat_model: str, monkeypatch: pytest.MonkeyPatch
 
     opened = []
     real = hf.HFStore.__init__
-    monkeypatch.setattr(hf.HFStore, "__init__", lambda self, *args: (opened.append(args), real(self, *args))[1])
+    monkeypatch.setattr(
+        hf.HFStore, "__init__", lambda self, *args, **how: (opened.append(args), real(self, *args, **how))[1]
+    )
     assert run(["run", chat_model, "Hello", *GREEDY]) == 0
     assert len(opened) == 1
 
