@@ -8,11 +8,10 @@ that can be found. A reply is checked once more as a whole when it is complete (
 from __future__ import annotations
 
 import json
-import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from typing import Any
 
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from herd.chat.params import Constraint
+from herd.engine.grammar_source import checked, children, json_source, reason, source_of
 from herd.engine.grammar_trial import GrammarTrial, TooSlow
 from herd.errors import ConfigError
 from herd.tokenizer.tokenizer import Tokenizer
@@ -36,10 +36,6 @@ LIMITS = {
     "max_lexer_states": 50_000,  # 1 to 2 kB each: a fifth of llguidance's own limit, so that one grammar stays below 128 MiB
     "max_grammar_size": 500_000,
 }
-MAX_PATTERN = 4_000
-"""Characters of one regex: building an automaton can take time in the square of them, which no fuel limits."""
-MAX_MULTIPLE = 10_000
-"""Largest multipleOf, in units of its last decimal: the automaton has that many states, and no fuel limit either."""
 MAX_STUCK = 2
 """Compilations over their time that may still be running; while there are so many, nothing new is compiled."""
 KEPT = 64
@@ -47,21 +43,6 @@ KEPT_CHARACTERS = 2_000_000
 """Grammars are kept for the next request, up to so many, made from so much text."""
 MAX_SEARCH = 300
 """Parts of a refused schema that are tried by themselves to find the place."""
-TERMINAL = re.compile(r"/(?:[^/\\\n]|\\.)*/")
-WHITESPACE = r" |\r?\n[ \t]{0,32}"
-"""Between the parts of JSON: a space, or a line break and indentation. With all that JSON allows, small models fill the rest of
-their reply with blank lines."""
-JSON_OPTIONS = {
-    "item_separator": ",",
-    "key_separator": ":",
-    "whitespace_flexible": True,
-    "whitespace_pattern": WHITESPACE,
-    "coerce_one_of": False,
-    "lenient": False,
-}
-"""All of llguidance's options, so that a schema cannot set them itself."""
-HOLDERS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-VALUES = ("const", "enum", "default", "examples", "example")
 
 
 def require_grammar() -> None:
@@ -102,10 +83,10 @@ class Grammars:
                 raise ConfigError("constraints that take too long are still being given up: try again in a moment")
             if self._table is None:
                 self._open()
-        schema = _checked(constraint)
+        schema = checked(constraint)
         text = ""
         try:
-            text = _source(constraint)
+            text = source_of(constraint)
             wrong = self._trial.check(text, self.seconds)
         except TooSlow as error:
             raise ConfigError(f"{constraint.kind}: {error}: make it simpler") from None
@@ -115,10 +96,10 @@ class Grammars:
             wrong = str(error)
         if wrong is not None:
             where = "" if schema is None else self._where(schema, wrong)
-            raise ConfigError(f"{constraint.kind}{where}: {_reason(wrong)}")
+            raise ConfigError(f"{constraint.kind}{where}: {reason(wrong)}")
         matcher = self._timed(constraint.kind, lambda: self._matcher(text))
         if isinstance(matcher, str):
-            raise ConfigError(f"{constraint.kind}: {_reason(matcher)}")
+            raise ConfigError(f"{constraint.kind}: {reason(matcher)}")
         grammar = Grammar(constraint, matcher, self._table, self._normal)
         with self._lock:
             self._kept[constraint] = grammar
@@ -136,7 +117,7 @@ class Grammars:
         vocabulary = _Vocabulary(self.tokenizer, self.vocab_size)
         table = llguidance.LLTokenizer(vocabulary, n_vocab=self.vocab_size, eos_token=vocabulary.eos_token_id)  # type: ignore[arg-type]
         self._normal = _bits(vocabulary.normal, self.vocab_size)
-        first = llguidance.LLMatcher(table, _json_source('{"type":"object"}'), log_level=0)
+        first = llguidance.LLMatcher(table, json_source('{"type":"object"}'), log_level=0)
         first.compute_bitmask()  # sorts the vocabulary for JSON strings: the first mask would take as long as a hundred others
         self._table = table
 
@@ -159,7 +140,7 @@ class Grammars:
         found = True
         while found:
             found = False
-            for pointer, child in _children(part):
+            for pointer, child in children(part):
                 left -= 1
                 if left < 0 or time.monotonic() > until:
                     break
@@ -171,7 +152,7 @@ class Grammars:
     def _refusal(self, schema: dict[str, Any]) -> str | None:
         """What is wrong with a schema by itself; nothing when it takes too long to say."""
         try:
-            return self._trial.check(_json_source(json.dumps(schema)), self.seconds)
+            return self._trial.check(json_source(json.dumps(schema)), self.seconds)
         except TooSlow:
             return None
         except ValueError as error:
@@ -202,7 +183,7 @@ class Grammars:
         if not result:
             raise ConfigError(f"{kind} takes more than {self.seconds:g} s to compile: make it simpler")
         if isinstance(result[0], Exception):
-            raise ConfigError(f"{kind} cannot be compiled: {_reason(str(result[0]))}")
+            raise ConfigError(f"{kind} cannot be compiled: {reason(str(result[0]))}")
         return result[0]
 
 
@@ -267,12 +248,12 @@ class GrammarState:
         """Bits of the ids that may come next; stop ids when the reply may end. Raises ConfigError when a limit was met."""
         matcher = self._matcher
         if matcher.is_error():
-            raise ConfigError(f"the constraint cannot be followed any more: {_reason(matcher.get_error())}")
+            raise ConfigError(f"the constraint cannot be followed any more: {reason(matcher.get_error())}")
         if matcher.is_stopped():
             return self._stops
         bits = _mask(matcher, self._normal)
         if matcher.is_error():
-            raise ConfigError(f"the constraint cannot be followed any more: {_reason(matcher.get_error())}")
+            raise ConfigError(f"the constraint cannot be followed any more: {reason(matcher.get_error())}")
         return bits | self._stops if matcher.is_accepting() else bits
 
     def accept(self, token: int) -> None:
@@ -340,101 +321,3 @@ def _bits(ids: Iterable[int], size: int) -> NDArray[np.int32]:
     marked = np.zeros(-(-size // 32) * 32, dtype=np.uint8)
     marked[np.array(list(ids), dtype=np.int64)] = 1
     return np.packbits(marked, bitorder="little").view(np.int32)
-
-
-def _source(constraint: Constraint) -> str:
-    """What llguidance compiles for `constraint`. Raises ValueError with its message where that already fails."""
-    from llguidance import LLMatcher
-
-    match constraint.kind:
-        case "regex":
-            return LLMatcher.grammar_from_regex(constraint.text)
-        case "grammar":
-            return LLMatcher.grammar_from_lark(constraint.text)
-        case "choices":
-            listed = " | ".join(json.dumps(c, ensure_ascii=False) for c in json.loads(constraint.text))
-            return LLMatcher.grammar_from_lark(f"start: {listed}")
-        case "json_object":
-            return _json_source('{"type":"object"}')
-        case "schema":
-            return _json_source("{}" if constraint.text == "true" else constraint.text)
-
-
-def _json_source(schema: str) -> str:
-    from llguidance import LLMatcher
-
-    return LLMatcher.grammar_from_json_schema(schema, overrides=JSON_OPTIONS)  # type: ignore[arg-type]
-
-
-def _checked(constraint: Constraint) -> Any:
-    """Raise ConfigError for what llguidance would take but not in time; the parsed schema, where it is one."""
-    if constraint.kind == "regex" and len(constraint.text) > MAX_PATTERN:
-        raise ConfigError(f"regex has {len(constraint.text):,} characters: at most {MAX_PATTERN:,} can be compiled")
-    if (
-        constraint.kind == "grammar"
-        and (longest := max(map(len, TERMINAL.findall(constraint.text)), default=0)) > MAX_PATTERN
-    ):
-        raise ConfigError(f"grammar has a regex of {longest:,} characters: at most {MAX_PATTERN:,} can be compiled")
-    if constraint.kind != "schema" or constraint.text == "true":
-        return None
-    schema = json.loads(constraint.text)
-    for pointer, part in _parts(schema):
-        pattern, multiple = part.get("pattern"), part.get("multipleOf")
-        if isinstance(pattern, str) and len(pattern) > MAX_PATTERN:
-            raise ConfigError(f"schema at {pointer}/pattern: {len(pattern):,} characters are more than {MAX_PATTERN:,}")
-        if isinstance(multiple, int | float) and _units(multiple) > MAX_MULTIPLE:
-            raise ConfigError(f"schema at {pointer}/multipleOf: {multiple!r} is too fine or too large to be enforced")
-        if "x-guidance" in part:
-            raise ConfigError(f"schema at {pointer}/x-guidance: this keyword is not honoured, leave it out")
-    return schema
-
-
-def _units(value: float) -> float:
-    """`value` in units of its last decimal place."""
-    digits = f"{abs(value):.12e}".split("e")[0].replace(".", "").strip("0")
-    whole = abs(value) == int(abs(value))
-    return abs(value) if whole else int(digits or "0")
-
-
-def _parts(schema: Any, at: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every subschema with its JSON pointer, the outermost first."""
-    todo = [(at, schema)]
-    while todo:
-        at, part = todo.pop()
-        if isinstance(part, dict):
-            yield at, part
-            todo += [(at + pointer, child) for pointer, child in _children(part)]
-
-
-def _children(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The schemas directly inside `schema`, with their JSON pointers from it."""
-    for key, value in schema.items():
-        inside: Iterable[tuple[str, Any]] = ()
-        name = _escaped(key)
-        if key in HOLDERS and isinstance(value, dict):
-            inside = ((f"/{name}/{_escaped(k)}", v) for k, v in value.items())
-        elif isinstance(value, dict) and key not in VALUES:
-            inside = ((f"/{name}", value),)
-        elif isinstance(value, list) and key not in VALUES:
-            inside = ((f"/{name}/{i}", v) for i, v in enumerate(value))
-        yield from ((pointer, child) for pointer, child in inside if isinstance(child, dict))
-
-
-def _escaped(key: str) -> str:
-    return key.replace("~", "~0").replace("/", "~1")
-
-
-def _reason(message: str) -> str:
-    """llguidance's message as one short line: what is wrong and, in a regex, where."""
-    lines = message.replace("<non-verbose/>", "").splitlines() or [""]
-    for i, line in enumerate(lines):
-        if line.startswith("error: "):
-            caret = lines[i - 1].find("^") if i else -1
-            place = f" at character {caret - 4}" if caret >= 4 else ""
-            return f"{line.removeprefix('error: ')}{place}"
-    text = lines[0].strip().split(". Enable ")[0]
-    if text.startswith("NoExtension"):  # what llguidance calls a parser that stops before it began
-        return "nothing can satisfy it"
-    if text.startswith("Unable to determine"):
-        return "the patterns and lengths that must hold together are too complex to find out whether anything satisfies them"
-    return text if len(text) <= 200 else f"{text[:197]}..."
