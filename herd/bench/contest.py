@@ -127,6 +127,8 @@ def _one_kind(plan: Plan, kind: str | None, report: dict[str, Any], say: Say) ->
             process = stack.enter_context(Process(player, Setup(str(path), **setup)))
             players.append(_Contestant(process, player, label, step_bytes(path), weight_bytes(path)))
         _note_cache(players[0], report)
+        if (why := players[0].process.facts["why_not_native"]) is not None and why not in report["notes"]:
+            report["notes"].append(f"herd ran without its native kernels: {why}")
         report["agreement"] += _agreement(plan, players)
         readings, peaks, loads = [], [limits.ask("peaks")["value"]], [load_average()]
         for batch in plan.batches:
