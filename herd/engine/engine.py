@@ -229,7 +229,7 @@ class Engine:
             self.adapters.check(request.adapter)
         if request.params.beams > 1:
             raise ConfigError(
-                "beam search is not made by this engine: leave beams out, or choose among samples with best_of"
+                "an engine runs single sequences: herd.LLM.generate searches with beams, chats and streams do not"
             )
         if any(i >= vocab for i in dict(request.params.logit_bias)):
             raise ConfigError(f"request {request.id!r}: logit_bias names ids outside the model's vocabulary of {vocab}")

@@ -9,7 +9,7 @@ import os
 import queue
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -30,8 +30,9 @@ from herd.checkpoint.placement import device_named, dtype_named
 from herd.checkpoint.resolve import resolve
 from herd.checkpoint.store import GenerationDefaults
 from herd.engine.adapters import LoadedAdapter
+from herd.engine.beams import check_beams, search
 from herd.engine.budget import Budget, budget_for, free_on
-from herd.engine.completion import Collector, Completion
+from herd.engine.completion import Collector, Completion, Output
 from herd.engine.config import SMALL, EngineConfig
 from herd.engine.draft_model import ModelDrafter, check_vocabularies
 from herd.engine.engine import Engine, Stats
@@ -47,6 +48,7 @@ from herd.errors import ConfigError, HerdError, PromptError
 from herd.model.accounting import parameters
 from herd.model.llama import Llama
 from herd.quant.linear import QuantLinear
+from herd.tokenizer.stream import Detokenizer
 from herd.tokenizer.tokenizer import Tokenizer
 
 __all__ = ["LLM", "AsyncReplyStream", "Pending", "ReplyStream"]
@@ -125,6 +127,9 @@ class LLM:
         self._engine = Engine(self.model, config, drafter=_drafter(draft, self.tokenizer, where), grammars=grammars)
         self._loop = Loop(self._engine)
         self._numbers = itertools.count()
+        self._searches = ThreadPoolExecutor(max_seqs, "herd-beams")
+        self._given_up: set[str] = set()
+        """Beam searches that nobody waits for any more."""
         # The thread knows the loop and not this object, so one that is dropped or outlives the program is closed, too.
         self._closed = weakref.finalize(self, self._loop.close)
 
@@ -346,6 +351,7 @@ class LLM:
     def close(self) -> None:
         """End all requests and the engine's thread. Calling it again does nothing."""
         self._closed()
+        self._searches.shutdown(wait=False, cancel_futures=True)
 
     def __repr__(self) -> str:
         return f"LLM({self.budget.sentence()})"
@@ -375,7 +381,16 @@ class LLM:
         for number, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
             text = prompt if isinstance(prompt, str) else None
             ids = self._base.complete(text).tokens if text is not None else prompt
-            out.append((self._request(ids, one, self._base.stop_ids, f"prompt {number}", adapter=adapter), text))
+            what = f"prompt {number}"
+            if one.beams == 1:
+                out.append((self._request(ids, one, self._base.stop_ids, what, adapter=adapter), text))
+                continue
+            check_beams(one.beams)
+            if one.prompt_logprobs is not None:
+                raise ConfigError(f"{what}: beam search tells no prompt_logprobs: leave them out, or beams")
+            single = replace(one, beams=1, n=1, length_penalty=1.0)
+            request = self._request(ids, single, self._base.stop_ids, what, adapter=adapter)
+            out.append((replace(request, params=one), text))
         return out
 
     def _request(
@@ -401,6 +416,9 @@ class LLM:
         futures = []
         try:
             for request, text in requests:
+                if request.params.beams > 1:
+                    futures.append(self._searches.submit(self._search, request, text, on_done))
+                    continue
                 sink = CompletionSink(Collector(request, self.tokenizer, text), on_done)
                 self._loop.submit(request, sink)
                 futures.append(sink.future)
@@ -411,7 +429,59 @@ class LLM:
 
     def _abort(self, requests: Sequence[tuple[Request, str | None]]) -> None:
         for request, _ in requests:
-            self._loop.abort(request.id)
+            if request.params.beams > 1:
+                self._given_up.add(request.id)
+            else:
+                self._loop.abort(request.id)
+
+    def _search(self, request: Request, text: str | None, on_done: Callable[[Completion], None] | None) -> Completion:
+        """A beam search: every step asks the engine for the likeliest next ids of all its prefixes, which it has cached."""
+        params, room = request.params, self.max_len - len(request.prompt)
+        one = SamplingParams(temperature=0, max_tokens=1, logprobs=2 * params.beams, ignore_stop_ids=True)
+
+        def next_of(prefixes: Sequence[tuple[int, ...]]) -> list[dict[int, float]]:
+            if request.id in self._given_up:
+                raise HerdError("the search was given up")
+            asked = [
+                (
+                    replace(request, id=f"{request.id}.{next(self._numbers)}", prompt=request.prompt + p, params=one),
+                    None,
+                )
+                for p in prefixes
+            ]
+            banned = request.stops if len(prefixes[0]) < params.min_tokens else frozenset()
+            done = _checked([future.result() for future in self._submit(asked, None)], "raise")
+            steps = [d.outputs[0].logprobs or [] for d in done]
+            if not all(steps):
+                raise HerdError("the search was ended")
+            return [{i: p for i, p in step[0].top.items() if i not in banned} for step in steps]
+
+        most = room if params.max_tokens is None else min(room, params.max_tokens)
+        try:
+            beams = search(
+                next_of,
+                beams=params.beams,
+                most=most,
+                stops=request.stops,
+                penalty=params.length_penalty,
+                limit="length" if most == params.max_tokens else "context_full",
+            )
+            outputs = [
+                Output(i, self._text(b.tokens), list(b.tokens), b.finish, None, b.logprob)
+                for i, b in enumerate(beams[: params.n])
+            ]
+        except HerdError as error:
+            outputs = [Output(0, "", [], "error", error=str(error))]
+        finally:
+            self._given_up.discard(request.id)
+        completion = Completion(request.id, text, list(request.prompt), outputs)
+        if on_done is not None:
+            on_done(completion)
+        return completion
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        detokenizer = Detokenizer(self.tokenizer, follows_text=True)
+        return "".join(map(detokenizer.push, tokens)) + detokenizer.flush()
 
     def _chats(
         self, messages: Any, params: SamplingParams | None, tools: Any, adapter: str | None
