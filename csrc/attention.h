@@ -111,8 +111,8 @@ template <int KIND> void attend(const Asked& a, float* scratch) {
         const int64_t begin = tile > lowest ? tile : lowest, end = tile + TILE < last ? tile + TILE : last;
         // Whole vectors of keys are scored: the first may begin before `begin`, where the buffer holds something, if not keys.
         const int64_t skip = (begin - tile) / L * L;
-        fetch<KIND>(a.keys, a.head, begin, end, keys + (begin - tile) * dim);
-        fetch<KIND>(a.values, a.head, begin, end, values + (begin - tile) * dim);
+        fetch<KIND>(a.keys, a.head, begin, end, last, keys + (begin - tile) * dim);
+        fetch<KIND>(a.values, a.head, begin, end, last, values + (begin - tile) * dim);
         const bool all_see_all = from(a.rows - 1) <= begin && end <= a.first + 1;
         for (int64_t r = 0; r < a.rows; ++r) {
             const int64_t i = r * a.group, seen = a.first + r + 1;

@@ -34,8 +34,10 @@ struct Pages {                 // one sequence's keys or values of one layer
     int64_t block_size, heads, head_dim;
 };
 
-// Positions [begin, end) of one head -> to [end - begin, head_dim] float32.
-template <int KIND> inline void fetch(const Pages& c, int64_t head, int64_t begin, int64_t end, float* to) {
+// Positions [begin, end) of one head -> to [end - begin, head_dim] float32. One head's rows lie far apart, where the processor
+// does not fetch ahead by itself: each row asks for its like some blocks on, up to position `last`.
+template <int KIND> inline void fetch(const Pages& c, int64_t head, int64_t begin, int64_t end, int64_t last, float* to) {
+    const int64_t ahead = c.block_size < 32 ? 32 / c.block_size : 1, blocks = (last + c.block_size - 1) / c.block_size;
     constexpr int width = KIND == F32 ? 4 : KIND == I8 ? 1 : 2;
     const int64_t dim = c.head_dim, step = c.heads * dim * width;
     for (int64_t j = begin; j < end;) {
@@ -43,7 +45,10 @@ template <int KIND> inline void fetch(const Pages& c, int64_t head, int64_t begi
         const int64_t stop = j + c.block_size - offset < end ? j + c.block_size - offset : end;
         const uint8_t* p = c.data + slot * step + head * dim * width;
         const float* scale = c.scales + (KIND == I8 ? slot * c.heads + head : 0);
-        for (; j < stop; ++j, p += step, to += dim) {
+        const int64_t later = j / c.block_size + ahead < blocks ? j / c.block_size + ahead : j / c.block_size;
+        const uint8_t* next = c.data + (int64_t(c.table[later]) * c.block_size + offset) * step + head * dim * width;
+        for (; j < stop; ++j, p += step, next += step, to += dim) {
+            for (int64_t i = 0; i < dim * width; i += 64) __builtin_prefetch(next + i);
             if constexpr (KIND == I8) {
                 const F s = V::set(*scale);
                 for (int64_t d = 0; d < dim; d += L) V::store(to + d, V::mul(element<KIND>(p, d), s));

@@ -126,7 +126,8 @@ void tile(const uint8_t* w, const Acts& a, int64_t first, float* y, int64_t stri
     for (int64_t column = 0; column < a.columns; column += ACT_GROUP) {
         const int n = a.columns - column < ACT_GROUP ? int(a.columns - column) / GROUP : ACT_GROUP / GROUP;
         const int64_t at = column / GROUP * RECORD;
-        for (int i = 0; i < ACT_GROUP / GROUP * l.body; i += 64) __builtin_prefetch(g + AHEAD + i);
+        if constexpr (T > 2)  // with fewer, memory is the limit and the processor's own prefetching does it
+            for (int i = 0; i < ACT_GROUP / GROUP * l.body; i += 64) __builtin_prefetch(g + AHEAD + i);
         for (int p = 0; p < PARTS; ++p) {
             F run[T];
             for (int t = 0; t < T; ++t) run[t] = V::zero();
