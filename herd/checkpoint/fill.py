@@ -93,11 +93,24 @@ def _in_form(store: TensorStore, name: str, kind: BlockType, device: torch.devic
         return QuantTensor(blocks.to(device), kind, info.shape), device.type != "cpu"
     if kind.dtype is not None:
         return QuantTensor(_bytes(read_as(store, name, kind.dtype, device)), kind, info.shape), True
-    dtype = torch.float32 if info.nbytes < torch.Size(info.shape).numel() * info.dtype.itemsize else info.dtype
-    values = read_as(store, name, torch.float32 if dtype == torch.float64 else dtype, torch.device("cpu"))
-    blocks = encode(values, kind.name, name=name)
-    assert isinstance(blocks, QuantTensor)
-    return QuantTensor(blocks.blocks.to(device), kind, info.shape), True
+    raw = store.raw(name) if isinstance(store, KeepsBlocks) else None
+    if isinstance(raw, QuantTensor):  # from one quantized type to another: a few rows at a time are float32
+        parts = [QuantTensor(raw.blocks[rows], raw.type, _cut(raw.shape, rows)) for rows in slices(raw.blocks)]
+        made = torch.cat([_encoded(part.dequantize(), kind, name) for part in parts])
+    else:
+        double = info.dtype == torch.float64
+        made = _encoded(read_as(store, name, torch.float32 if double else info.dtype, torch.device("cpu")), kind, name)
+    return QuantTensor(made.to(device), kind, info.shape), True
+
+
+def _encoded(values: torch.Tensor, kind: BlockType, name: str) -> torch.Tensor:
+    made = encode(values, kind.name, name=name)
+    assert isinstance(made, QuantTensor)
+    return made.blocks
+
+
+def _cut(shape: tuple[int, ...], rows: slice) -> tuple[int, ...]:
+    return (len(range(*rows.indices(shape[0]))), *shape[1:])
 
 
 def _bytes(values: torch.Tensor) -> torch.Tensor:

@@ -108,6 +108,18 @@ def test_blocks_that_fit_the_mix_are_kept(tmp_path: Path) -> None:
     assert model.output.matrix.type.name == "Q6_K"
 
 
+def test_from_one_quantized_type_to_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the plain float32 model had been quantized, whatever the size of the pieces that are worked on."""
+    path = gguf(tmp_path, "experts", GGML.Q8_0)
+    monkeypatch.setattr(
+        "herd.checkpoint.fill.slices", lambda tensor: (slice(i, i + 3) for i in range(0, len(tensor), 3))
+    )
+    model = load_model(path, weights="q4_k_m")
+    expected = load_model(path, dtype="float32")
+    assert quantize(expected, "q4_k_m") == []
+    same_values(model, dequantize(expected))
+
+
 def test_other_rows_are_said(tmp_path: Path) -> None:
     write_hf(tmp_path, build("llama-3"))
     with pytest.warns(UserWarning, match=r"not whole Q8_0 blocks.*and \d+ more"):
