@@ -2,8 +2,9 @@
 
 Two accounts. Each sequence has one in rows: a wrong guess costs a part of a step, a right one is worth a step. The engine has
 one in seconds: a step with guesses is compared with what steps without have lately taken for as many tokens. Nobody guesses on
-an account below zero; it fills again, slowly, with the steps that are made without. So all guesses that do not pay together take
-at most `LOSS` of the time, however bad they are and whatever a row costs on this machine.
+an account below zero; it fills again, slowly, with the steps that are made without. A step begins with one guess for all
+sequences together, and has twice as many as the last one when that paid, so one step cannot lose much either. So all guesses that
+do not pay together take at most `LOSS` of the time, however bad they are and whatever a row costs on this machine.
 """
 
 from __future__ import annotations
@@ -53,9 +54,15 @@ class Pace:
         self.balance = 0.0
         """Seconds won by guessing and not lost again."""
         self.drafted, self.accepted = 0, 0
+        self._width = self._left = 1
+        """Guesses of one step, all sequences together, and how many of them this step can still have."""
         self._started = False
         self._plain: dict[int, _Plain] = {}
         self._sequences: dict[Sequence, _Sequence] = {}
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._left = self._width
 
     def count(self, sequence: Sequence, decodes: int) -> int:
         """How many tokens to guess for `sequence` in a step of `decodes` sequences."""
@@ -68,7 +75,9 @@ class Pace:
         if known.credit < 0:
             known.credit += LOSS
             return 0
-        return min(known.count, self.most)
+        count = min(known.count, self.most, self._left)
+        self._left -= count
+        return count
 
     def learn(self, sequence: Sequence, drafted: int, right: int) -> None:
         """Of `drafted` guesses for `sequence`, the first `right` were."""
@@ -93,7 +102,10 @@ class Pace:
             self.balance += LOSS * usual
         else:
             plain.since += 1
-            self.balance += plain.seconds * made / decodes - min(seconds, 4 * plain.seconds)
+            longest = 2 * (1 + drafted) * plain.seconds  # a pause again
+            won = plain.seconds * made / decodes - min(seconds, longest)
+            self.balance += won
+            self._width = min(2 * self._width, self.most * decodes) if won > 0 else max(1, self._width // 2)
         self.balance = min(self.balance, MOST * plain.seconds)
 
     def forget(self, sequence: Sequence) -> None:

@@ -159,6 +159,7 @@ class Speculation:
         self._drafts.clear()
         for sequence in [s for s in self._known if s.status == "finished"]:
             self._forget(sequence)
+        self.pace.begin()
         ready = [s for s in running if speculates(s)]
         asked = [Ask(s, row_of(s), count) for s in ready if (count := self.pace.count(s, len(ready))) > 0]
         if not asked or self.failed:

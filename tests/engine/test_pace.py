@@ -27,6 +27,7 @@ def run(
     made, spent = 0, 0.0
     while made < count * tokens:
         drafted = got = 0
+        pace.begin()
         for sequence, rate in zip(batch, right, strict=True):
             n, hits = pace.count(sequence, count), 0
             while hits < n and draw.random() < rate:
@@ -46,6 +47,7 @@ MACHINES: dict[str, Seconds] = {
     "rows are free": lambda n, drafted: 1.0 + 0.01 * (n + drafted),
     "rows cost a tenth": lambda n, drafted: 1.0 + 0.1 * (n + drafted),
     "rows cost a step": lambda n, drafted: float(n + drafted),
+    "a guess costs a step": lambda n, drafted: 1.0 + 1.05 * drafted,
     "guessing alone costs a step": lambda n, drafted: 1.0 + (drafted > 0),
 }
 
@@ -57,6 +59,12 @@ def test_never_slower_than_promised(machine: str, right: float, count: int) -> N
     """Useless and nearly useless guesses, cheap and dear rows: at least 0.97 of the speed without."""
     for seed in range(5):
         assert run(Pace(), count, 300, [right] * count, MACHINES[machine], seed=seed) <= 1 / 0.97
+
+
+def test_good_guesses_that_cost_too_much() -> None:
+    """A draft model as large as the model: nearly all right, and still slower."""
+    for count in (1, 8):
+        assert run(Pace(), count, 300, [0.97] * count, MACHINES["a guess costs a step"]) <= 1 / 0.97
 
 
 def test_good_guesses_pay() -> None:
@@ -76,10 +84,14 @@ def test_a_good_sequence_guesses_beside_bad_ones() -> None:
     for _ in range(2):
         pace.settle(4, 0, 4, 1.0)
     for _ in range(60):
+        pace.begin()
+        drafted = right = 0
         for i, sequence in enumerate(batch):
             if n := pace.count(sequence, 4):
                 pace.learn(sequence, n, n if i == 0 else 0)
-        pace.balance = 1.0
+                drafted, right = drafted + n, right + n * (i == 0)
+        pace.settle(4, drafted, 4 + right, 1.0)
+    pace.begin()
     counts = [pace.count(sequence, 4) for sequence in batch]
     assert counts[0] == 8
     assert sum(counts[1:]) <= 1
@@ -90,8 +102,10 @@ def test_nothing_is_guessed_before_a_plain_step_was_measured() -> None:
     assert pace.count(sequence, 1) == 0
     pace.settle(1, 0, 1, 1.0)
     pace.settle(1, 0, 1, 1.0)
-    assert pace.count(sequence, 1) == 2
+    pace.begin()
     assert pace.count(sequence, 2) == 0  # that many were never measured
+    assert pace.count(sequence, 1) == 1  # a careful beginning
+    assert pace.count(sequence, 1) == 0  # for all sequences together
     assert Pace(5, always=True).count(sequence, 2) == 5
 
 
@@ -101,6 +115,7 @@ def test_plain_steps_are_measured_again() -> None:
         pace.settle(1, 0, 1, 1.0)
     guessed = 0
     for _ in range(400):
+        pace.begin()
         n = pace.count(sequence, 1)
         if n:
             pace.learn(sequence, n, n)
