@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from herd.adapters.lora import LoraAdapter
@@ -81,6 +82,7 @@ class _Chosen(NamedTuple):
     token: int
     logprob: float | None
     top: dict[int, float] | None
+    logits: NDArray[np.float32] | None = None
 
 
 @dataclass(slots=True)
@@ -361,7 +363,12 @@ class Engine:
             sampled = self.speculation.accept(self.sampler, logits, chunk.sequence, row)
         else:
             sampled = self.sampler.sample(logits[-1:], [row])
-        found = [_Chosen(one.token, one.logprob, one.top) for one in sampled if one.token is not None]
+        wanted = chunk.sequence.request.logits
+        found = [
+            _Chosen(one.token, one.logprob, one.top, logits[i - len(sampled)].cpu().numpy().copy() if wanted else None)
+            for i, one in enumerate(sampled)
+            if one.token is not None
+        ]
         if not found:
             raise HerdError(sampled[0].error or NOT_FINITE)
         return found
@@ -404,6 +411,7 @@ class Engine:
                     broken,
                     cached_tokens=sequence.cached_tokens or 0,
                     prompt_logprobs=scored or None,
+                    logits=one.logits,
                 )
             )
         if made.finish is not None:

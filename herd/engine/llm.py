@@ -13,7 +13,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from herd.adapters.lora import LoraAdapter
 from herd.chat.base import BaseFormat
@@ -30,7 +32,7 @@ from herd.checkpoint.placement import device_named, dtype_named
 from herd.checkpoint.resolve import resolve
 from herd.checkpoint.store import GenerationDefaults
 from herd.engine.adapters import LoadedAdapter
-from herd.engine.beams import check_beams, search
+from herd.engine.beam import Beam, beam_search
 from herd.engine.budget import Budget, budget_for, free_on
 from herd.engine.completion import Collector, Completion, Output
 from herd.engine.config import SMALL, EngineConfig
@@ -41,8 +43,8 @@ from herd.engine.loop import Loop
 from herd.engine.ngram import NgramDrafter
 from herd.engine.prompt_cache import fingerprint, load_prompt, save_prompt
 from herd.engine.reply import ReplyBuilder
-from herd.engine.request import Request
-from herd.engine.sinks import CompletionSink, ReplySink
+from herd.engine.request import Finish, Request
+from herd.engine.sinks import CompletionSink, LogitsSink, ReplySink
 from herd.engine.speculate import Drafter
 from herd.errors import ConfigError, HerdError, PromptError
 from herd.model.accounting import parameters
@@ -385,7 +387,6 @@ class LLM:
             if one.beams == 1:
                 out.append((self._request(ids, one, self._base.stop_ids, what, adapter=adapter), text))
                 continue
-            check_beams(one.beams)
             if one.prompt_logprobs is not None:
                 raise ConfigError(f"{what}: beam search tells no prompt_logprobs: leave them out, or beams")
             single = replace(one, beams=1, n=1, length_penalty=1.0)
@@ -437,38 +438,23 @@ class LLM:
     def _search(self, request: Request, text: str | None, on_done: Callable[[Completion], None] | None) -> Completion:
         """A beam search: every step asks the engine for the likeliest next ids of all its prefixes, which it has cached."""
         params, room = request.params, self.max_len - len(request.prompt)
-        one = SamplingParams(temperature=0, max_tokens=1, logprobs=2 * params.beams, ignore_stop_ids=True)
+        one = SamplingParams(temperature=0, max_tokens=1, ignore_stop_ids=True)
 
-        def next_of(prefixes: Sequence[tuple[int, ...]]) -> list[dict[int, float]]:
+        def step(prefixes: list[tuple[int, ...]]) -> NDArray[np.float32]:
             if request.id in self._given_up:
                 raise HerdError("the search was given up")
-            asked = [
-                (
-                    replace(request, id=f"{request.id}.{next(self._numbers)}", prompt=request.prompt + p, params=one),
-                    None,
-                )
-                for p in prefixes
-            ]
-            banned = request.stops if len(prefixes[0]) < params.min_tokens else frozenset()
-            done = _checked([future.result() for future in self._submit(asked, None)], "raise")
-            steps = [d.outputs[0].logprobs or [] for d in done]
-            if not all(steps):
-                raise HerdError("the search was ended")
-            return [{i: p for i, p in step[0].top.items() if i not in banned} for step in steps]
+            sinks = []
+            for prefix in prefixes:
+                id, prompt = f"{request.id}.{next(self._numbers)}", (*request.prompt, *prefix)
+                sinks.append(LogitsSink())
+                self._loop.submit(replace(request, id=id, prompt=prompt, params=one, logits=True), sinks[-1])
+            return np.stack([sink.future.result() for sink in sinks])
 
         most = room if params.max_tokens is None else min(room, params.max_tokens)
         try:
-            beams = search(
-                next_of,
-                beams=params.beams,
-                most=most,
-                stops=request.stops,
-                penalty=params.length_penalty,
-                limit="length" if most == params.max_tokens else "context_full",
-            )
             outputs = [
-                Output(i, self._text(b.tokens), list(b.tokens), b.finish, None, b.logprob)
-                for i, b in enumerate(beams[: params.n])
+                Output(i, self._text(b.tokens), list(b.tokens), self._finish(b, params), None, b.logprob)
+                for i, b in enumerate(beam_search(step, params, request.stops, most))
             ]
         except HerdError as error:
             outputs = [Output(0, "", [], "error", error=str(error))]
@@ -478,6 +464,11 @@ class LLM:
         if on_done is not None:
             on_done(completion)
         return completion
+
+    def _finish(self, beam: Beam, params: SamplingParams) -> Finish:
+        if beam.finish == "stop":
+            return "stop"
+        return "length" if len(beam.tokens) == params.max_tokens else "context_full"
 
     def _text(self, tokens: Sequence[int]) -> str:
         detokenizer = Detokenizer(self.tokenizer, follows_text=True)

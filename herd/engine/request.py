@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from herd.chat.params import SamplingParams
 from herd.errors import ConfigError
@@ -22,6 +22,7 @@ class Request:
     `stop_ids` are the model's own, added to those of `params`. Cached prefixes are shared only between requests with the same
     `adapter` and `salt`: a server gives each tenant its own salt, so that nobody learns from timing what others asked.
     Prompt logprobs begin with those after the prompt's `score_from`-th token: what stands before may come from the cache.
+    With `logits`, events carry what their token was chosen from.
     """
 
     id: str
@@ -31,6 +32,7 @@ class Request:
     adapter: str | None = None
     salt: str = ""
     score_from: int = 0
+    logits: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", tuple(self.prompt))
@@ -129,6 +131,7 @@ class TokenEvent:
     `logprob` and `top_logprobs` (id -> log-probability) are there when asked for. `error` says what went wrong when `finish` is
     "error". `cached_tokens` of the prompt were not computed. `prompt_logprobs` come with the first event when they were asked
     for: (id, log-probability, likeliest ones) of each prompt token from the second, or from where scoring began.
+    `logits` [V] are a float32 array, when they were asked for.
     """
 
     request_id: str
@@ -140,3 +143,4 @@ class TokenEvent:
     error: str | None = None
     cached_tokens: int = 0
     prompt_logprobs: list[tuple[int, float, dict[int, float]]] | None = None
+    logits: Any = None

@@ -7,6 +7,9 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from herd.chat.format import Delta
 from herd.chat.model import Reply, Usage
 from herd.engine.completion import Collector, Completion
@@ -14,7 +17,7 @@ from herd.engine.reply import ReplyBuilder
 from herd.engine.request import Finish, Request, TokenEvent
 from herd.errors import HerdError
 
-__all__ = ["CompletionSink", "ReplySink"]
+__all__ = ["CompletionSink", "LogitsSink", "ReplySink"]
 
 
 def _future() -> Future[Any]:
@@ -40,6 +43,26 @@ class CompletionSink:
                 self._on_done(completion)
             self.future.set_result(completion)
         return complete
+
+    def fail(self, error: BaseException) -> None:
+        """As `Sink.fail`."""
+        if not self.future.done():
+            self.future.set_exception(error)
+
+
+class LogitsSink:
+    """For a request of one token: `future` gets the logits [V] that it was chosen from."""
+
+    def __init__(self) -> None:
+        self.future: Future[NDArray[np.float32]] = _future()
+
+    def push(self, event: TokenEvent) -> bool:
+        """As `Sink.push`."""
+        if event.logits is not None:
+            self.future.set_result(event.logits)
+        elif not self.future.done():
+            self.fail(HerdError(event.error or "the request was ended"))
+        return False
 
     def fail(self, error: BaseException) -> None:
         """As `Sink.fail`."""
