@@ -8,8 +8,8 @@ namespace herd::HERD_ISA {
 // Query rows of one sequence at positions first, first + 1, ...; `group` query heads share key head `head`.
 struct Asked {
     Pages keys, values;
-    int64_t head;
-    const float* q;          // [rows, stride]; the group's heads begin here
+    int64_t head, heads;     // the first key head and how many: together, since their rows lie side by side in the cache
+    const float* q;          // [rows, stride]; the first group's heads begin here
     float* out;              // likewise
     int64_t stride, rows, group, first;
     int64_t chunk;           // rows see no key before their chunk; 0: they see all
@@ -88,7 +88,7 @@ inline void gather_all(int64_t n, const float* weight, const float* values, int6
     }
 }
 
-// head_dim is whole vectors, rows * group at most MAX_QUERIES; scratch holds (MAX_QUERIES + 2 head_dim) * TILE floats.
+// head_dim is whole vectors, heads * rows * group at most MAX_QUERIES; scratch holds (MAX_QUERIES + 2 head_dim) * TILE floats.
 template <int KIND> void attend(const Asked& a, float* scratch) {
     const int64_t dim = a.keys.head_dim, n = a.rows * a.group;
     float* score = scratch;                                 // [n, TILE]
@@ -97,8 +97,8 @@ template <int KIND> void attend(const Asked& a, float* scratch) {
     const float* q[MAX_QUERIES];
     float* out[MAX_QUERIES];
     float top[MAX_QUERIES], mass[MAX_QUERIES], keep[MAX_QUERIES];
-    for (int64_t i = 0; i < n; ++i) {
-        const int64_t at = i / a.group * a.stride + i % a.group * dim;
+    for (int64_t i = 0; i < a.heads * n; ++i) {
+        const int64_t at = i % n / a.group * a.stride + (i / n * a.group + i % a.group) * dim;
         q[i] = a.q + at;
         out[i] = a.out + at;
         top[i] = -__builtin_inff();
@@ -111,23 +111,26 @@ template <int KIND> void attend(const Asked& a, float* scratch) {
         const int64_t begin = tile > lowest ? tile : lowest, end = tile + TILE < last ? tile + TILE : last;
         // Whole vectors of keys are scored: the first may begin before `begin`, where the buffer holds something, if not keys.
         const int64_t skip = (begin - tile) / L * L;
-        fetch<KIND>(a.keys, a.head, begin, end, last, keys + (begin - tile) * dim);
-        fetch<KIND>(a.values, a.head, begin, end, last, values + (begin - tile) * dim);
         const bool all_see_all = from(a.rows - 1) <= begin && end <= a.first + 1;
-        for (int64_t r = 0; r < a.rows; ++r) {
-            const int64_t i = r * a.group, seen = a.first + r + 1;
-            const int64_t low = (begin > from(r) ? begin : from(r)) - tile, high = (end < seen ? end : seen) - tile;
-            if (low >= high) continue;
-            for (int64_t h = i; h < i + a.group; ++h) {
-                float* s = score + h * TILE;
-                score_keys(q[h], keys + skip * dim, high - skip, dim, a.scale, s + skip);
-                keep[h] = soften(s, low, high, top[h], mass[h]);
+        for (int64_t head = 0; head < a.heads; ++head) {
+            const int64_t base = head * n;
+            fetch<KIND>(a.keys, a.head + head, begin, end, last, keys + (begin - tile) * dim);
+            fetch<KIND>(a.values, a.head + head, begin, end, last, values + (begin - tile) * dim);
+            for (int64_t r = 0; r < a.rows; ++r) {
+                const int64_t i = r * a.group, seen = a.first + r + 1;
+                const int64_t low = (begin > from(r) ? begin : from(r)) - tile, high = (end < seen ? end : seen) - tile;
+                if (low >= high) continue;
+                for (int64_t h = i; h < i + a.group; ++h) {
+                    float* s = score + h * TILE;
+                    score_keys(q[base + h], keys + skip * dim, high - skip, dim, a.scale, s + skip);
+                    keep[h] = soften(s, low, high, top[base + h], mass[base + h]);
+                }
+                if (!all_see_all) gather_all(a.group, score + i * TILE, values, low, high, dim, out + base + i, keep + i);
             }
-            if (!all_see_all) gather_all(a.group, score + i * TILE, values, low, high, dim, out + i, keep + i);
+            if (all_see_all) gather_all(n, score, values, begin - tile, end - tile, dim, out + base, keep);
         }
-        if (all_see_all) gather_all(n, score, values, begin - tile, end - tile, dim, out, keep);
     }
-    for (int64_t i = 0; i < n; ++i) {
+    for (int64_t i = 0; i < a.heads * n; ++i) {
         const F whole = V::set(1.0f / mass[i]);
         for (int64_t d = 0; d < dim; d += L) V::store(out[i] + d, V::mul(V::load(out[i] + d), whole));
     }

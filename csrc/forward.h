@@ -50,15 +50,23 @@ inline void self_attention(const Model& m, const Layer& l, const Step& s, const 
             keep<KIND>(s.v[index], scales[1], s.slot[r], b.v + r * KV, m.n_kv_heads, m.head_dim);
         });
     }
+    // Single rows take several heads at once, so that a long cache is read in longer runs, as long as every thread has some.
+    int64_t most = 1;
+    for (int64_t i = 0; i < b.n_tasks; ++i) most = b.tasks[i].rows > most ? b.tasks[i].rows : most;
+    int64_t together = MAX_QUERIES / (most * group);
+    while (together > 1 && (together > m.n_kv_heads || b.n_tasks * m.n_kv_heads < 2 * together * b.threads)) together /= 2;
+    if (together < 1) together = 1;
+    const int64_t parts = (m.n_kv_heads + together - 1) / together;
     #pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < b.n_tasks * m.n_kv_heads; ++i) {
-        const Task& t = b.tasks[i / m.n_kv_heads];
-        const int64_t head = i % m.n_kv_heads, at = t.row * Q + head * group * m.head_dim;
+    for (int64_t i = 0; i < b.n_tasks * parts; ++i) {
+        const Task& t = b.tasks[i / parts];
+        const int64_t head = i % parts * together, at = t.row * Q + head * group * m.head_dim;
+        const int64_t heads = m.n_kv_heads - head < together ? m.n_kv_heads - head : together;
         const int32_t* table = s.tables + t.sequence * s.table_stride;
         const Asked asked{
             {s.k[index], scales[0], table, s.block_size, m.n_kv_heads, m.head_dim},
             {s.v[index], scales[1], table, s.block_size, m.n_kv_heads, m.head_dim},
-            head, b.q + at, b.normed + at, Q, t.rows, group, t.position, l.chunk, 1.0f / root(float(m.head_dim))};
+            head, heads, b.q + at, b.normed + at, Q, t.rows, group, t.position, l.chunk, 1.0f / root(float(m.head_dim))};
         by_kind(s.kv_kind, [&]<int KIND>() { attend<KIND>(asked, spare); });
     }
     const Inputs seen{b.normed, shaped(b.narrow, Q)};
