@@ -25,7 +25,7 @@ Examples:
 
 The result is read back and compared with the source before it gets its name: every tensor, tokenizer, prompts, logits, greedy
 tokens. There is no way to leave that out. It reads the source about 19 times and the result 5 times, one layer in memory at a
-time (from 8 GiB of weights on 7 times: fewer greedy tokens). The report lies in the result as herd-report.json and .txt, for
+time (from 1 GiB of weights on 7 times: fewer greedy tokens). The report lies in the result as herd-report.json and .txt, for
 a GGUF file beside it. Without a passing report there is no result, and the exit status is 1.
 """
 
@@ -44,7 +44,7 @@ a GGUF file beside it. Without a passing report there is no result, and the exit
 @click.option("--herd-only", is_flag=True, help="gguf: also models that llama.cpp would run as another one.")
 @click.option("--overwrite", is_flag=True, help="Replace what is at DST, once the new result has passed.")
 @click.option("--keep-failed", is_flag=True, help="Keep a result that did not pass as DST.failed.")
-@click.option("--greedy", type=click.IntRange(0, 256), help="Greedy tokens to compare (16; 4 from 8 GiB on).")
+@click.option("--greedy", type=click.IntRange(0, 256), help="Greedy tokens to compare (16; 4 from 1 GiB on).")
 @click.option("--report", "report_file", type=click.Path(dir_okay=False), help="Also write the JSON report to FILE.")
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout.")
 def command(

@@ -25,7 +25,7 @@ Examples:
   herd verify ORIGINAL QUANTIZED --json | jq .passed
   herd verify A B --greedy 0                           without generating: reads each side twice
 
-Cost: A's weights are read about 18 times (2 and one per greedy token), B's 3 times, one layer in memory at a time; from 8 GiB
+Cost: A's weights are read about 18 times (2 and one per greedy token), B's 3 times, one layer in memory at a time; from 1 GiB
 of weights on 4 greedy tokens are compared instead of 16.
 """
 
@@ -33,7 +33,7 @@ of weights on 4 greedy tokens are compared instead of 16.
 @click.command(epilog=EPILOG)
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
-@click.option("--greedy", type=click.IntRange(0, 256), help="Greedy tokens to compare (16; 4 from 8 GiB on).")
+@click.option("--greedy", type=click.IntRange(0, 256), help="Greedy tokens to compare (16; 4 from 1 GiB on).")
 @click.option("--report", "report_file", type=click.Path(dir_okay=False), help="Also write the JSON report to FILE.")
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON.")
 def command(a: str, b: str, greedy: int | None, report_file: str | None, as_json: bool) -> int:

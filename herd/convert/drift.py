@@ -27,7 +27,7 @@ __all__ = ["BIG", "FEW", "GREEDY", "check_logits", "greedy_count", "readings"]
 
 GREEDY = 16
 FEW = 4
-BIG = 8 << 30
+BIG = 1 << 30
 """Bytes of weights from which on only FEW greedy tokens are compared: every one reads all of A once more."""
 
 TEXTS = (

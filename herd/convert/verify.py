@@ -51,7 +51,7 @@ def verify(
 
     Nothing is written and never is more than one layer of each side in memory. All of B's tensors must be A's: exactly, or
     where their stored type is lower, inside the bound of that type. `greedy` is how many greedy tokens are compared (default
-    16; 4 from 8 GiB of weights on, since each one reads A once more). `Report.passed` is the verdict.
+    16; 4 from 1 GiB of weights on, since each one reads A once more). `Report.passed` is the verdict.
 
     Raises a HerdError when one of the two cannot be opened or read.
     """
