@@ -74,6 +74,8 @@ def cold_table(report: dict[str, Any]) -> str:
     if busy > QUIET:
         lines.append("")
         lines.append(f"Other programs took up to {busy:.0%} of the cores: not the figures of a quiet machine.")
+        used = (f"{row['who']} {row['weights']} {row['cpu_seconds']:.2f}" for row in report["rows"])
+        lines.append(f"CPU seconds, the end of the process included: {'; '.join(used)}.")
     return "\n\n".join([headline(report["machine"]), textwrap.fill(what, WIDTH), "\n".join(lines)])
 
 
@@ -104,7 +106,12 @@ def _once(player: str, path: Path, threads: int, prompt: list[int]) -> dict[str,
             raise BenchError(
                 f"{player} gave no first token (status {status})" + (f": {words[-1][:300]}" if words else "")
             )
-    return {"seconds": seconds, "others": others, "parts": json.loads(line.removeprefix("first token "))}
+    return {
+        "seconds": seconds,
+        "cpu_seconds": own,
+        "others": others,
+        "parts": json.loads(line.removeprefix("first token ")),
+    }
 
 
 def _row(player: str, label: str, path: Path, samples: list[dict[str, Any]], own: float) -> dict[str, Any]:
@@ -118,6 +125,7 @@ def _row(player: str, label: str, path: Path, samples: list[dict[str, Any]], own
         "seconds": round(middle, 3),
         "min": round(min(seconds), 3),
         "max": round(max(seconds), 3),
+        "cpu_seconds": round(statistics.median(sample["cpu_seconds"] for sample in samples), 3),
         "parts": {name: round(value, 3) for name, value in parts.items()},
         "others": max((s["others"] for s in samples if s["others"] is not None), default=None),
         "weight_bytes": weight_bytes(path),
