@@ -57,10 +57,12 @@ class _Growing:
 class ModelDrafter:
     """Guesses with `model`, up to `count` tokens at a time, sampled with the parameters of the request.
 
-    Its cache holds `tokens` positions of all sequences together; a sequence that finds no room is not guessed for. `same_tokens`
-    (the default) makes each guess with the random number of the token itself, so that speculation never changes a token of a
-    seed; without it guesses have random numbers of their own and the standard rule, which accepts more of them
-    (`herd.engine.speculate`). With greedy requests the two are the same.
+    Its cache holds `tokens` positions of all sequences together; a sequence that finds no room is not guessed for. It reads each
+    prompt, once.
+
+    Guesses of sampled requests follow the standard rule: exact in distribution, but which reply a seed gives depends on where
+    there were guesses. With `same_tokens` each guess is made with the random number of the token itself, and no token ever
+    changes; far fewer guesses are then right (`herd.engine.speculate`). With greedy requests the two are the same.
     """
 
     def __init__(
@@ -69,7 +71,7 @@ class ModelDrafter:
         *,
         count: int = 6,
         tokens: int = 32_768,
-        same_tokens: bool = True,
+        same_tokens: bool = False,
         runner: Runner | None = None,
     ) -> None:
         if count < 1 or tokens < BLOCK:

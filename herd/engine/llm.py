@@ -68,8 +68,8 @@ class LLM:
     and values, `memory` their bytes (or a text such as "4 GiB"; default: a part of what is free, see `budget`), `max_len` the
     most tokens of one request, `max_seqs` the most replies that grow at once, `step_tokens` the most tokens computed in one
     step. `deterministic`: a request's tokens and numbers are the same bits alone and in any company. `seed` is where requests
-    without one get theirs; None draws fresh ones. `draft` guesses tokens ahead, which changes nothing but the speed: "lookup"
-    looks in the text so far, any other name is a smaller model of the same vocabulary, or it is a drafter
+    without one get theirs; None draws fresh ones. `draft` guesses tokens ahead, which changes the speed and no distribution:
+    "lookup" looks in the text so far, any other name is a smaller model of the same vocabulary, or it is a drafter
     (`herd.engine.speculate`).
 
     `load_adapter` adds a LoRA adapter, which requests choose with `adapter=` (its name).
@@ -126,7 +126,9 @@ class LLM:
             debug=debug,
         )
         grammars = Grammars(self.tokenizer, vocab_size=self.model.config.vocab_size)
-        self._engine = Engine(self.model, config, drafter=_drafter(draft, self.tokenizer, where), grammars=grammars)
+        self._engine = Engine(
+            self.model, config, drafter=_drafter(draft, self.tokenizer, where, deterministic), grammars=grammars
+        )
         self._loop = Loop(self._engine)
         self._numbers = itertools.count()
         self._searches = ThreadPoolExecutor(max_seqs, "herd-beams")
@@ -663,7 +665,7 @@ def _opened(
     return llama, tokenizer, GenerationDefaults()
 
 
-def _drafter(draft: Any, tokenizer: Tokenizer, device: torch.device) -> Drafter | None:
+def _drafter(draft: Any, tokenizer: Tokenizer, device: torch.device, deterministic: bool) -> Drafter | None:
     """What guesses for a model of `tokenizer`. Raises ConfigError when a draft model has another vocabulary."""
     if draft == "lookup":
         return NgramDrafter()
@@ -671,7 +673,7 @@ def _drafter(draft: Any, tokenizer: Tokenizer, device: torch.device) -> Drafter 
         return draft
     model, other, _ = _opened(draft, None, None, device)
     check_vocabularies(tokenizer, other)
-    return ModelDrafter(model)
+    return ModelDrafter(model, same_tokens=deterministic)
 
 
 def _kv_for(model: Llama) -> str:

@@ -96,8 +96,8 @@ def small(name: str) -> Llama:
 DRAFT_FIELDS = ("dim", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "rope_theta", "max_seq_len")
 KINDS = {
     "prompt lookup": lambda name: NgramDrafter(5, shortest=1),
-    "other model": lambda name: ModelDrafter(small(name), runner=None),
-    "the model itself": lambda name: ModelDrafter(build(name), runner=TorchRunner(build(name))),
+    "other model": lambda name: ModelDrafter(small(name), same_tokens=True),
+    "the model itself": lambda name: ModelDrafter(build(name), same_tokens=True, runner=TorchRunner(build(name))),
 }
 
 
@@ -250,7 +250,7 @@ def nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
 
 
 def test_the_standard_rule_accepts_more() -> None:
-    """What `same_tokens` costs: about the same draft model, the same requests."""
+    """What `same_tokens` costs, with the same draft model and requests."""
     model = small_vocabulary(1)
     rates = {}
     for same in (True, False):
@@ -258,7 +258,7 @@ def test_the_standard_rule_accepts_more() -> None:
         run(made, [Request(str(i), (0, 1), SamplingParams(max_tokens=40, seed=i)) for i in range(8)])
         assert made.speculation is not None
         rates[same] = made.speculation.pace.accepted / made.speculation.pace.drafted
-    assert rates[False] >= rates[True] - 0.1
+    assert rates[False] > rates[True]
 
 
 def test_a_draft_model_without_room_guesses_less() -> None:
