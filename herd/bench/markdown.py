@@ -19,7 +19,8 @@ def section(reports: Sequence[dict[str, Any]]) -> str:
         f"{about['date'][:10]}. Everybody has the same random weights and a process of their own, and they take turns. "
         "Medians of the samples, with the slowest and the fastest. Share: of the read bandwidth (decoding, bytes of weights, "
         "keys and values) or of the matrix-product peak (prompts), measured in the same rounds. The last column is herd's "
-        "speed by the peer's. Others: the most that other programs took of the cores during a sample."
+        "speed by the peer's. Tok/CPU s: tokens by the CPU time of all threads. Others: the most "
+        "that other programs took of the cores during a sample."
     ]
     parts += [_part(report) for report in reports]
     return "\n\n".join(parts) + "\n"
@@ -66,13 +67,15 @@ def _speed(report: dict[str, Any]) -> list[str]:
         *(["at once"] if several else []),
         "tok/s",
         "min, max",
+        "tok/CPU s",
         "GB/s" if reads else "GOP/s",
         "share",
     ]
     rows = [[*head, "memory, GB", "others", "herd is"]]
     for row in report["rows"]:
         cells = [row["who"], row["weights"], *([str(row["batch"])] if several else []), f"{row['tokens_per_s']:.1f}"]
-        cells += [f"{row['min']:.1f}, {row['max']:.1f}", f"{row['gb_per_s' if reads else 'gop_per_s']:.1f}"]
+        cells += [f"{row['min']:.1f}, {row['max']:.1f}", f"{row['tokens_per_cpu_s']:.1f}"]
+        cells += [f"{row['gb_per_s' if reads else 'gop_per_s']:.1f}"]
         cells += [f"{row['share']:.2f}", f"{row['resident_bytes'] / 1e9:.2f}" if row["resident_bytes"] else ""]
         cells += ["" if row["others"] is None else f"{row['others']:.0%}"]
         rows.append([*cells, "" if row["times"] is None else f"{row['times']:.2f}x"])

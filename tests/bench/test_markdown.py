@@ -40,10 +40,10 @@ def test_a_report_becomes_tables():
         "max": 41.0,
         "gb_per_s": 20.0,
     }
-    row |= {"share": 0.9, "resident_bytes": 10**9, "others": 0.01, "times": None}
+    row |= {"share": 0.9, "resident_bytes": 10**9, "others": 0.01, "tokens_per_cpu_s": 21.0, "times": None}
     peer = row | {"who": "llama.cpp", "tokens_per_s": 20.0, "times": 2.0, "resident_bytes": None}
     limit = {"gb_per_s": 22.0, "gop_per_s": {"int8": 800.0, "bfloat16": 300.0, "float32": 100.0}}
     text = section([{"machine": machine, "plan": plan, "limits": {"Q4_0": limit}, "rows": [row, peer]}])
-    assert "| herd | Q4_0 | 40.0 | 39.0, 41.0 | 20.0 | 0.90 | 1.00 | 1% | |" in text
-    assert "| llama.cpp | Q4_0 | 20.0 | 39.0, 41.0 | 20.0 | 0.90 | | 1% | 2.00x |" in text
+    assert "| herd | Q4_0 | 40.0 | 39.0, 41.0 | 21.0 | 20.0 | 0.90 | 1.00 | 1% | |" in text
+    assert "| llama.cpp | Q4_0 | 20.0 | 39.0, 41.0 | 21.0 | 20.0 | 0.90 | | 1% | 2.00x |" in text
     assert "load average 0.1 before, 0.2 after" in text
