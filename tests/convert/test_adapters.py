@@ -98,7 +98,7 @@ def test_a_wrong_factor_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_what_adapters_cannot_become(options: dict[str, Any], told: str, tmp_path: Path) -> None:
     first = nano_adapter(tmp_path / "lora")
     with pytest.raises(ConfigError, match=told):
-        herd.convert(first, tmp_path / "x.gguf", base="nano", **options)
+        herd.convert(first, tmp_path / ("x.gguf" if options["to"] == "gguf" else "x"), base="nano", **options)
 
 
 def test_without_a_base_it_says_how_to_name_one(tmp_path: Path) -> None:
