@@ -101,7 +101,7 @@ print(sum(w.nbytes for w in model.parameters()))
         ("Q8_0", "bfloat16"),
         ("F16", "bfloat16"),
         pytest.param("Q8_0", "float32", marks=pytest.mark.slow),
-        pytest.param("Q4_0", "None", marks=pytest.mark.slow),
+        pytest.param("Q4_0", "bfloat16", marks=pytest.mark.slow),
         pytest.param("BF16", "None", marks=pytest.mark.slow),
     ],
 )
