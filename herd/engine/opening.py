@@ -1,0 +1,72 @@
+"""What an `LLM` begins with: the model in memory, what guesses for it, and the dtype of its keys and values."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from herd.checkpoint.load import Checkpoint, read_checkpoint
+from herd.checkpoint.open import open_store
+from herd.checkpoint.placement import device_named, dtype_named
+from herd.checkpoint.resolve import resolve
+from herd.checkpoint.store import GenerationDefaults
+from herd.engine.config import SMALL
+from herd.engine.draft_model import ModelDrafter, check_vocabularies
+from herd.engine.ngram import NgramDrafter
+from herd.engine.speculate import Drafter
+from herd.errors import ConfigError
+from herd.model.accounting import parameters
+from herd.model.llama import Llama
+from herd.quant.linear import QuantLinear
+from herd.tokenizer.tokenizer import Tokenizer
+
+__all__ = ["drafter_for", "kv_for", "opened"]
+
+
+def opened(
+    model: str | os.PathLike[str] | Checkpoint | tuple[Llama, Tokenizer],
+    weights: str | None,
+    dtype: str | torch.dtype | None,
+    device: str | torch.device,
+) -> tuple[Llama, Tokenizer, GenerationDefaults]:
+    """The model, its tokenizer and its sampling defaults. An unsaid dtype is float32 for a small model on a CPU.
+
+    Raises CheckpointError when it cannot be read, ConfigError when `weights` or `dtype` are said of a model that is loaded.
+    """
+    if isinstance(model, str | os.PathLike):
+        where = device_named(device)
+        path = resolve(model)
+        store = open_store(path)  # headers only: how large the model is decides how it is loaded
+        small = where.type == "cpu" and weights in (None, "auto") and parameters(store.config) <= SMALL
+        wanted = dtype_named(dtype, torch.float32 if small else None)
+        model = read_checkpoint(path, store, wanted, where, weights=weights or "auto")
+    elif weights is not None or dtype is not None:
+        raise ConfigError(
+            "weights and dtype say how a model is loaded, and this one is: leave them out, or give its name"
+        )
+    if isinstance(model, Checkpoint):
+        return model.model, model.tokenizer, model.defaults
+    llama, tokenizer = model
+    return llama, tokenizer, GenerationDefaults()
+
+
+def drafter_for(
+    draft: str | os.PathLike[str] | Drafter | None, tokenizer: Tokenizer, device: torch.device, deterministic: bool
+) -> Drafter | None:
+    """What guesses for a model of `tokenizer`. Raises ConfigError when a draft model has another vocabulary."""
+    if draft == "lookup":
+        return NgramDrafter()
+    if draft is None or not isinstance(draft, str | os.PathLike):
+        return draft
+    model, other, _ = opened(draft, None, None, device)
+    check_vocabularies(tokenizer, other)
+    return ModelDrafter(model, same_tokens=deterministic)
+
+
+def kv_for(model: Llama) -> str:
+    """Keys and values like the activations; beside quantized weights in half of that, which nobody can tell."""
+    dtype = model.norm.weight.dtype
+    if model.norm.weight.device.type == "cpu" and any(isinstance(m, QuantLinear) for m in model.modules()):
+        return "float16"
+    return str(dtype).removeprefix("torch.")
