@@ -334,7 +334,8 @@ def test_a_compilation_over_its_time_is_refused_and_only_so_many_run_on(monkeypa
 def test_what_keeps_the_compiler_busy_is_stopped_and_the_next_one_works(given: dict[str, Any]) -> None:
     kept = grammars()
     started = time.perf_counter()
-    with pytest.raises(ConfigError, match="more than 1 s to compile: make it simpler"):
+    # A fast machine reaches the limit of memory before that of time: "patterns" does within its second.
+    with pytest.raises(ConfigError, match="(more than 1 s to compile|takes too much memory): make it simpler"):
         kept.compile(SamplingParams(**given).constraint)  # type: ignore[arg-type]
     assert time.perf_counter() - started < 10  # a second and a little, on a machine with nothing else to do
     assert kept._stuck == 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -94,5 +97,19 @@ def test_compiles_whole_for_any_counts(backend: str) -> None:
 def test_op_registration() -> None:
     """torch's own checks of schema, fake kernel and autograd."""
     x, weight, groups = operands([5, 0, 7])
-    torch.library.opcheck(grouped_linear, (x, weight, groups), test_utils=("test_schema", "test_faketensor"))
-    torch.library.opcheck(grouped_linear, (x, weight, groups), test_utils="test_autograd_registration")
+    product, outer = torch.ops.herd.grouped_linear.default, torch.ops.herd.grouped_outer.default
+    kinds = ("test_schema", "test_faketensor")
+    torch.library.opcheck(product, (x, weight, groups), test_utils=kinds)
+    torch.library.opcheck(product, (x, weight, groups), test_utils="test_autograd_registration")
+    torch.library.opcheck(outer, (torch.randn(12, 7, dtype=x.dtype), x.detach(), groups), test_utils=kinds)
+
+
+def test_neither_direction_imports_the_compiler() -> None:
+    code = (
+        "import sys, torch, herd.kernels.grouped as g\n"
+        "x, w = torch.ones(3, 4, requires_grad=True), torch.ones(2, 5, 4, requires_grad=True)\n"
+        "g.grouped_linear(x, w, torch.tensor([1, 2])).sum().backward()\n"
+        "assert x.grad is not None and w.grad is not None\n"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0

@@ -1,19 +1,19 @@
 """The model that ships: herd/embedded/nano loads, fits its limits, answers and stops."""
 
 import json
-from importlib.resources import files
 from pathlib import Path
 
 import pytest
 import torch
 
+import herd
 from herd.chat.formats import detect
 from herd.chat.messages import Message
 from herd.chat.params import SamplingParams
 from herd.checkpoint.load import load
 from herd.engine.session import Session
 
-FOLDER = Path(str(files("herd"))) / "embedded" / "nano"
+FOLDER = Path(herd.__file__).parent / "embedded" / "nano"
 
 
 @pytest.fixture(scope="module")
