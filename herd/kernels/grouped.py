@@ -8,10 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from herd.kernels.ops import fake, gradient, operation
+
 __all__ = ["grouped_linear"]
 
 
-@torch.library.custom_op("herd::grouped_linear", mutates_args=())
+@operation()
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """y[t] = weight[group of t] @ x[t]. x [T, I] sorted by group, weight [E, O, I], counts [E] int64 summing to T -> [T, O].
 
@@ -23,12 +25,12 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     return out
 
 
-@grouped_linear.register_fake
+@fake(grouped_linear)
 def _(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
-@torch.library.custom_op("herd::grouped_outer", mutates_args=())
+@operation()
 def grouped_outer(y: Tensor, x: Tensor, counts: Tensor) -> Tensor:
     """sum over the rows of each group of y[t] x[t]^T. y [T, O], x [T, I], counts [E] -> [E, O, I]: the weight's gradient."""
     out = x.new_zeros(counts.shape[0], y.shape[1], x.shape[1])
@@ -37,7 +39,7 @@ def grouped_outer(y: Tensor, x: Tensor, counts: Tensor) -> Tensor:
     return out
 
 
-@grouped_outer.register_fake
+@fake(grouped_outer)
 def _(y: Tensor, x: Tensor, counts: Tensor) -> Tensor:
     return x.new_empty(counts.shape[0], y.shape[1], x.shape[1])
 
@@ -54,11 +56,11 @@ def _spans(counts: Tensor, rows: int) -> list[tuple[int, int, int]]:
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, weight, counts = inputs
-    ctx.save_for_backward(x, weight, counts)
+    ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx, grad: Tensor):
+@gradient(grouped_linear, saved=_setup)
+def _(ctx, grad: Tensor):
     x, weight, counts = ctx.saved_tensors
     grad = grad.contiguous()
     grad_x = grouped_linear(grad, weight.transpose(1, 2), counts) if ctx.needs_input_grad[0] else None
@@ -66,4 +68,10 @@ def _backward(ctx, grad: Tensor):
     return grad_x, grad_weight, None
 
 
-grouped_linear.register_autograd(_backward, setup_context=_setup)
+@gradient(grouped_outer, saved=_setup)
+def _(ctx, grad: Tensor):
+    y, x, counts = ctx.saved_tensors
+    grad = grad.contiguous()
+    grad_y = grouped_linear(x, grad, counts) if ctx.needs_input_grad[0] else None
+    grad_x = grouped_linear(y, grad.transpose(1, 2), counts) if ctx.needs_input_grad[1] else None
+    return grad_y, grad_x, None

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["fake", "operation"]
+__all__ = ["fake", "gradient", "operation"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 _LIBRARY = torch.library.Library("herd", "FRAGMENT")
@@ -20,7 +20,7 @@ _LIBRARY = torch.library.Library("herd", "FRAGMENT")
 def operation(*, mutates: Sequence[str] = ()) -> Callable[[F], F]:
     """Make a function over tensors the operation torch.ops.herd.<its name>; `mutates` names the arguments it writes to.
 
-    It has no gradient. Its result for tensors without data is given with `fake`.
+    Its result for tensors without data is given with `fake`; without `gradient` it has none.
     """
 
     def made(function: F) -> F:
@@ -44,6 +44,20 @@ def fake(operation: Callable[..., Any]) -> Callable[[F], F]:
 
     def made(function: F) -> F:
         torch.library.register_fake(f"herd::{operation.__name__}", function, lib=_LIBRARY)
+        return function
+
+    return made
+
+
+def gradient(operation: Callable[..., Any], *, saved: Callable[..., None]) -> Callable[[F], F]:
+    """The gradients of `operation`, which must write to no argument: of (ctx, gradient of the result), one for each argument.
+
+    `saved(ctx, inputs, output)` keeps in ctx what they need, as for `torch.autograd.Function`.
+    """
+
+    def made(function: F) -> F:
+        name = f"herd::{operation.__name__}"
+        torch.library.register_autograd(name, function, setup_context=saved, lib=_LIBRARY)
         return function
 
     return made

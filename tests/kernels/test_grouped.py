@@ -43,6 +43,7 @@ def test_equals_the_loop(counts: list[int]) -> None:
 def test_gradients(counts: list[int]) -> None:
     x, weight, groups = operands(counts)
     assert torch.autograd.gradcheck(lambda a, b: grouped_linear(a, b, groups), (x, weight))
+    assert torch.autograd.gradgradcheck(lambda a, b: grouped_linear(a, b, groups), (x, weight))
 
 
 def test_gradient_of_one_operand_only() -> None:
@@ -101,7 +102,9 @@ def test_op_registration() -> None:
     kinds = ("test_schema", "test_faketensor")
     torch.library.opcheck(product, (x, weight, groups), test_utils=kinds)
     torch.library.opcheck(product, (x, weight, groups), test_utils="test_autograd_registration")
-    torch.library.opcheck(outer, (torch.randn(12, 7, dtype=x.dtype), x.detach(), groups), test_utils=kinds)
+    y = torch.randn(12, 7, dtype=x.dtype, requires_grad=True)
+    torch.library.opcheck(outer, (y, x, groups), test_utils=kinds)
+    torch.library.opcheck(outer, (y, x, groups), test_utils="test_autograd_registration")
 
 
 def test_neither_direction_imports_the_compiler() -> None:
