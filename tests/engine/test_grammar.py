@@ -335,7 +335,7 @@ def test_what_keeps_the_compiler_busy_is_stopped_and_the_next_one_works(given: d
     kept = grammars()
     started = time.perf_counter()
     # A fast machine reaches the limit of memory before that of time: "patterns" does within its second.
-    with pytest.raises(ConfigError, match="(more than 1 s to compile|takes too much memory): make it simpler"):
+    with pytest.raises(ConfigError, match=r"(more than 1 s to compile|takes too much memory): make it simpler"):
         kept.compile(SamplingParams(**given).constraint)  # type: ignore[arg-type]
     assert time.perf_counter() - started < 10  # a second and a little, on a machine with nothing else to do
     assert kept._stuck == 0
