@@ -38,7 +38,7 @@ def peak(start):
     return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))) << 10
 
 base, out = Path(sys.argv[1]), Path(sys.argv[2])
-torch.zeros(10).to(torch.bfloat16).float()
+write_meta(Source(open_store(base / "hf"), None, GenerationDefaults(), None), out / "first", shards=4)  # imports, thread pools
 for src, kind in (("hf", "meta"), ("meta", "safetensors"), ("hf", "wide")):
     source = Source(open_store(base / src), None, GenerationDefaults(), None)
     before = peak(True)
