@@ -26,7 +26,8 @@ from herd.model.llama import Llama
 from herd.model.rope import Rope
 from herd.quant.apply import put
 from herd.quant.encode import encode
-from herd.quant.scheme import BlockType, QuantTensor
+from herd.quant.fp8 import FP8, Fp8Tensor, encode_fp8
+from herd.quant.scheme import BlockType, QuantTensor, block_type
 
 __all__ = ["FLOATS", "check_store", "fill", "read_as", "stored_dtype"]
 
@@ -79,14 +80,20 @@ def _fill_one(model: Llama, store: TensorStore, name: str, plan: Plan, device: t
         model.get_submodule(home).register_parameter(field, weight)
         return
     stored, own = _in_form(store, name, kind, device)
-    put(model, name, stored, plan.dtype, own=own)
+    put(model, name, stored, plan.dtype, own=own, activations=plan.activations)
     if isinstance(store, Releases):
         store.release(name)  # panels replace what was read; look-ups bring back the rows they need
 
 
-def _in_form(store: TensorStore, name: str, kind: BlockType, device: torch.device) -> tuple[QuantTensor, bool]:
+def _in_form(
+    store: TensorStore, name: str, kind: BlockType, device: torch.device
+) -> tuple[QuantTensor | Fp8Tensor, bool]:
     """The tensor `name` as blocks of `kind`, and whether they are memory of their own."""
     info = store.info(name)
+    if kind is FP8:
+        dtype = torch.float32 if _decoded(store, name) or info.dtype == torch.float64 else info.dtype
+        made = encode_fp8(read_as(store, name, dtype, torch.device("cpu")), name=name)
+        return Fp8Tensor(made.weight.to(device), made.scale.to(device)), True
     if info.stored == kind.name and isinstance(store, KeepsBlocks):
         raw = store.raw(name)
         blocks = raw.blocks if isinstance(raw, QuantTensor) else _bytes(raw)
@@ -101,6 +108,12 @@ def _in_form(store: TensorStore, name: str, kind: BlockType, device: torch.devic
         double = info.dtype == torch.float64
         made = _encoded(read_as(store, name, torch.float32 if double else info.dtype, torch.device("cpu")), kind, name)
     return QuantTensor(made.to(device), kind, info.shape), True
+
+
+def _decoded(store: TensorStore, name: str) -> bool:
+    """Whether reading the tensor decodes blocks, to float32."""
+    stored = block_type(store.info(name).stored)
+    return stored is not None and stored.dtype is None
 
 
 def _encoded(values: torch.Tensor, kind: BlockType, name: str) -> torch.Tensor:

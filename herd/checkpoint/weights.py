@@ -5,7 +5,17 @@
 | `auto`              | `stored` for quantized files on a CPU with herd's native kernels and no dtype asked for, else `plain` |
 | `plain`             | all in one dtype: quantized blocks are dequantized                                                  |
 | `stored`            | quantized blocks stay as they are in the file                                                       |
-| int8, int4, q4_k_m… | quantized while loading, see `herd.quant.apply.rule_named`; blocks that fit stay as they are        |
+| `int8`              | Q8_0: 8 bits, a 16-bit scale per 32 values. Activations as the device multiplies: on a CPU with     |
+|                     | native kernels rounded to 8 bits before each product, elsewhere float                               |
+| `int4`              | Q4_0: 4 bits, a 16-bit scale per 32 values (the output matrix Q6_K). Activations as with `int8`     |
+| `w8a8`              | the weights of `int8`, and activations rounded to 8 bits (a scale per 128 columns) everywhere: what |
+|                     | native kernels do anyway, and torch does in float32 where there are none                            |
+| `fp8`               | float8_e4m3fn with a float32 scale per row for the layers' matrices; embedding, output, routers and |
+|                     | norms plain. Activations float (on a CPU: dequantized for each product, for trying, not for speed)  |
+| `q4_k_m`, `q8_0`, … | llama.cpp's mixes (`herd.quant.mix`)                                                                |
+
+The last five quantize while loading, whatever the file holds; blocks that already have the wanted type stay as they are.
+Matrices whose rows are not whole blocks get another form, and `Plan.notes` says which.
 
 With `auto`, blocks of a type that the kernels do not multiply with (Q5_0, Q3_K, ...) become bfloat16.
 """
@@ -13,6 +23,7 @@ With `auto`, blocks of a type that the kernels do not multiply with (Q5_0, Q3_K,
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -21,10 +32,12 @@ from herd.checkpoint.names import shapes
 from herd.checkpoint.store import TensorStore
 from herd.errors import CheckpointError, ConfigError
 from herd.kernels import native
-from herd.quant.apply import WEIGHTS, rule_named
+from herd.model.llama import Llama
+from herd.quant.apply import WEIGHTS, held, rule_named
+from herd.quant.fp8 import FP8
 from herd.quant.scheme import BlockType, block_type
 
-__all__ = ["FLOATS", "FORMS", "Plan", "is_quantized", "meaningless", "plan_weights", "stored_dtype"]
+__all__ = ["FLOATS", "FORMS", "Plan", "changed", "is_quantized", "meaningless", "plan_weights", "stored_dtype"]
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -36,12 +49,13 @@ FORMS: tuple[str, ...] = ("auto", "plain", "stored", *WEIGHTS)
 class Plan:
     """`kinds`: canonical name -> stored form, for matrices that are not plain in `dtype`; `dtype` is also that of activations.
 
-    `notes` say what became another form than was asked for.
+    `notes` say what became another form than was asked for. `activations` is as for `herd.quant.matrix.Matrix`.
     """
 
     dtype: torch.dtype
     kinds: dict[str, BlockType] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    activations: int | None = None
 
 
 def plan_weights(
@@ -63,21 +77,37 @@ def plan_weights(
     if weights in ("auto", "stored"):
         wide = torch.float32 if dtype is None and cpu else usual
         return Plan(wide, _as_stored(store, wide, all_types=weights == "stored"))
-    if weights not in FORMS and weights.lower() != "fp8":  # which rule_named refuses with its reason
-        raise ConfigError(f"no weights are called {weights[:40]!r}: choose one of {', '.join(FORMS)}")
-    rule = rule_named(weights, device)
-    wide = torch.float32 if dtype is None and cpu and native.isa() is not None else usual
+    try:
+        rule = rule_named(weights)
+    except ConfigError as error:
+        raise ConfigError(f"no weights are called {weights[:40]!r}: choose one of {', '.join(FORMS)}") from error
+    runs_native = cpu and native.isa() is not None and rule.base != FP8.name
+    wide = torch.float32 if dtype is None and runs_native else usual
     kinds, notes = {}, []
     for name, shape in shapes(store.config).items():
         choice = rule.kind(name, shape, store.config)
-        kind = block_type(choice.kind)
-        assert kind is not None
+        kind = FP8 if choice.kind == FP8.name else _known(choice.kind)
         if choice.note is not None:
             stays = "" if kind.dtype is None else f" (here: {str(wide).removeprefix('torch.')})"
             notes.append(f"{name}: {choice.note}{stays}")
-        if kind.dtype is None:
+        if kind.dtype is None or kind is FP8:
             kinds[name] = kind
-    return Plan(wide, _whole_experts(kinds, store, wide), tuple(notes))
+    return Plan(wide, _whole_experts(kinds, store, wide), tuple(notes), rule.activations)
+
+
+def changed(store: TensorStore, model: Llama) -> str:
+    """What loading made of the weights, in a line: kinds and bytes in the files, kinds and bytes in memory."""
+    before: Counter[str] = Counter()
+    for name in shapes(store.config):
+        before[store.info(name).stored] += store.info(name).nbytes
+    return f"{_sizes(before)} in the files; {_sizes(held(model))} in memory"
+
+
+def _sizes(sizes: Mapping[str, int]) -> str:
+    ordered = sorted(sizes.items(), key=lambda item: -item[1])
+    total = sum(sizes.values())
+    kinds = ", ".join(f"{kind} {nbytes / 2**20:,.1f}" for kind, nbytes in ordered)
+    return f"{total / 2**20:,.1f} MiB ({kinds})" if len(ordered) > 1 else f"{kinds} MiB"
 
 
 def stored_dtype(store: TensorStore) -> torch.dtype:

@@ -16,7 +16,7 @@ from herd.checkpoint.load import Checkpoint, read_checkpoint
 from herd.checkpoint.open import open_store
 from herd.checkpoint.placement import device_named, dtype_named
 from herd.checkpoint.resolve import resolve
-from herd.checkpoint.weights import is_quantized
+from herd.checkpoint.weights import changed, is_quantized
 from herd.cli.console import note
 from herd.engine.adapters import OneAdapter
 from herd.engine.local import LocalChat
@@ -77,6 +77,7 @@ class Opened:
             "path": str(self.checkpoint.path),
             "parameters": short_count(parameters(model.config)),
             "numbers": numbers if kind is None else f"{kind}, activations {numbers}",
+            "weights": changed(self.checkpoint.store, model),
             "kernels": "torch" if (why := unsupported(model)) is not None else f"native {native.isa()}",
             **({"no native kernels": why} if why is not None and weight.device.type == "cpu" else {}),
             "format": format,

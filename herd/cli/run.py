@@ -207,5 +207,5 @@ def _durations(opened: Opened, reply: Reply, loading: float) -> str:
         "eval rate": f"{usage.decode_rate:.2f} tokens/s",
     }
     about = opened.about()
-    rows |= {name: about[name] for name in ("numbers", "kernels")}
+    rows |= {name: about[name] for name in ("numbers", "weights", "kernels")}
     return "\n".join(f"{name + ':':<22}{value}" for name, value in rows.items())

@@ -37,6 +37,7 @@ from herd.engine.speculate import Drafter
 from herd.engine.streams import AsyncReplyStream, Pending, ReplyStream
 from herd.errors import HerdError
 from herd.model.llama import Llama
+from herd.quant.apply import held
 from herd.tokenizer.tokenizer import Tokenizer
 
 __all__ = ["LLM", "AsyncReplyStream", "Pending", "ReplyStream"]
@@ -125,6 +126,11 @@ class LLM:
     def max_len(self) -> int:
         """The most tokens of one request, prompt and reply together."""
         return self.budget.max_len
+
+    @property
+    def weights(self) -> dict[str, int]:
+        """Bytes of the weights in memory by type: {"Q8_0": 1313251328, "float32": 270336}."""
+        return held(self.model)
 
     def params(self, **chosen: Any) -> SamplingParams:
         """The checkpoint's own sampling defaults with `chosen` fields over them. Raises ConfigError."""

@@ -4,41 +4,41 @@ model's own weights.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from herd.errors import ConfigError
-from herd.kernels import native
 from herd.model.llama import Llama
 from herd.model.moe import Experts
 from herd.quant.encode import encode
+from herd.quant.fp8 import FP8, Fp8Matrix, Fp8Tensor, encode_fp8
 from herd.quant.linear import QuantEmbedding, QuantExperts, QuantLinear, dequantized
 from herd.quant.matrix import Matrix
-from herd.quant.mix import MIXES, Mix, mix
+from herd.quant.mix import MIXES, Mix, RowsOfFp8, mix
 from herd.quant.scheme import QuantTensor
 
-__all__ = ["WEIGHTS", "dequantize", "kind_of", "put", "quantize", "rule_named"]
+__all__ = ["WEIGHTS", "dequantize", "held", "kind_of", "put", "quantize", "rule_named"]
 
-_SHORT = {"int8": "Q8_0", "int4": "Q4_0", "w8a8": "Q8_0"}
+_SHORT = {
+    "int8": mix("Q8_0"),
+    "int4": mix("Q4_0"),
+    "w8a8": replace(mix("Q8_0"), activations=8),
+    "fp8": RowsOfFp8(name="FP8", file_type=-1, base="FP8"),
+}
 WEIGHTS: tuple[str, ...] = (*_SHORT, *(m.name.lower() for m in MIXES.values() if m.quantized))
 """Names that `rule_named` takes."""
 
 
-def rule_named(name: str, device: str | torch.device = "cpu") -> Mix:
-    """The quantization called `name`: a mix of llama.cpp (q4_k_m, ...), int8 (Q8_0), int4 (Q4_0), or w8a8.
-
-    On a CPU products with quantized weights round activations to 8 bits in any case, so there w8a8 is int8. Raises ConfigError
-    with the choices; fp8 and, without the native library, w8a8 are refused.
+def rule_named(name: str) -> Mix:
+    """The quantization called `name`: a mix of llama.cpp (q4_k_m, ...), int8, int4, w8a8 or fp8 (`herd.checkpoint.weights` says
+    what they are). Raises ConfigError with the choices.
     """
     key = name.lower()
-    if key == "fp8":
-        raise ConfigError(
-            "fp8 weights need arithmetic that a CPU does not have, and herd has no GPU kernels for them yet: choose int8 or int4"
-        )
-    if key == "w8a8" and (torch.device(device).type != "cpu" or native.isa() is None):
-        why = native.missing() or "other devices multiply with float activations"
-        raise ConfigError(f"w8a8 runs on a CPU with herd's native kernels only ({why}): choose int8")
-    rule = mix(_SHORT.get(key, key)) if key in WEIGHTS or key.upper() in MIXES or key in ("q4_k", "q5_k") else None
+    rule = _SHORT.get(key)
+    if rule is None and (key.upper() in MIXES or key in ("q4_k", "q5_k")):
+        rule = mix(key)
     if rule is None or not rule.quantized:
         raise ConfigError(f"no weights are called {name[:40]!r}: choose one of {', '.join(WEIGHTS)}")
     return rule
@@ -51,16 +51,18 @@ def quantize(model: Llama, weights: str) -> list[str]:
     ConfigError for an unknown name, and for a model that is quantized already; CheckpointError for values that have no
     quantized form (infinite, not a number).
     """
-    rule = rule_named(weights, model.norm.weight.device)
+    rule = rule_named(weights)
     notes = []
     for name, weight in _floats(model).items():
         choice = rule.kind(name, tuple(weight.shape), model.config)
         if choice.note is not None:
             notes.append(f"{name}: {choice.note}")
         if choice.kind not in ("F32", "F16", "BF16"):
-            stored = encode(weight, choice.kind, name=name)
-            assert isinstance(stored, QuantTensor)
-            put(model, name, stored, model.norm.weight.dtype, own=True)
+            stored = (
+                encode_fp8(weight, name=name) if choice.kind == FP8.name else encode(weight, choice.kind, name=name)
+            )
+            assert isinstance(stored, QuantTensor | Fp8Tensor)
+            put(model, name, stored, model.norm.weight.dtype, own=True, activations=rule.activations)
     return notes
 
 
@@ -79,31 +81,57 @@ def dequantize(model: Llama, dtype: torch.dtype = torch.float32) -> Llama:
     return twin.requires_grad_(False).eval()
 
 
-def put(model: Llama, name: str, stored: QuantTensor, dtype: torch.dtype, *, own: bool) -> None:
+def put(
+    model: Llama,
+    name: str,
+    stored: QuantTensor | Fp8Tensor,
+    dtype: torch.dtype,
+    *,
+    own: bool,
+    activations: int | None = None,
+) -> None:
     """Make `stored` the weight of `model` called `name` (canonical). A tied output follows the embedding.
 
     `dtype` is what embeddings are looked up in. `own`: the blocks are memory of their own, given up where panels replace them;
-    otherwise they are views of a file and stay beside the panels.
+    otherwise they are views of a file and stay beside the panels. `activations` is as for `Matrix`.
     """
     home, _, field = name.rpartition(".")
     if isinstance(model.get_submodule(home), Experts | QuantExperts):
-        shape = stored.shape[1:]
-        each = tuple(_packed(QuantTensor(blocks, stored.type, shape), own) for blocks in stored.blocks)
+        if isinstance(stored, Fp8Tensor):
+            each = tuple(_packed(stored[e], own) for e in range(len(stored.scale)))
+        else:
+            parts = (QuantTensor(blocks, stored.type, stored.shape[1:]) for blocks in stored.blocks)
+            each = tuple(_packed(part, own, activations) for part in parts)
         if not isinstance(model.get_submodule(home), QuantExperts):
             model.set_submodule(home, QuantExperts())
         setattr(model.get_submodule(home), field, each)
     elif home == "tok_embeddings":
         tied = model.config.tie_embeddings
-        matrix = _packed(stored, own) if tied else Matrix(stored)  # rows alone need no panels
+        assert isinstance(stored, QuantTensor), "embeddings are no FP8"
+        matrix = _packed(stored, own, activations) if tied else Matrix(stored)  # rows alone need no panels
         model.set_submodule(home, QuantEmbedding(matrix, dtype))
         if tied:
             model.set_submodule("output", QuantLinear(matrix))
     else:
-        model.set_submodule(home, QuantLinear(_packed(stored, own)))
+        model.set_submodule(home, QuantLinear(_packed(stored, own, activations)))
 
 
 def kind_of(model: nn.Module) -> str | None:
     """The type that most stored bytes of the matrices in `model` have ("Q4_K"); None when none is quantized."""
+    sizes = _stored_sizes(model)
+    return max(sizes, key=sizes.__getitem__) if sizes else None
+
+
+def held(model: nn.Module) -> dict[str, int]:
+    """Bytes of all weights of `model` by type ("Q4_K", "float32"); what is shared (a tied output) counts once."""
+    sizes: dict[str, int] = dict(_stored_sizes(model))
+    for weight in model.parameters():
+        kind = str(weight.dtype).removeprefix("torch.")
+        sizes[kind] = sizes.get(kind, 0) + weight.nbytes
+    return sizes
+
+
+def _stored_sizes(model: nn.Module) -> dict[str, int]:
     sizes: dict[str, int] = {}
     seen: set[int] = set()
     for module in model.modules():
@@ -112,11 +140,11 @@ def kind_of(model: nn.Module) -> str | None:
                 if id(matrix) not in seen:
                     seen.add(id(matrix))
                     sizes[matrix.type.name] = sizes.get(matrix.type.name, 0) + matrix.nbytes
-    return max(sizes, key=sizes.__getitem__) if sizes else None
+    return sizes
 
 
-def _packed(stored: QuantTensor, own: bool) -> Matrix:
-    matrix = Matrix(stored)
+def _packed(stored: QuantTensor | Fp8Tensor, own: bool, activations: int | None = None) -> Matrix:
+    matrix = Fp8Matrix(stored) if isinstance(stored, Fp8Tensor) else Matrix(stored, activations)
     if matrix.pack() and own:
         matrix.drop()
     return matrix

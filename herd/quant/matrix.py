@@ -14,6 +14,7 @@ from torch.nn.functional import linear
 
 from herd.errors import ConfigError
 from herd.kernels import native
+from herd.quant.activations import eight_bits
 from herd.quant.panels import PANEL, unpack
 from herd.quant.scheme import BlockType, QuantTensor
 
@@ -25,18 +26,21 @@ _NATIVE_INPUTS = (torch.float32, torch.bfloat16, torch.float16)
 class Matrix:
     """A weight [rows, columns] in a type of `herd.quant.scheme`, quantized or plain.
 
-    `blocks` is None once `drop` was called; `panels` is None until `pack` made them, and away from the CPU.
+    `blocks` is None once `drop` was called; `panels` is None until `pack` made them, and away from the CPU. `activations` 8:
+    products round their inputs to 8 bits wherever they run (W8A8); None: where native kernels do so anyway.
     """
 
-    __slots__ = ("blocks", "columns", "panels", "rows", "type")
+    __slots__ = ("activations", "blocks", "columns", "panels", "rows", "type")
 
-    def __init__(self, tensor: QuantTensor) -> None:
+    def __init__(self, tensor: QuantTensor, activations: int | None = None) -> None:
+        assert activations in (None, 8)
         if len(tensor.shape) != 2 or not (tensor.type.decodable or tensor.type.dtype in _NATIVE_INPUTS):
             raise ValueError(f"{tensor.type.name} of shape {tensor.shape} is no matrix that herd multiplies with")
         self.type: BlockType = tensor.type
         self.rows, self.columns = tensor.shape
         self.blocks: Tensor | None = tensor.blocks
         self.panels: native.Weight | None = None
+        self.activations = activations
 
     @property
     def nbytes(self) -> int:
@@ -61,11 +65,14 @@ class Matrix:
         """x [..., columns] -> x W^T [..., rows] in x's dtype.
 
         Natively with 8-bit activations (a scale per 128 columns) where panels are and no gradient is asked for; otherwise
-        with the dequantized matrix.
+        with the dequantized matrix, and with `activations` 8 in float32 on inputs rounded in the same way. Where gradients are
+        wanted nothing is rounded: rounding has none.
         """
         wanted = torch.is_grad_enabled() and x.requires_grad
         if self.panels is not None and x.is_cpu and x.dtype in _NATIVE_INPUTS and not wanted:
             return native.matmul(self.panels, x.float()).to(x.dtype)
+        if self.activations is not None and not wanted:
+            return linear(eight_bits(x), self.dequantize()).to(x.dtype)
         return linear(x, self.dequantize(x.dtype))
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:

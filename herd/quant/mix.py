@@ -14,7 +14,7 @@ from herd.errors import ConfigError
 from herd.model.config import ModelConfig
 from herd.quant.scheme import block_type
 
-__all__ = ["MIXES", "Choice", "Mix", "mix"]
+__all__ = ["MIXES", "Choice", "Mix", "RowsOfFp8", "mix"]
 
 _EIGHT = 8
 """Experts of Mixtral: some rules of llama.cpp hold for exactly this number."""
@@ -33,11 +33,15 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mix:
-    """One file type: its `name`, its id in `general.file_type`, and the type `base` of most tensors."""
+    """One file type: its `name`, its id in `general.file_type`, and the type `base` of most tensors.
+
+    `activations` 8 asks products to round their inputs to 8 bits, too; files do not say so.
+    """
 
     name: str
     file_type: int
     base: str
+    activations: int | None = None
 
     @property
     def quantized(self) -> bool:
@@ -83,6 +87,17 @@ class Mix:
         if self.name == "Q4_K_S" and layer < n_layers // 8:
             return "Q5_K"
         return self.base
+
+
+class RowsOfFp8(Mix):
+    """No file type, but a form in memory: FP8 for the matrices of layers; embedding and output stay as they are."""
+
+    __slots__ = ()
+
+    def kind(self, name: str, shape: tuple[int, ...], config: ModelConfig) -> Choice:
+        if len(shape) < 2 or name.endswith(("norm.weight", "router.weight")):
+            return Choice("F32")
+        return Choice("FP8" if name.startswith("layers.") else "BF16")
 
 
 MIXES: dict[str, Mix] = {

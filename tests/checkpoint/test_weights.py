@@ -85,7 +85,7 @@ def test_plain_weights_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert kind_of(load_model(path)) is None, "torch alone multiplies bfloat16 faster than blocks"
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4", "q4_k_m"])
+@pytest.mark.parametrize("weights", ["int8", "int4", "q4_k_m", "w8a8", "fp8"])
 @pytest.mark.parametrize("config", [WIDE, TIED], ids=["wide", "tied"])
 def test_quantized_while_loading(config, weights: str, tmp_path: Path) -> None:
     built = build(config)
@@ -131,8 +131,6 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     path = gguf(tmp_path, "wide", GGML.Q4_0)
     with pytest.raises(ConfigError, match="choose one of auto, plain, stored, int8"):
         load_model(path, weights="int3")
-    with pytest.raises(ConfigError, match="fp8"):
-        load_model(path, weights="fp8")
     with pytest.raises(ConfigError, match="float64"):
         load_model(path, dtype=torch.float64, weights="stored")
 

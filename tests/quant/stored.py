@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-from torch.nn.functional import pad
 
+from herd.quant.activations import eight_bits
 from herd.quant.encode import encode
 from herd.quant.scheme import QuantTensor
 
@@ -26,12 +25,3 @@ def stored(kind: str, *shape: int, seed: int = 0) -> QuantTensor:
     found = block_type(kind)
     assert found is not None
     return QuantTensor(made.view(torch.uint8), found, shape)
-
-
-def eight_bits(x: Tensor) -> Tensor:
-    """x [..., columns] rounded as the library rounds activations: 8 bits with one scale per 128 columns."""
-    columns = x.shape[-1]
-    groups = pad(x, (0, -columns % 128)).unflatten(-1, (-1, 128))
-    top = groups.abs().amax(-1, keepdim=True)
-    inverse = torch.where(top > 0, 127 / top, torch.zeros_like(top))
-    return ((groups * inverse).round() * (top / 127)).flatten(-2)[..., :columns]
