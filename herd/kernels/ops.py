@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["fake", "gradient", "operation"]
+__all__ = ["fake", "gradient", "on_cuda", "operation"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 _LIBRARY = torch.library.Library("herd", "FRAGMENT")
@@ -47,6 +48,25 @@ def fake(operation: Callable[..., Any]) -> Callable[[F], F]:
         return function
 
     return made
+
+
+def on_cuda(operation: Callable[..., Any], module: str) -> None:
+    """For tensors on a CUDA device, the function of the same name in `herd.kernels.triton.<module>` computes `operation`; the
+    plain one where Triton cannot be used. Triton is imported by the first such call."""
+    name = operation.__name__
+
+    @functools.cache
+    def chosen() -> Callable[..., Any]:
+        from herd.kernels import triton
+
+        if not triton.usable():
+            return operation.__wrapped__  # type: ignore[attr-defined]
+        return getattr(importlib.import_module(f"herd.kernels.triton.{module}"), name)
+
+    def call(*args: Any, **named: Any) -> Any:
+        return chosen()(*args, **named)
+
+    _LIBRARY.impl(name, call, "CUDA")
 
 
 def gradient(operation: Callable[..., Any], *, saved: Callable[..., None]) -> Callable[[F], F]:
