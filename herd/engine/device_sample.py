@@ -20,7 +20,7 @@ from herd.engine.sample import COLDEST, HOTTEST
 if TYPE_CHECKING:
     from herd.engine.sampler import RowState
 
-__all__ = ["adjust", "choose", "draw", "logprobs", "weigh"]
+__all__ = ["adjust", "choose", "draw_at", "logprobs", "nucleus", "weigh"]
 
 
 def choose(
@@ -38,7 +38,8 @@ def choose(
     if drawn:
         where = torch.tensor(drawn, device=logits.device)
         weights = weigh(adjusted[where], [rows[i].params for i in drawn])
-        tokens[where] = draw(weights, [rows[i].uniform() for i in drawn])
+        uniforms = torch.tensor([rows[i].uniform() for i in drawn], dtype=torch.float64, device=logits.device)
+        tokens[where] = draw_at(weights, uniforms)
     outcome = torch.stack([tokens, logits.amax(-1).isfinite().long(), best[:, 0].isfinite().long()], dim=-1)
     return [(token, bool(finite), bool(left)) for token, finite, left in outcome.tolist()]
 
@@ -100,19 +101,18 @@ def weigh(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     if any(p.typical_p < 1 for p in params):
         weights = _typical(weights, column(lambda p: p.typical_p, torch.float64))
     if any(p.top_p < 1 for p in params):
-        weights = _nucleus(weights, column(lambda p: p.top_p, torch.float64))
+        weights = nucleus(weights, column(lambda p: p.top_p, torch.float64))
     if any(p.min_p for p in params):
         least = column(lambda p: p.min_p, torch.float32) * weights.amax(-1, keepdim=True)
         weights = weights.where(weights >= least, 0)
     return weights
 
 
-def draw(weights: Tensor, uniforms: Sequence[float]) -> Tensor:
-    """The ids [R] at `uniforms` of the cumulative distributions `weights` [R, V], in the order of the ids."""
+def draw_at(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """The ids [R] at `uniforms` [R] float64 of the cumulative distributions `weights` [R, V], in the order of the ids."""
     mass = weights.double().cumsum(-1)
     total = mass[:, -1:]
-    at = torch.tensor(uniforms, dtype=torch.float64, device=weights.device)[:, None] * total
-    at = at.minimum(total.nextafter(torch.zeros_like(total)))
+    at = (uniforms[:, None] * total).minimum(total.nextafter(torch.zeros_like(total)))
     return torch.searchsorted(mass, at, right=True)[:, 0].clamp(max=weights.shape[-1] - 1)
 
 
@@ -149,8 +149,9 @@ def _typical(weights: Tensor, typical_p: Tensor) -> Tensor:
     return weights.where((distance <= ordered.gather(-1, last)) | (typical_p >= 1), 0)
 
 
-def _nucleus(weights: Tensor, top_p: Tensor) -> Tensor:
-    ordered = weights.sort(dim=-1, descending=True).values
+def nucleus(weights: Tensor, top_p: Tensor, ordered: Tensor | None = None) -> Tensor:
+    """Meta's top-p over `weights` [R, V], top_p [R, 1] float64; `ordered` are the same weights, falling, where they are known."""
+    ordered = weights.sort(dim=-1, descending=True).values if ordered is None else ordered
     mass = ordered.cumsum(-1, dtype=torch.float64)
     kept = 1 + (mass[:, :-1] <= top_p * mass[:, -1:]).sum(-1, keepdim=True)
     least = ordered.gather(-1, kept - 1)

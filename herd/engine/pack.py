@@ -23,7 +23,8 @@ class RaggedBatch:
     tokens, positions and slots [T] int64: the id of each row, its position, and where its key and value go
     (block * block_size + offset). spans [n, 4] int64: (first row, rows, first position, table) of the rows of one sequence;
     tables [n, width] int32: its blocks in order, then zeros. logit_rows [R] int64, in the order of the plan's chunks.
-    `adapters`: one name or None per span; None when no request has an adapter.
+    `adapters`: one name or None per span; None when no request has an adapter. `known`: the spans once more, in main memory, so
+    that a GPU need not be asked for them; None when only the tensors were made.
     """
 
     tokens: Tensor
@@ -33,6 +34,7 @@ class RaggedBatch:
     tables: Tensor
     logit_rows: Tensor
     adapters: tuple[str | None, ...] | None = None
+    known: tuple[tuple[int, int, int, int], ...] | None = None
 
 
 def pack(
@@ -66,4 +68,5 @@ def pack(
         tables=torch.frombuffer(tables, dtype=torch.int32).view(-1, width).to(device),
         logit_rows=parts[4],
         adapters=adapters if any(name is not None for name in adapters) else None,
+        known=tuple(zip(*(iter(spans),) * 4, strict=True)),
     )

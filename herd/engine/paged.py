@@ -9,6 +9,7 @@ import math
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from herd.kernels.paged import paged_attention, write_kv, write_kv_int8
 from herd.model.attend import Attend
 from herd.model.config import ModelConfig
 
-__all__ = ["KV_DTYPES", "PagedAttend", "PagedCache", "block_bytes", "blocks_for"]
+__all__ = ["KV_DTYPES", "Layer", "PagedAttend", "PagedCache", "block_bytes", "blocks_for"]
 
 KV_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 """What a cache can hold. int8 keeps a float32 scale per position and head beside it."""
@@ -37,6 +38,15 @@ def block_bytes(config: ModelConfig, block_size: int = 16, dtype: torch.dtype = 
 def blocks_for(nbytes: int, config: ModelConfig, block_size: int = 16, dtype: torch.dtype = torch.bfloat16) -> int:
     """How many blocks fit into `nbytes`."""
     return nbytes // block_bytes(config, block_size, dtype)
+
+
+class Layer(NamedTuple):
+    """Keys and values of one layer of a `PagedCache`; scales with int8."""
+
+    k: Tensor
+    v: Tensor
+    k_scale: Tensor | None
+    v_scale: Tensor | None
 
 
 LAZY = 1 << 20
@@ -71,7 +81,9 @@ class PagedCache:
     """`blocks` blocks of `block_size` positions for every layer, in a dtype of KV_DTYPES, zero at first.
 
     `k` and `v` are lists of [blocks, block_size, Hkv, Dh], one per layer; `k_scale` and `v_scale` of [blocks, block_size, Hkv]
-    float32 with int8, else empty. Which block belongs to whom is the block pool's affair. Raises ConfigError.
+    float32 with int8, else empty. Which block belongs to whom is the block pool's affair. `spare` adds one more block behind
+    them, `scratch`, which is nobody's: recorded steps of a GPU let rows write there that stand for no sequence. Raises
+    ConfigError.
     """
 
     def __init__(
@@ -82,13 +94,15 @@ class PagedCache:
         block_size: int = 16,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        spare: bool = False,
     ) -> None:
         block_bytes(config, block_size, dtype)
         if blocks < 1 or block_size < 1:
             raise ConfigError(f"a cache of {blocks} blocks of {block_size} positions holds nothing")
         self.config, self.blocks, self.block_size, self.dtype = config, blocks, block_size, dtype
         self.device = torch.device(device)
-        shape = (blocks, block_size, config.n_kv_heads, config.head_dim)
+        self.scratch = blocks if spare else None
+        shape = (blocks + spare, block_size, config.n_kv_heads, config.head_dim)
         layers = range(config.n_layers)
         self.k = [_zeros(shape, dtype, self.device) for _ in layers]
         self.v = [_zeros(shape, dtype, self.device) for _ in layers]
@@ -102,17 +116,20 @@ class PagedCache:
         return [*self.k, *self.v, *self.k_scale, *self.v_scale]
 
     @property
+    def layers(self) -> list[Layer]:
+        """Keys, values and scales of each layer."""
+        none = [None] * len(self.k)
+        every = zip(self.k, self.v, self.k_scale or none, self.v_scale or none, strict=True)
+        return [Layer(*one) for one in every]
+
+    @property
     def nbytes(self) -> int:
         """Bytes held."""
         return sum(t.nbytes for t in self.tensors)
 
     def bind(self, batch: RaggedBatch) -> list[Attend]:
         """One Attend per layer for this step."""
-        none = [None] * len(self.k)
-        return [
-            PagedAttend(k, v, k_scale, v_scale, batch.slots, batch.spans, batch.tables)
-            for k, v, k_scale, v_scale in zip(self.k, self.v, self.k_scale or none, self.v_scale or none, strict=True)
-        ]
+        return [PagedAttend(*layer, batch.slots, batch.spans, batch.tables) for layer in self.layers]
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks, (from, to), one after the other: a block may be copied on."""
