@@ -48,9 +48,11 @@ COMMANDS = {
     "show": Entry("herd.cli.show", "Show where a model lies and what it is made of.", "Files"),
     "rm": Entry("herd.cli.rm", "Delete a model from the cache.", "Files"),
     "convert": Entry("herd.cli.convert", "Write a checkpoint in another format, with proof.", "Files"),
+    "quantize": Entry("herd.cli.quantize", "Write a smaller copy of a model, and say what it lost.", "Files"),
     "verify": Entry("herd.cli.verify", "Prove that two checkpoints are the same model.", "Files"),
     "plan": Entry("herd.cli.plan", "Say what running a model takes: memory, speed, what fits.", "Look"),
     "bench": Entry("herd.cli.bench", "Measure speed on this machine, beside other programs.", "Look"),
+    "doctor": Entry("herd.cli.doctor", "Say what this machine can run, and why something is slow.", "Look"),
     "inspect": Entry("herd.cli.inspect", "Say what is in a checkpoint, and what looks wrong.", "Look"),
     "models": Entry("herd.cli.models", "List the Llama models that herd knows.", "Look"),
     "lint-template": Entry(
