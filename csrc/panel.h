@@ -11,7 +11,7 @@ namespace herd::HERD_ISA {
 using F = V::F;
 using I = V::I;
 constexpr int PARTS = PANEL / V::LANES;
-constexpr int AHEAD = 4096;  // bytes: weights come from memory while those before them are multiplied
+constexpr int AHEAD = 9216;  // bytes: weights come from memory while those before them are multiplied
 
 inline I low(I c) { return V::both(c, 0x0f0f0f0f); }
 inline I high(I c) { return V::both(V::template right<4>(c), 0x0f0f0f0f); }
@@ -126,12 +126,16 @@ void tile(const uint8_t* w, const Acts& a, int64_t first, float* y, int64_t stri
     for (int64_t column = 0; column < a.columns; column += ACT_GROUP) {
         const int n = a.columns - column < ACT_GROUP ? int(a.columns - column) / GROUP : ACT_GROUP / GROUP;
         const int64_t at = column / GROUP * RECORD;
-        if constexpr (T > 2)  // with fewer, memory is the limit and the processor's own prefetching does it
-            for (int i = 0; i < ACT_GROUP / GROUP * l.body; i += 64) __builtin_prefetch(g + AHEAD + i);
         for (int p = 0; p < PARTS; ++p) {
             F run[T];
             for (int t = 0; t < T; ++t) run[t] = V::zero();
-            for (int i = 0; i < n; ++i) add_group<FORMAT, T>(head, g + i * l.body, p, x, at + i * RECORD, run);
+            for (int i = 0; i < n; ++i) {
+                // A few lines at a time: asked for all at once, they hold up the activations, which lie nearer. With one token or
+                // two, memory is the limit and the processor's own prefetching does it.
+                if constexpr (T > 2)
+                    for (int j = 0; j < l.body; j += 64) __builtin_prefetch(g + i * l.body + AHEAD + j);
+                add_group<FORMAT, T>(head, g + i * l.body, p, x, at + i * RECORD, run);
+            }
             for (int t = 0; t < T; ++t) {
                 float* to = total[t] + p * V::LANES;
                 V::store(to, V::fma(run[t], float_at(x[t] + at + REC_SCALE), V::load(to)));

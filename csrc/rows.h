@@ -77,8 +77,9 @@ inline void quantize(const float* x, const Acts& a, int64_t row, int64_t begin, 
         int8_t q[ACT_GROUP];
         const float scale = to_bytes(x + at, width, q);
         for (int64_t i = 0; i < width; i += GROUP, record += RECORD) {
-            int32_t half[2] = {0, 0};
-            for (int j = 0; j < GROUP; ++j) half[j / SUM_GROUP] += q[i + j];
+            int32_t half[2] = {0, 0};  // two loops, each of one vector
+            for (int j = 0; j < SUM_GROUP; ++j) half[0] += q[i + j];
+            for (int j = SUM_GROUP; j < GROUP; ++j) half[1] += q[i + j];
             const int32_t sum = half[0] + half[1];
             const int32_t offsets[4] = {-8 * sum, -128 * sum, -32 * half[0], -32 * half[1]};
             const float floats[2] = {float(sum), scale};
