@@ -5,7 +5,7 @@
 
 namespace herd {
 
-constexpr int VERSION = 2;
+constexpr int VERSION = 3;
 
 struct Matrix {            // [rows, cols]; quantized formats in panels, F32 / F16 / BF16 row by row
     const uint8_t* data;

@@ -80,6 +80,25 @@ const char* fault(const Step& s) {
     return row == s.rows ? nullptr : "spans do not cover the rows one after the other";
 }
 
+// Eight chains of multiplications, so that one does not wait for the other; `seed` tells equal parts at different places apart.
+uint64_t part_sum(const uint8_t* data, int64_t size, uint64_t seed) {
+    constexpr uint64_t ODD = 0x9E3779B97F4A7C15ull;
+    uint64_t chain[8], words[8];
+    for (int j = 0; j < 8; ++j) chain[j] = (seed + 1) * ODD + uint64_t(j);
+    for (int64_t at = 0; at < size; at += 64) {
+        const int64_t n = size - at < 64 ? size - at : 64;
+        if (n < 64) std::memset(words, 0, sizeof words);
+        std::memcpy(words, data + at, n);
+        for (int j = 0; j < 8; ++j) {
+            const uint64_t h = chain[j] ^ words[j];
+            chain[j] = (h << 27 | h >> 37) * ODD;
+        }
+    }
+    uint64_t sum = 0;
+    for (uint64_t c : chain) sum = ((sum ^ c) << 31 | (sum ^ c) >> 33) * ODD;
+    return sum;
+}
+
 }  // namespace
 }  // namespace herd
 
@@ -87,6 +106,18 @@ using namespace herd;
 
 #define HERD_PUBLIC __attribute__((visibility("default")))
 extern "C" {
+
+// A checksum of `size` bytes: every change of one word changes it, and damage of more goes unseen once in 2^64. Parts of PART bytes
+// are summed side by side, so the number of threads does not matter.
+HERD_PUBLIC uint64_t herd_checksum(const uint8_t* data, int64_t size, int threads) {
+    constexpr int64_t PART = 1 << 20;
+    const int64_t parts = (size + PART - 1) / PART;
+    uint64_t total = uint64_t(size);
+    #pragma omp parallel for schedule(dynamic) num_threads(threads) reduction(+ : total)
+    for (int64_t i = 0; i < parts; ++i)
+        total += part_sum(data + i * PART, size - i * PART < PART ? size - i * PART : PART, uint64_t(i));
+    return total;
+}
 
 // 1 when this processor and build have the instruction set `name`, which is then used.
 HERD_PUBLIC int herd_use(const char* name) {

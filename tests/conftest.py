@@ -13,6 +13,9 @@ import pytest
 # Tiny models are fastest on one thread, and xdist workers share the cores. Set before anything imports torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# No test leaves packed copies of its models in the cache of whoever runs it.
+os.environ["HERD_PACKED"] = "off"
+
 SHARED = Path(os.environ.get("HERD_SHARED") or Path(__file__).resolve().parents[2] / "shared")
 
 

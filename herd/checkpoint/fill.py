@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from herd.checkpoint.mapped import slices
 from herd.checkpoint.names import shapes
+from herd.checkpoint.packed import PackedCopy, open_packed
 from herd.checkpoint.placement import device_named, dtype_named
 from herd.checkpoint.store import KeepsBlocks, ReadsInto, Releases, TensorStore
 from herd.checkpoint.weights import FLOATS, Plan, meaningless, plan_weights, stored_dtype
@@ -60,18 +61,26 @@ def fill(
         model = Llama(store.config)
     with torch.device(device):
         model.rope = Rope(store.config)
-    done, total = 0, sum(store.info(name).nbytes for name in shapes(store.config))
-    for name in shapes(store.config):
-        _fill_one(model, store, name, plan, device)
-        done += store.info(name).nbytes
+    sizes = {name: store.info(name).nbytes for name in shapes(store.config)}
+    done: set[str] = set()
+
+    def one(name: str) -> None:
+        done.add(name)
         if tick is not None:
-            tick(done, total)
+            tick(sum(sizes[name] for name in done), sum(sizes.values()))
+
+    copy = open_packed(store, plan.kinds, one) if device.type == "cpu" and plan.activations is None else None
+    for name in sizes:
+        _fill_one(model, store, name, plan, device, copy)
+        one(name)
     if store.config.tie_embeddings and isinstance(model.output, nn.Linear):
         model.output.weight = model.tok_embeddings.weight
     return model.eval()
 
 
-def _fill_one(model: Llama, store: TensorStore, name: str, plan: Plan, device: torch.device) -> None:
+def _fill_one(
+    model: Llama, store: TensorStore, name: str, plan: Plan, device: torch.device, copy: PackedCopy | None
+) -> None:
     """Give the parameter `name` its numbers: in the dtype of the plan, or in a stored form."""
     kind = plan.kinds.get(name)
     if kind is None:
@@ -80,7 +89,8 @@ def _fill_one(model: Llama, store: TensorStore, name: str, plan: Plan, device: t
         model.get_submodule(home).register_parameter(field, weight)
         return
     stored, own = _in_form(store, name, kind, device)
-    put(model, name, stored, plan.dtype, own=own, activations=plan.activations)
+    panels = copy.panels(name) if copy is not None and name in copy else None
+    put(model, name, stored, plan.dtype, own=own, activations=plan.activations, panels=panels)
     if isinstance(store, Releases):
         store.release(name)  # panels replace what was read; look-ups bring back the rows they need
 

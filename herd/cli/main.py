@@ -47,6 +47,7 @@ COMMANDS = {
     "list": Entry("herd.cli.list", "List the models on this machine.", "Files"),
     "show": Entry("herd.cli.show", "Show where a model lies and what it is made of.", "Files"),
     "rm": Entry("herd.cli.rm", "Delete a model from the cache.", "Files"),
+    "cache": Entry("herd.cli.cache", "List or delete the packed copies of models that start fast.", "Files"),
     "convert": Entry("herd.cli.convert", "Write a checkpoint in another format, with proof.", "Files"),
     "quantize": Entry("herd.cli.quantize", "Write a smaller copy of a model, and say what it lost.", "Files"),
     "verify": Entry("herd.cli.verify", "Prove that two checkpoints are the same model.", "Files"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from ctypes import POINTER, Structure, c_char_p, c_double, c_int, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_double, c_int, c_int64, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -20,7 +20,7 @@ __all__ = ["ISAS", "VERSION", "Layer", "Matrix", "Model", "Step", "library", "lo
 ISAS = ("avx512", "avx2", "neon", "scalar")
 """Best first. `HERD_ISA` chooses one, or `none` for torch alone."""
 
-VERSION = 2
+VERSION = 3
 """Of the structures below; csrc/abi.h has the same number."""
 
 
@@ -67,6 +67,7 @@ _FUNCTIONS = (
     ("herd_use", c_int, (c_char_p,)),
     ("herd_packed_bytes", c_int64, (c_int, c_int64, c_int64)),
     ("herd_pack", None, (c_int, c_void_p, c_int64, c_int64, c_void_p, c_int)),
+    ("herd_checksum", c_uint64, (c_void_p, c_int64, c_int)),
     ("herd_matmul_scratch", c_int64, (POINTER(Matrix), c_int64, c_int)),
     ("herd_matmul", None, (POINTER(Matrix), c_void_p, c_int64, c_void_p, c_int, c_void_p)),
     ("herd_forward_scratch", c_int64, (POINTER(Model), POINTER(Step), c_int)),

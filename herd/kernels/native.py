@@ -15,7 +15,20 @@ from torch import Tensor
 
 from herd.kernels.border import Layer, Matrix, Model, Step, library, loaded
 
-__all__ = ["Decoder", "LayerWeights", "Span", "Weight", "isa", "matmul", "missing", "pack", "packs", "plain"]
+__all__ = [
+    "Decoder",
+    "LayerWeights",
+    "Span",
+    "Weight",
+    "checksum",
+    "isa",
+    "matmul",
+    "missing",
+    "pack",
+    "packed_bytes",
+    "packs",
+    "plain",
+]
 
 PACKED = {2: "Q4_0", 8: "Q8_0", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K"}
 """GGML types with panels, by id."""
@@ -231,6 +244,18 @@ def pack(type_id: int, blocks: Tensor, columns: int) -> Weight:
     out = torch.empty(native.herd_packed_bytes(type_id, rows, columns), dtype=torch.uint8)
     native.herd_pack(type_id, blocks.data_ptr(), rows, columns, out.data_ptr(), torch.get_num_threads())
     return Weight(out, type_id, rows, columns)
+
+
+def packed_bytes(type_id: int, rows: int, columns: int) -> int:
+    """Bytes of the panels of a matrix [rows, columns]."""
+    return library().herd_packed_bytes(type_id, rows, columns)
+
+
+def checksum(data: Tensor) -> int:
+    """A 64-bit checksum of a contiguous uint8 tensor on the CPU, as fast as reading it. Against damage, not against malice."""
+    assert data.dtype == torch.uint8
+    assert data.is_contiguous()
+    return library().herd_checksum(data.data_ptr(), data.numel(), torch.get_num_threads())
 
 
 def plain(weight: Tensor) -> Weight:

@@ -89,31 +89,34 @@ def put(
     *,
     own: bool,
     activations: int | None = None,
+    panels: Tensor | None = None,
 ) -> None:
     """Make `stored` the weight of `model` called `name` (canonical). A tied output follows the embedding.
 
     `dtype` is what embeddings are looked up in. `own`: the blocks are memory of their own, given up where panels replace them;
-    otherwise they are views of a file and stay beside the panels. `activations` is as for `Matrix`.
+    otherwise they are views of a file and stay beside the panels. `activations` is as for `Matrix`. `panels`:
+    those of `stored`, made before (uint8; those of experts one after the other).
     """
     home, _, field = name.rpartition(".")
     if isinstance(model.get_submodule(home), Experts | QuantExperts):
         if isinstance(stored, Fp8Tensor):
             each = tuple(_packed(stored[e], own) for e in range(len(stored.scale)))
         else:
-            parts = (QuantTensor(blocks, stored.type, stored.shape[1:]) for blocks in stored.blocks)
-            each = tuple(_packed(part, own, activations) for part in parts)
+            parts = [QuantTensor(blocks, stored.type, stored.shape[1:]) for blocks in stored.blocks]
+            made = [None] * len(parts) if panels is None else panels.view(len(parts), -1)
+            each = tuple(_packed(part, own, activations, panel) for part, panel in zip(parts, made, strict=True))
         if not isinstance(model.get_submodule(home), QuantExperts):
             model.set_submodule(home, QuantExperts())
         setattr(model.get_submodule(home), field, each)
     elif home == "tok_embeddings":
         tied = model.config.tie_embeddings
         assert isinstance(stored, QuantTensor), "embeddings are no FP8"
-        matrix = _packed(stored, own, activations) if tied else Matrix(stored)  # rows alone need no panels
+        matrix = _packed(stored, own, activations, panels) if tied else Matrix(stored)  # rows alone need no panels
         model.set_submodule(home, QuantEmbedding(matrix, dtype))
         if tied:
             model.set_submodule("output", QuantLinear(matrix))
     else:
-        model.set_submodule(home, QuantLinear(_packed(stored, own, activations)))
+        model.set_submodule(home, QuantLinear(_packed(stored, own, activations, panels)))
 
 
 def kind_of(model: nn.Module) -> str | None:
@@ -143,9 +146,11 @@ def _stored_sizes(model: nn.Module) -> dict[str, int]:
     return sizes
 
 
-def _packed(stored: QuantTensor | Fp8Tensor, own: bool, activations: int | None = None) -> Matrix:
+def _packed(
+    stored: QuantTensor | Fp8Tensor, own: bool, activations: int | None = None, panels: Tensor | None = None
+) -> Matrix:
     matrix = Fp8Matrix(stored) if isinstance(stored, Fp8Tensor) else Matrix(stored, activations)
-    if matrix.pack() and own:
+    if matrix.pack(panels) and own:
         matrix.drop()
     return matrix
 

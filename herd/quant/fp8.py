@@ -95,7 +95,7 @@ class Fp8Matrix(Matrix):
     def nbytes(self) -> int:
         return self.weight.numel() + 4 * self.scale.numel()
 
-    def pack(self) -> bool:
+    def pack(self, panels: Tensor | None = None) -> bool:
         return False
 
     def drop(self) -> None:

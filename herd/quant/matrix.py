@@ -47,9 +47,15 @@ class Matrix:
         """Bytes that one product reads."""
         return self.rows * self.type.row_bytes(self.columns)
 
-    def pack(self) -> bool:
-        """Give the native library what it multiplies with; False where it cannot: no library, another device or type."""
-        if self.panels is None and self.blocks is not None and self.blocks.is_cpu and native.isa() is not None:
+    def pack(self, panels: Tensor | None = None) -> bool:
+        """Give the native library what it multiplies with; False where it cannot: no library, another device or type.
+
+        `panels`: made before, uint8 as `native.pack` gives them.
+        """
+        if panels is not None:
+            assert panels.numel() == native.packed_bytes(self.type.id, self.rows, self.columns)
+            self.panels = native.Weight(panels, self.type.id, self.rows, self.columns)
+        elif self.panels is None and self.blocks is not None and self.blocks.is_cpu and native.isa() is not None:
             if self.type.dtype is not None:
                 self.panels = native.plain(self.blocks.view(self.type.dtype))
             elif native.packs(self.type.id):
