@@ -32,6 +32,7 @@ _HOME = {
     "load": "herd.checkpoint.load",
     "load_tokenizer": "herd.checkpoint.vocabulary",
     "plan": "herd.planning.plan",
+    "quantize": "herd.convert.quantize",
     "pull": "herd.hub.pull",
     "render": "herd.chat.render",
     "verify": "herd.convert.verify",
@@ -61,6 +62,7 @@ __all__ = [
     "load_tokenizer",
     "plan",
     "pull",
+    "quantize",
     "render",
     "verify",
 ]
@@ -74,6 +76,7 @@ if TYPE_CHECKING:
     from herd.checkpoint.load import load
     from herd.checkpoint.vocabulary import load_tokenizer
     from herd.convert.driver import convert
+    from herd.convert.quantize import quantize
     from herd.convert.verify import verify
     from herd.engine.llm import LLM
     from herd.engine.local import generate

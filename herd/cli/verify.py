@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,7 +16,7 @@ from herd.cli.console import coloured
 if TYPE_CHECKING:
     from herd.convert.report import Report
 
-__all__ = ["command", "show"]
+__all__ = ["command", "reading_options", "show"]
 
 EPILOG = """\
 Examples:
@@ -24,28 +25,55 @@ Examples:
   herd verify ./Llama-3.2-1B ./llama-3.2-1b.gguf       is the file the model in the folder?
   herd verify ORIGINAL QUANTIZED --json | jq .passed
   herd verify A B --greedy 0                           without generating: reads each side twice
+  herd verify A B --quality --text my-text.txt         how much B lost: perplexity, KL divergence, errors of layers
 
 Cost: A's weights are read about 18 times (2 and one per greedy token), B's 3 times, one layer in memory at a time; from 1 GiB
 of weights on 4 greedy tokens are compared instead of 16.
 """
 
 
+def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--text, --context, --windows: what quality is measured on."""
+    for option in (
+        click.option("--windows", type=click.IntRange(1), help="Windows of the text that are measured (at most 16)."),
+        click.option("--context", type=click.IntRange(4), help="Tokens of a window (512, or what the model takes)."),
+        click.option("--text", metavar="FILE", help="The text to measure quality on, UTF-8 (default: herd's sample)."),
+    ):
+        command = option(command)
+    return command
+
+
 @click.command(epilog=EPILOG)
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
 @click.option("--greedy", type=click.IntRange(0, 256), help="Greedy tokens to compare (16; 4 from 1 GiB on).")
+@click.option("--quality", is_flag=True, help="Also say how much B lost, for any two models of one shape.")
+@reading_options
 @click.option("--report", "report_file", type=click.Path(dir_okay=False), help="Also write the JSON report to FILE.")
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON.")
-def command(a: str, b: str, greedy: int | None, report_file: str | None, as_json: bool) -> int:
+def command(
+    a: str,
+    b: str,
+    greedy: int | None,
+    quality: bool,
+    text: str | None,
+    context: int | None,
+    windows: int | None,
+    report_file: str | None,
+    as_json: bool,
+) -> int:
     """Prove that checkpoint B is checkpoint A, in any two formats.
 
     Every tensor must be equal, or lie in the bound of its type where B's is lower; tokenizer, prompts, logits and greedy tokens
     must agree. A is the original. The exit status is 0 only when everything passed.
     """
+    from herd.convert.sample import Reading
     from herd.convert.verify import verify
 
+    asked = quality or (text, context, windows) != (None, None, None)
     with stages() as watch:
-        report = verify(a, b, greedy=greedy, watch=watch)
+        reading = Reading(text, context, windows) if asked else False
+        report = verify(a, b, greedy=greedy, quality=reading, watch=watch)
     return show(report, report_file, as_json)
 
 

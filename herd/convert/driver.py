@@ -30,6 +30,7 @@ from herd.checkpoint.write.atomic import check_destination, new_file, new_folder
 from herd.checkpoint.write.source import Source
 from herd.convert.adapters import adapter_kind, compare_adapters, open_adapter, write_adapter
 from herd.convert.report import FileEntry, Report
+from herd.convert.sample import Reading
 from herd.convert.threads import threads_for
 from herd.convert.verify import Opened, Watch, compare, open_side
 from herd.convert.weights import tensor_bytes
@@ -63,6 +64,7 @@ def convert(
     overwrite: bool = False,
     keep_failed: bool = False,
     greedy: int | None = None,
+    quality: Reading | None = None,
     watch: Watch | None = None,
     command: str = "",
 ) -> Report:
@@ -78,6 +80,8 @@ def convert(
     `base` is the model that it belongs to. When it has not `passed`, there is nothing at `dst`; `keep_failed`
     keeps the result as `dst.failed`.
 
+    `quality` names a text on which the report says how much was lost (`herd.quantize` does so by itself).
+
     `herd_only` writes GGUF files that herd reads and llama.cpp would run as another model (Llama 4 with numbers of its own).
 
     Raises a HerdError when the source cannot be read, the format cannot hold it, or the destination cannot be written.
@@ -88,7 +92,7 @@ def convert(
     check_destination(place, folder=folder, overwrite=overwrite, inputs=[path])
     watch = watch or (lambda what, done, total: None)
     job = _adapter_job if adapter_kind(path) else _model_job
-    made = job(path, place, to, _Options(dtype, quant, shards, bin, base, herd_only, greedy), watch)
+    made = job(path, place, to, _Options(dtype, quant, shards, bin, base, herd_only, greedy, quality), watch)
     seconds: dict[str, float] = {}
     report: Report | None = None
     try:
@@ -132,6 +136,7 @@ class _Options:
     base: str | os.PathLike[str] | None
     herd_only: bool
     greedy: int | None
+    quality: Reading | None
 
 
 @dataclass(frozen=True)
@@ -152,6 +157,7 @@ def _model_job(path: Path, place: Path, to: Target, options: _Options, watch: Wa
     dtype = dtype_named(named)
     a = open_side(path)
     source, notes = _source(a)
+    sample = None if options.quality is None else options.quality.sample(a.tokenizer, a.store.config)
 
     def write(new: Path, tick: Callable[[int], None]) -> None:
         with warnings.catch_warnings(record=True) as heard, threads_for(a.store.config):
@@ -163,9 +169,11 @@ def _model_job(path: Path, place: Path, to: Target, options: _Options, watch: Wa
     def compared(new: Path) -> Report:
         b = open_side(new)
         said = (*notes, *_changes(a.store, b.store))
-        title = f"convert to {to}"
+        title = f"convert to {to}" + (f" as {options.quant}" if options.quant else "")
         with threads_for(a.store.config):
-            return compare(a, b, title=title, greedy=options.greedy, watch=watch, notes=said, shown_as=str(place))
+            return compare(
+                a, b, title=title, greedy=options.greedy, watch=watch, notes=said, shown_as=str(place), sample=sample
+            )
 
     return _Job(_size(a.store, dtype, options.quant, keeps_blocks=to == "gguf"), write, compared)
 
@@ -178,6 +186,7 @@ def _adapter_job(path: Path, place: Path, to: Target, options: _Options, watch: 
         ("quant", options.quant),
         ("shards", options.shards),
         ("bin", options.bin),
+        ("quality", options.quality),
     ):
         if given:
             raise ConfigError(f"{path} is a LoRA adapter: --{word} is for models")

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from herd.convert.lost import Quality
+
 __all__ = ["Check", "FileEntry", "Report", "Side", "Status", "TensorResult"]
 
 Status = Literal["exact", "encoded", "within", "failed"]
@@ -74,7 +76,10 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The proof. `passed` needs every tensor and every check that could be made; `notes` say what was decided on the way."""
+    """The proof. `passed` needs every tensor and every check that could be made; `notes` say what was decided on the way.
+
+    `quality` says how much B lost, where that was measured; no verdict depends on it.
+    """
 
     title: str
     a: Side
@@ -85,6 +90,7 @@ class Report:
     command: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
+    quality: Quality | None = None
 
     @property
     def passed(self) -> bool:
@@ -119,6 +125,7 @@ class Report:
             **sides,
             "counts": self.counts,
             "checks": [asdict(check) for check in self.checks],
+            "quality": None if self.quality is None else self.quality.as_dict(),
             "tensors": [asdict(tensor) for tensor in self.tensors],
             "notes": list(self.notes),
             "command": self.command,
@@ -148,6 +155,11 @@ class Report:
                 yield from _wrapped(line, "        ")
             if len(check.lines) > len(shown):
                 yield f"        and {len(check.lines) - len(shown)} more, in the JSON report"
+        if self.quality is not None:
+            yield ""
+            yield "  quality"
+            for line in self.quality.lines():
+                yield f"    {line}".rstrip()
         if self.notes:
             yield ""
             for note in self.notes:

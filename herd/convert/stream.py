@@ -112,24 +112,29 @@ class Streamed:
         last_only: bool = False,
     ) -> list[Tensor]:
         """Logits [S, V] (or of the last position, [1, V]) of each prompt's `tokens` [S] at its `positions` [S]."""
-        states = self._embed(tokens)
+        states = self.embed(tokens)
         rotaries = [self.rope(p) for p in positions]
         for i in range(self.config.n_layers):
-            block = self._block(i)
+            block = self.block(i)
             for n, attend in enumerate(attends):
                 states[n] = block(states[n], rotaries[n], attend[i])
             del block
-        norm = self._filled(lambda: RMSNorm(self.config.dim, self.config.norm_eps), "norm.")
+        norm = self.norm()
         return self._output([norm(x[0, -1:] if last_only else x[0]) for x in states])
 
-    def _embed(self, tokens: Sequence[Tensor]) -> list[Tensor]:
-        """[1, S, D] each: with a batch dimension, as caches want it."""
+    def embed(self, tokens: Sequence[Tensor]) -> list[Tensor]:
+        """tokens [S] each -> [1, S, D] each: with a batch dimension, as caches want it."""
         table = torch.empty(self.config.vocab_size, self.config.dim)
         self.weights.put("tok_embeddings.weight", table)
         return [table[ids].unsqueeze(0) for ids in tokens]
 
-    def _block(self, layer: int) -> Block:
+    def block(self, layer: int) -> Block:
+        """Layer number `layer`, filled: the caller drops it before taking the next."""
         return self._filled(lambda: Block(self.config, self.config.layers[layer]), f"layers.{layer}.")
+
+    def norm(self) -> RMSNorm:
+        """The norm before the output matrix."""
+        return self._filled(lambda: RMSNorm(self.config.dim, self.config.norm_eps), "norm.")
 
     def _output(self, states: list[Tensor]) -> list[Tensor]:
         table = torch.empty(self.config.vocab_size, self.config.dim)

@@ -11,23 +11,29 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from herd.checkpoint.open import open_store
 from herd.checkpoint.resolve import resolve
 from herd.checkpoint.store import GenerationDefaults, TensorStore
 from herd.checkpoint.vocabulary import MissingTokenizer, tokenizer_of
 from herd.convert.drift import BIG, FEW, check_logits, greedy_count, readings
 from herd.convert.prompts import check_prompts
+from herd.convert.quality import check_comparable, measure
+from herd.convert.quality import readings as readings_of
 from herd.convert.report import Check, FileEntry, Report, Side
+from herd.convert.sample import Reading, Sample
 from herd.convert.threads import threads_for
 from herd.convert.versions import versions
 from herd.convert.vocabulary import check_tokenizers
 from herd.convert.weights import IMATRIX, compare_tensors, tensor_bytes
+from herd.errors import ConfigError
 from herd.model.accounting import parameters
 from herd.model.config import ModelConfig
 from herd.quant.scheme import block_type
 from herd.tokenizer.tokenizer import Tokenizer
 
-__all__ = ["Opened", "Watch", "compare", "open_side", "verify"]
+__all__ = ["Opened", "Watch", "compare", "open_side", "sample_for", "verify"]
 
 Watch = Callable[[str, int, int], None]
 """Told (what is being done, bytes done, bytes in all)."""
@@ -45,7 +51,12 @@ class Opened:
 
 
 def verify(
-    a: str | os.PathLike[str], b: str | os.PathLike[str], *, greedy: int | None = None, watch: Watch | None = None
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
+    *,
+    greedy: int | None = None,
+    quality: bool | Reading = False,
+    watch: Watch | None = None,
 ) -> Report:
     """Whether checkpoint `b` is `a` in other clothes; each a path, or any name that `resolve` knows.
 
@@ -53,12 +64,28 @@ def verify(
     where their stored type is lower, inside the bound of that type. `greedy` is how many greedy tokens are compared (default
     16; 4 from 1 GiB of weights on, since each one reads A once more). `Report.passed` is the verdict.
 
-    Raises a HerdError when one of the two cannot be opened or read.
+    With `quality` the report also says how much B lost (`herd.convert.quality`): perplexities, KL divergence, errors of layers
+    and matrices, on herd's sample text or what a `Reading` names. That works for any two models of one shape and vocabulary,
+    and no verdict depends on it.
+
+    Raises a HerdError when one of the two cannot be opened or read, or quality cannot be measured.
     """
     one, other = open_side(resolve(a)), open_side(resolve(b))
+    reading = quality if isinstance(quality, Reading) else Reading() if quality else None
+    sample = None if reading is None else sample_for(one, other, reading)
     title = "verify: B is A" if one.store.kind == other.store.kind else "verify: B is A in another format"
     with threads_for(one.store.config):
-        return compare(one, other, title=title, greedy=greedy, watch=watch)
+        return compare(one, other, title=title, greedy=greedy, watch=watch, sample=sample)
+
+
+def sample_for(a: Opened, b: Opened, reading: Reading) -> Sample:
+    """The text as both sides read it. Raises ConfigError when they are no two forms of one model, or read it as other ids."""
+    check_comparable(a.store, b.store)
+    held = [side for side in (a, b) if not isinstance(side.tokenizer, MissingTokenizer)] or [a]
+    samples = [reading.sample(side.tokenizer, side.store.config) for side in held]
+    if not all(torch.equal(sample.windows, samples[0].windows) for sample in samples):
+        raise ConfigError("quality cannot be measured: the tokenizers of the two give other ids for the text")
+    return samples[0]
 
 
 def open_side(path: Path) -> Opened:
@@ -84,8 +111,9 @@ def compare(
     watch: Watch | None = None,
     notes: tuple[str, ...] = (),
     shown_as: str | None = None,
+    sample: Sample | None = None,
 ) -> Report:
-    """The report on two open checkpoints; `shown_as` is the name that B is going to have."""
+    """The report on two open checkpoints; `shown_as` is the name that B is going to have. Quality is measured on `sample`."""
     watch = watch or (lambda what, done, total: None)
     seconds: dict[str, float] = {}
     count = greedy_count(a.store, greedy)
@@ -106,7 +134,14 @@ def compare(
     checks.append(check_logits(a.store, b.store, tensors, a.tokenizer, count, tick))
     seconds["logits"] = time.monotonic() - start
     watch("comparing logits", total, total)
-    remarks = [*notes, *a.remarks, *_generation_notes(a, b)]
+    found = None
+    if sample is not None:
+        start = time.monotonic()
+        total = readings_of(a.store) + readings_of(b.store)
+        found = measure(a.store, b.store, sample, _ticking(watch, "measuring quality", total))
+        watch("measuring quality", total, total)
+        seconds["quality"] = time.monotonic() - start
+    remarks = [*notes, *a.remarks, *(found.notes if found else ()), *_generation_notes(a, b)]
     if any(t.status == "failed" and _coarser(t.stored_a, t.stored_b) for t in tensors):
         remarks.append("A holds quantized tensors where B has plain ones: if B is the original, give it first")
     if (matrix := b.store.metadata().get(IMATRIX)) is not None:
@@ -128,6 +163,7 @@ def compare(
         tuple(dict.fromkeys(remarks)),
         versions=versions(),
         seconds=seconds,
+        quality=found,
     )
 
 

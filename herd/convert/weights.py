@@ -20,7 +20,7 @@ from herd.checkpoint.store import Releases, TensorInfo, TensorStore
 from herd.convert.report import TensorResult
 from herd.quant.scheme import QuantTensor, block_type
 
-__all__ = ["IMATRIX", "Tick", "compare_tensors", "encoded", "tensor_bytes", "weights_of"]
+__all__ = ["IMATRIX", "Tick", "compare_tensors", "encoded", "rows_of", "tensor_bytes", "weights_of"]
 
 Tick = Callable[[int], None]
 """Told the number of bytes looked at since the last call."""
@@ -60,6 +60,18 @@ def weights_of(store: TensorStore) -> dict[str, str]:
 def tensor_bytes(store: TensorStore) -> int:
     """Bytes of all tensors in the files."""
     return sum(store.info(name).nbytes for name in store.names())
+
+
+def rows_of(store: TensorStore, name: str, step: int | None = None) -> Iterator[tuple[int, Tensor]]:
+    """(number of the first, rows) of the stored tensor `name` in float32, `step` rows or about eight megabytes at a time."""
+    view = _View(store, name)
+    raw, shape = view.raw(), view.info.shape
+    cuts = _rows(raw, raw, shape)
+    if step is not None:
+        cuts = (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
+    for rows in cuts:
+        yield rows.start or 0, _values(_part(raw, rows)).float()
+        view.release()
 
 
 def encoded(values: Tensor, stored: str) -> Tensor:
