@@ -1,8 +1,8 @@
 """GPU kernels in Triton. Nothing outside this package imports triton, and nothing in it is imported before a GPU asks for it.
 
 Callers use the operations of `herd.kernels` (`fused`, `paged`, `products`, `grouped`): those dispatch by device, to plain torch
-on a CPU and to this package on a GPU. With TRITON_INTERPRET=1 in the environment before triton is imported, every kernel here also
-runs on CPU tensors, slowly: so they are tested.
+on a CPU and to this package on a GPU. With TRITON_INTERPRET=1 in the environment before triton is imported, every kernel here
+also runs on CPU tensors, slowly: so they are tested.
 """
 
 from __future__ import annotations

@@ -1,0 +1,20 @@
+"""What every launch shares: the device, and sizes that are powers of two."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+__all__ = ["device_of", "power"]
+
+
+def device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device: make it the one of `tensor`."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def power(n: int, least: int = 1) -> int:
+    """The smallest power of two that is at least `n` and `least`."""
+    return max(least, 1 << max(n - 1, 0).bit_length())
