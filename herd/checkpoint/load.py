@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from herd.checkpoint.open import open_store
 from herd.checkpoint.resolve import resolve
 from herd.checkpoint.store import GenerationDefaults, TensorStore
 from herd.checkpoint.vocabulary import FormatSource, format_source, tokenizer_of
+from herd.hub.created import Created, find
 from herd.model.llama import Llama
 from herd.tokenizer.tokenizer import Tokenizer
 
@@ -22,7 +23,8 @@ __all__ = ["Checkpoint", "load", "load_model", "open_checkpoint", "read_checkpoi
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Everything that came with a model: where it is, its tensors, the model, its tokenizer, its sampling defaults.
+    """Everything that came with a model: where it is, its tensors, the model, its tokenizer, its sampling defaults, and what
+    `herd create` says on top (`made`), when it was opened by such a name.
 
     `defaults.params()` gives SamplingParams for `herd.generate`, whose own defaults are Meta's.
     """
@@ -32,6 +34,7 @@ class Checkpoint:
     model: Llama
     tokenizer: Tokenizer
     defaults: GenerationDefaults
+    made: Created | None = None
 
     @property
     def chat_format_from(self) -> FormatSource | None:
@@ -86,7 +89,8 @@ def open_checkpoint(
 ) -> Checkpoint:
     """As `load`, with everything else the checkpoint holds."""
     path = resolve(path_or_name)
-    return read_checkpoint(path, open_store(path), dtype, device, weights=weights, tick=tick)
+    made = find(os.fspath(path_or_name))
+    return read_checkpoint(path, open_store(path), dtype, device, weights=weights, tick=tick, made=made)
 
 
 def read_checkpoint(
@@ -97,9 +101,12 @@ def read_checkpoint(
     *,
     weights: str = "auto",
     tick: Callable[[int, int], None] | None = None,
+    made: Created | None = None,
 ) -> Checkpoint:
     """The rest of `open_checkpoint`, for callers that look at the opened `store` first to choose dtype or device."""
     tokenizer = tokenizer_of(store)
     defaults = getattr(store, "generation", GenerationDefaults())
     model = fill(store, dtype, device, weights=weights, tick=tick)
-    return Checkpoint(path, store, model, tokenizer, defaults)
+    if made is not None:
+        defaults = replace(defaults, chosen=made.params)
+    return Checkpoint(path, store, model, tokenizer, defaults, made)

@@ -1,8 +1,8 @@
 """Which files a model name means: a path, the embedded model, or a name that is found on this machine. No torch.
 
-Checkpoints that other tools downloaded are read where they are. What is looked at, first hit wins: a path; `nano`; the Hugging
-Face cache (which `herd pull` fills); Meta's ~/.llama/checkpoints; Ollama's store; LM Studio's folders. The originals come
-first, so that a name means the same numbers whether or not some other tool has a quantized copy, too.
+Checkpoints that other tools downloaded are read where they are. What is looked at, first hit wins: a path; `nano`; what
+`herd create` made; the Hugging Face cache (which `herd pull` fills); Meta's ~/.llama/checkpoints; Ollama's store; LM Studio's
+folders. The originals come first, so that a name means the same numbers whether or not some other tool has a quantized copy, too.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from herd.errors import CheckpointError, ConfigError, HubError, UnknownModelError
-from herd.hub import ollama
+from herd.errors import CheckpointError, ConfigError, HerdError, HubError, UnknownModelError
+from herd.hub import created, ollama
 from herd.hub.asked import asked as asked_for
 from herd.hub.cached import gguf_of, snapshots
 from herd.hub.folders import lm_studio_models, meta_home, meta_model
@@ -37,6 +37,8 @@ def resolve(path_or_name: str | os.PathLike[str]) -> Path:
         return place
     if name in ("nano", "herd-nano"):
         return _embedded()
+    if (made := created.find(name)) is not None:
+        return _base_of(made)
     if name.endswith(_FILES) or name.startswith((".", "~", "/", "\\")):
         raise CheckpointError("there is no such file or folder", path=name[:500])
     return _from_catalog(name)
@@ -48,6 +50,14 @@ def _existing(name: str) -> Path | None:
         return place if name and place.exists() else None
     except (OSError, RuntimeError, ValueError):  # names that no file can have
         return None
+
+
+def _base_of(made: created.Created) -> Path:
+    """Where the weights of a created model are."""
+    try:
+        return resolve(made.base)
+    except HerdError as error:
+        raise CheckpointError(f"{made.name} is made from {made.base}, which is gone: {error}") from None
 
 
 def _embedded() -> Path:

@@ -20,9 +20,20 @@ if TYPE_CHECKING:
     import torch
 
     from herd.checkpoint.mapped import MappedFile, Span
+    from herd.checkpoint.quantized.module import Packed, Stored
     from herd.quant.scheme import QuantTensor
 
-__all__ = ["GenerationDefaults", "KeepsBlocks", "ReadsInto", "Releases", "TensorFile", "TensorInfo", "TensorStore"]
+__all__ = [
+    "GenerationDefaults",
+    "HoldsPacked",
+    "KeepsBlocks",
+    "ReadsInto",
+    "Releases",
+    "TensorFile",
+    "TensorInfo",
+    "TensorStore",
+    "packed_of",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +106,27 @@ class KeepsBlocks(Protocol):
         ...
 
 
+@runtime_checkable
+class HoldsPacked(Protocol):
+    """A store whose files can hold matrices as other tools quantized them (`herd.checkpoint.quantized`)."""
+
+    dequantized: str
+    """The name of the 16-bit dtype of its plain tensors: what such matrices become where no kind holds them."""
+
+    def packed(self, name: str) -> Packed | None:
+        """The matrix in that tool's form; None for plain ones."""
+        ...
+
+    def held(self, name: str, kind: str) -> Stored:
+        """Its values in `kind`, which its form `holds`."""
+        ...
+
+
+def packed_of(store: TensorStore, name: str) -> Packed | None:
+    """The tensor `name` as another tool quantized it; None for plain tensors and for GGUF's blocks."""
+    return store.packed(name) if isinstance(store, HoldsPacked) else None
+
+
 class TensorFile(Protocol):
     """One file of named tensors, in its own names: what the Meta and Hugging Face stores are built from."""
 
@@ -122,7 +154,8 @@ class TensorFile(Protocol):
 class GenerationDefaults:
     """What generation_config.json says: stop ids and sampling defaults, each None when it is silent.
 
-    Named as in SamplingParams; `extra` holds what would change sampling but is not honoured.
+    Named as in SamplingParams; `extra` holds what would change sampling but is not honoured, `chosen` fields of SamplingParams
+    that somebody set for this model (`herd create`).
     """
 
     stop_ids: frozenset[int] = frozenset()
@@ -133,11 +166,15 @@ class GenerationDefaults:
     repetition_penalty: float | None = None
     max_tokens: int | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    chosen: Mapping[str, Any] = field(default_factory=dict)
 
     def params(self, **chosen: Any) -> SamplingParams:
-        """`chosen` over the checkpoint's own defaults over Meta's. Raises ConfigError naming a wrong field."""
+        """`chosen` over what was set for the model, over the checkpoint's own defaults, over Meta's.
+
+        Raises ConfigError naming a wrong field.
+        """
         own = {name: getattr(self, name) for name in _SAMPLING if getattr(self, name) is not None}
-        return SamplingParams(**(own | chosen))
+        return SamplingParams(**(own | dict(self.chosen) | chosen))
 
 
 _SAMPLING = ("stop_ids", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens")

@@ -53,7 +53,13 @@ def talk(opened: Opened, chosen: dict[str, Any], system: str, *, verbose: bool) 
     opened.require_format()
     if opened.is_guard and system:
         raise PromptError(f"{opened.name} judges messages and takes no system prompt: leave --system out")
-    conversation = Conversation(opened.chat, opened.params(chosen), system, apart=opened.is_guard)
+    conversation = Conversation(
+        opened.chat,
+        opened.params(chosen),
+        system or opened.system,
+        apart=opened.is_guard,
+        beginning=opened.beginning,
+    )
     commands = Commands(conversation, opened.about())
     person, interactive = is_terminal(sys.stdin), is_interactive()
     commands.show_rates = person or verbose

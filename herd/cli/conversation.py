@@ -58,14 +58,22 @@ class Conversation:
     A partial reply that was stopped stays in the conversation, marked by the stop reason out_of_tokens; one that was stopped
     before its first character, and one that failed, leave the conversation as it was.
 
-    `apart`: each message is put to the model on its own, for Guards, whose verdicts are no part of what they judge.
+    `beginning` are turns that it starts with and keeps when it is cleared. `apart`: each message is put to the model on its own,
+    for Guards, whose verdicts are no part of what they judge.
     """
 
     def __init__(
-        self, model: Talker, params: SamplingParams = SamplingParams(), system: str = "", *, apart: bool = False
+        self,
+        model: Talker,
+        params: SamplingParams = SamplingParams(),
+        system: str = "",
+        *,
+        apart: bool = False,
+        beginning: Sequence[Message] = (),
     ) -> None:
         self.model, self.params, self.system, self.apart = model, params, system, apart
-        self.turns: list[Message] = []
+        self.beginning = tuple(beginning)
+        self.turns: list[Message] = list(beginning)
         self.outcome: Outcome | None = None
 
     @property
@@ -110,7 +118,7 @@ class Conversation:
 
     def undo(self) -> str | None:
         """Take back the last exchange; the user's text of it, or None when there is none."""
-        for i in range(len(self.turns) - 1, -1, -1):
+        for i in range(len(self.turns) - 1, len(self.beginning) - 1, -1):
             if self.turns[i].role == "user":
                 text = self.turns[i].text
                 del self.turns[i:]
@@ -118,8 +126,8 @@ class Conversation:
         return None
 
     def clear(self) -> None:
-        """Forget every turn; system prompt and settings stay."""
-        self.turns.clear()
+        """Forget every turn but those of the beginning; system prompt and settings stay."""
+        self.turns[:] = self.beginning
 
     def set(self, name: str, value: str) -> str:
         """Change one setting from its text; the setting's full name. Raises ConfigError."""

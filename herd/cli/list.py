@@ -27,7 +27,14 @@ Examples:
   herd list --json | jq -r '.[] | select(.format == "gguf") | .path'
 """
 
-PLACES = {"hub": "Hugging Face cache", "ollama": "Ollama", "lmstudio": "LM Studio", "meta": "Meta", "herd": "herd"}
+PLACES = {
+    "hub": "Hugging Face cache",
+    "ollama": "Ollama",
+    "lmstudio": "LM Studio",
+    "meta": "Meta",
+    "herd": "herd",
+    "created": "herd create",
+}
 
 
 @click.command(epilog=EPILOG)

@@ -11,6 +11,7 @@ import torch
 
 from herd.chat.formats import FORMATS
 from herd.chat.guard import GuardFormat
+from herd.chat.messages import Message
 from herd.chat.params import SamplingParams
 from herd.checkpoint.load import Checkpoint, read_checkpoint
 from herd.checkpoint.open import open_store
@@ -22,6 +23,7 @@ from herd.engine.adapters import OneAdapter
 from herd.engine.local import LocalChat
 from herd.engine.native import unsupported
 from herd.errors import PromptError
+from herd.hub.created import find
 from herd.kernels import native
 from herd.model.accounting import parameters
 from herd.quant.apply import kind_of
@@ -49,6 +51,17 @@ class Opened:
     def params(self, chosen: Mapping[str, Any]) -> SamplingParams:
         """The user's choices over the checkpoint's own defaults over Meta's."""
         return self.checkpoint.defaults.params(**chosen)
+
+    @property
+    def system(self) -> str:
+        """The system prompt that `herd create` gave the model, or none."""
+        return "" if self.checkpoint.made is None else self.checkpoint.made.system
+
+    @property
+    def beginning(self) -> list[Message]:
+        """The turns that every conversation with a created model begins with."""
+        said = () if self.checkpoint.made is None else self.checkpoint.made.messages
+        return [Message(role, text) for role, text in said]  # type: ignore[arg-type]
 
     @property
     def is_guard(self) -> bool:
@@ -82,6 +95,7 @@ class Opened:
             **({"no native kernels": why} if why is not None and weight.device.type == "cpu" else {}),
             "format": format,
             **({} if self.adapter is None else {"adapter": self.adapter}),
+            **({} if self.checkpoint.made is None else {"made from": self.checkpoint.made.base}),
         }
 
 
@@ -104,7 +118,9 @@ def open_model(
     if format_name is not None and format_name not in FORMATS:  # before gigabytes are read
         raise PromptError(f"there is no prompt format {format_name!r}; choose one of {', '.join(FORMATS)}")
     where = device_named(device)
-    path = resolve(name)
+    path, made = resolve(name), find(name)
+    if made is not None:
+        max_len, format_name, adapter = max_len or made.context, format_name or made.format, adapter or made.adapter
     store = open_store(path)  # headers only: how large the model is decides how it is loaded
     small = where.type == "cpu" and parameters(store.config) <= SMALL
     if (
@@ -117,7 +133,7 @@ def open_model(
         torch.set_num_threads(1)
     stays = native.isa() is not None and is_quantized(store)
     wanted = dtype_named(dtype, torch.float32 if small and not stays else None)
-    checkpoint = read_checkpoint(path, store, wanted, where, weights=weights, tick=tick)
+    checkpoint = read_checkpoint(path, store, wanted, where, weights=weights, tick=tick, made=made)
     runner = None if adapter is None else OneAdapter(checkpoint.model, adapter)
     chat = LocalChat(checkpoint.model, checkpoint.tokenizer, format=format_name, max_len=max_len, runner=runner)
     if runner is None:

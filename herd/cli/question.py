@@ -42,7 +42,8 @@ def the_prompt(prompt: str, system: str) -> Question:
         from herd.chat.messages import Message
 
         opened.require_format()
-        messages = ([Message("system", system)] if system else []) + [Message("user", prompt)]
+        told = system or opened.system
+        messages = [*([Message("system", told)] if told else []), *opened.beginning, Message("user", prompt)]
         return opened.chat.stream(messages, params=params, on_prefill=tick)
 
     return ask
@@ -62,12 +63,15 @@ def the_conversation(messages: Sequence[Message], tools: Sequence[ToolSpec]) -> 
     """The next message of a conversation; of a Guard, its verdict on the last one."""
 
     def ask(opened: Opened, params: SamplingParams, tick: Tick) -> Iterator[Delta]:
+        from herd.chat.messages import Message
+
         opened.require_format()
         if messages[-1].role == "assistant" and not opened.is_guard:
             raise PromptError(
                 "the conversation ends with an assistant message, so there is nothing to answer: only Guards judge those"
             )
-        return opened.chat.stream(messages, tools, params, on_prefill=tick)
+        told = [Message("system", opened.system)] if opened.system and messages[0].role != "system" else []
+        return opened.chat.stream([*told, *messages], tools, params, on_prefill=tick)
 
     return ask
 

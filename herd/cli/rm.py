@@ -14,6 +14,7 @@ from herd.cli.sizes import size
 
 if TYPE_CHECKING:
     from herd.hub.cache import RepoCache
+    from herd.hub.created import Created
     from herd.hub.remove import Removal
 
 __all__ = ["command"]
@@ -40,11 +41,15 @@ Examples:
 def command(name: str, yes: bool, dry_run: bool, cache: Path | None, as_json: bool) -> int | None:
     """Delete a model from the Hugging Face cache, where herd pull puts it.
 
-    Contents that other revisions use stay. Models of Ollama, LM Studio and Meta's tool are read by herd, but never deleted.
+    Of a model of herd create, the name and what belongs to it alone. Contents that other revisions use stay. Models of Ollama,
+    LM Studio and Meta's tool are read by herd, but never deleted.
     """
+    from herd.hub.created import find
     from herd.hub.remove import removal, remove
     from herd.hub.settings import hub_cache
 
+    if (made := find(name)) is not None:
+        return _created(made, yes, dry_run, as_json)
     repo, revision, quant = _target(name, cache or hub_cache())
     what = removal(repo, revision, quant)
     if not as_json:
@@ -59,6 +64,33 @@ def command(name: str, yes: bool, dry_run: bool, cache: Path | None, as_json: bo
         click.echo(json.dumps(said | {"files": [str(path) for path in what.links]}))
     else:
         click.echo(f"{size(what.freed)} {'would be freed' if dry_run else 'freed'}")
+    return None
+
+
+def _created(model: Created, yes: bool, dry_run: bool, as_json: bool) -> int | None:
+    """Delete a model of `herd create`: its manifest, and weights that are its own."""
+    from herd.hub.created import manifest_of, own_weights, remove
+
+    files = [path for path in (manifest_of(model.name), own_weights(model)) if path is not None]
+    if not as_json:
+        kept = "" if own_weights(model) is not None else f"; {model.base} stays"
+        note(safe(f"{model.name}: {', '.join(map(str, files))}{kept}"))
+    freed = sum(file.stat().st_size for file in files if file.exists())
+    if not dry_run:
+        if not yes and not _sure():
+            note("nothing was deleted")
+            return 1
+        freed = remove(model)
+    if as_json:
+        said = {
+            "name": model.name,
+            "freed_bytes": freed,
+            "deleted": not dry_run,
+            "files": [str(file) for file in files],
+        }
+        click.echo(json.dumps(said))
+    else:
+        click.echo(f"{size(freed)} {'would be freed' if dry_run else 'freed'}")
     return None
 
 

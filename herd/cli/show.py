@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,6 +13,9 @@ from herd.cli.columns import columns
 from herd.cli.console import note, safe
 from herd.cli.list import PLACES
 from herd.cli.sizes import size
+
+if TYPE_CHECKING:
+    from herd.hub.created import Created
 
 __all__ = ["command", "described"]
 
@@ -27,15 +30,29 @@ Examples:
 
 @click.command(epilog=EPILOG)
 @click.argument("model")
+@click.option("--modelfile", "part", flag_value="modelfile", help="Only the Modelfile it was made from (herd create).")
+@click.option("--system", "part", flag_value="system", help="Only its system prompt (herd create).")
+@click.option("--parameters", "part", flag_value="parameters", help="Only its sampling defaults.")
+@click.option("--template", "part", flag_value="template", help="Only its chat template.")
+@click.option("--license", "part", flag_value="license", help="Only its licence.")
 @click.option("--json", "as_json", is_flag=True, help="The same as a JSON object.")
-def command(model: str, as_json: bool) -> None:
+def command(model: str, part: str | None, as_json: bool) -> None:
     """Show where MODEL lies, what files it is made of, and in short what it is (herd inspect says more).
 
     MODEL is a path or any name that the other commands take.
     """
     from herd.checkpoint.resolve import resolve
+    from herd.hub.created import find
 
-    said = described(resolve(model))
+    path, made = resolve(model), find(model)
+    if part is not None:
+        text = _part(part, path, made)
+        click.echo(json.dumps({part: text}) if as_json else text.rstrip("\n"))
+        return
+    said = described(path)
+    if made is not None:
+        said |= {"name": made.name, "system": made.system or None, "adapter": made.adapter}
+        said |= {"parameters_set": _set(made) or None, "prompt_format": made.format}
     if as_json:
         click.echo(json.dumps(said, indent=1))
         return
@@ -50,6 +67,48 @@ def command(model: str, as_json: bool) -> None:
     click.echo(f"\n{size(said['bytes'])} in {len(said['files'])} files")
     if said["problem"]:
         note(safe(f"problem: {said['problem']}"))
+
+
+def _part(part: str, path: Path, made: Created | None) -> str:
+    """One part as text. Raises HerdError when the model has no such part."""
+    from herd.errors import CheckpointError
+
+    text = ""
+    if part == "modelfile":
+        text = made.modelfile if made is not None and made.modelfile else f"FROM {path}"
+    elif part == "system":
+        text = "" if made is None else made.system
+    elif part == "parameters":
+        text = _parameters(path, made)
+    elif part == "template":
+        from herd.checkpoint.chat_template import template_at
+
+        text = made.format if made is not None and made.format else template_at(path).source
+    else:
+        files = [] if not path.is_dir() else sorted(path.glob("LICENSE*"))
+        own = () if made is None else made.licenses
+        text = "\n\n".join([*own, *(file.read_text(encoding="utf-8", errors="replace") for file in files)])
+    if not text:
+        raise CheckpointError(f"it has no {part}", path=path)
+    return text
+
+
+def _parameters(path: Path, made: Created | None) -> str:
+    """A line for each sampling field that the checkpoint or `herd create` sets."""
+    from dataclasses import asdict
+
+    from herd.checkpoint.open import open_store
+    from herd.checkpoint.store import GenerationDefaults
+
+    own = asdict(getattr(open_store(path), "generation", GenerationDefaults()))
+    told = {key: value for key, value in own.items() if value not in (None, frozenset(), {})}
+    told |= {} if made is None else _set(made)
+    shown = {key: sorted(value) if isinstance(value, frozenset) else value for key, value in told.items()}
+    return "\n".join(f"{key:<20} {value}" for key, value in shown.items())
+
+
+def _set(made: Created) -> dict[str, Any]:
+    return dict(made.params) | ({} if made.context is None else {"context": made.context})
 
 
 def described(path: Path) -> dict[str, Any]:
@@ -114,7 +173,9 @@ def _plain(key: str, value: Any) -> str:
         return PLACES.get(value, "a path of your own")
     if key == "numbers":
         return ", ".join(f"{name} {size(count)}" for name, count in value.items())
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    if key == "parameters_set":
+        return ", ".join(f"{name} {one}" for name, one in value.items())
+    return f"{value:,}" if isinstance(value, int) else " ".join(str(value).split())
 
 
 def _size(file: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import torch
 
@@ -16,6 +17,7 @@ from herd.engine.draft_model import ModelDrafter, check_vocabularies
 from herd.engine.ngram import NgramDrafter
 from herd.engine.speculate import Drafter
 from herd.errors import ConfigError
+from herd.hub.created import find
 from herd.model.accounting import parameters
 from herd.model.llama import Llama
 from herd.quant.linear import QuantLinear
@@ -29,8 +31,11 @@ def opened(
     weights: str | None,
     dtype: str | torch.dtype | None,
     device: str | torch.device,
+    tick: Callable[[int, int], None] | None = None,
 ) -> tuple[Llama, Tokenizer, GenerationDefaults]:
     """The model, its tokenizer and its sampling defaults. An unsaid dtype is float32 for a small model on a CPU.
+
+    `tick(done, total)` hears of the bytes read.
 
     Raises CheckpointError when it cannot be read, ConfigError when `weights` or `dtype` are said of a model that is loaded.
     """
@@ -40,7 +45,9 @@ def opened(
         store = open_store(path)  # headers only: how large the model is decides how it is loaded
         small = where.type == "cpu" and weights in (None, "auto") and parameters(store.config) <= SMALL
         wanted = dtype_named(dtype, torch.float32 if small else None)
-        model = read_checkpoint(path, store, wanted, where, weights=weights or "auto")
+        model = read_checkpoint(
+            path, store, wanted, where, weights=weights or "auto", tick=tick, made=find(os.fspath(model))
+        )
     elif weights is not None or dtype is not None:
         raise ConfigError(
             "weights and dtype say how a model is loaded, and this one is: leave them out, or give its name"

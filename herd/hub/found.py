@@ -11,7 +11,7 @@ from pathlib import Path
 
 from herd.errors import CheckpointError
 from herd.files import read_json, safe_join
-from herd.hub import ollama
+from herd.hub import created, ollama
 from herd.hub.cache import RepoCache, repositories
 from herd.hub.cached import has_weights, model_path
 from herd.hub.choose import quants
@@ -23,7 +23,7 @@ __all__ = ["Found", "found", "of_snapshot"]
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A model here. `name` is what the other commands take; `where` is hub, ollama, lmstudio or meta.
+    """A model here. `name` is what the other commands take; `where` is created, hub, ollama, lmstudio or meta.
 
     `format` is safetensors, pytorch, meta or gguf (several with a plus); `quant` the number type, where small files say it;
     `size` bytes on the disk; `modified` seconds since 1970; `revision` the commit; `problem` what is wrong with it.
@@ -42,6 +42,7 @@ class Found:
 
 def found(cache: Path) -> Iterator[Found]:
     """Everything, place by place and by name."""
+    yield from _created()
     for repo in repositories(cache):
         yield from _in_cache(repo)
     yield from _in_ollama()
@@ -86,6 +87,23 @@ def _in_cache(repo: RepoCache) -> Iterator[Found]:
         newest = max(part.stat().st_mtime for part in parts)
         yield Found(
             repo.repo, repo.folder, "hub", None, None, size, newest, None, "unfinished: herd pull goes on with it"
+        )
+
+
+def _created() -> Iterator[Found]:
+    for model in created.all_created():
+        if isinstance(model, CheckpointError):
+            path = Path(model.path or "")
+            yield Found("/".join(path.parts[-2:]), path, "created", None, None, 0, 0.0, None, str(model))
+            continue
+        own = created.own_weights(model)
+        size = own.stat().st_size if own is not None and own.is_file() else 0
+        manifest = created.manifest_of(model.name)
+        problem = None
+        if Path(model.base).is_absolute() and not Path(model.base).exists():
+            problem = f"it is made from {model.base}, which is gone"
+        yield Found(
+            model.name, manifest, "created", f"from {Path(model.base).name}", None, size, model.created, None, problem
         )
 
 
