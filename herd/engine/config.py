@@ -42,6 +42,8 @@ class EngineConfig:
     `prefix_cache` keeps the blocks of finished requests for prompts that begin the same way. `deterministic` computes every
     request on its own, so that its numbers do not depend on what runs beside it, whatever the kernels do. `seed` is where
     requests without a seed of their own get theirs; None draws fresh ones. `debug` checks every invariant after every step.
+    On a GPU, `graphs` records decode steps and replays them, and with `overlap` the next one is begun before the tokens of the
+    last are read.
     """
 
     blocks: int
@@ -54,6 +56,8 @@ class EngineConfig:
     deterministic: bool = False
     seed: int | None = 0
     debug: bool = False
+    graphs: bool = True
+    overlap: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kv", kv_dtype(self.kv))

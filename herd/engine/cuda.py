@@ -17,23 +17,38 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import grouped_mm, scaled_dot_product_attention, silu
 
 from herd.engine.paged import Layer
 from herd.kernels import triton
+from herd.kernels.packed import Packed
 from herd.kernels.paged import dequantize_rows, write_kv, write_kv_int8
+from herd.kernels.products import expert_product
 from herd.model.config import LayerSpec
-from herd.model.moe import Experts, MoE
+from herd.model.moe import MoE
 from herd.model.norm import rms
 from herd.model.rope import Rotary, rotate
 
-__all__ = ["Places", "Span", "add_norm", "decode_attention", "place_write", "prompt_attention", "routed", "silu_mul"]
+__all__ = [
+    "ExpertWeights",
+    "Places",
+    "Span",
+    "add_norm",
+    "decode_attention",
+    "place_write",
+    "prompt_attention",
+    "routed",
+    "silu_mul",
+]
 
 LONG = 128
 """Rows of a prompt from which on its keys are gathered for torch's fused attention: the fastest one over long rows of neighbours.
 Shorter ones are read where they lie."""
+
+ExpertWeights = tuple[Packed, Packed, Packed]
+"""w1, w2, w3 of all experts of a layer, stacked."""
 
 Span = tuple[int, int, int, int]
 """(first row, rows, first position, table), as in `herd.engine.pack`."""
@@ -180,24 +195,24 @@ def _gather(cache: Tensor, scale: Tensor | None, tables: Tensor, dtype: torch.dt
     return values.to(dtype) if scale is None else dequantize_rows(values, scale[tables].flatten(1, 2), dtype)
 
 
-def routed(moe: MoE, x: Tensor) -> Tensor:
-    """What the routed experts of `moe` (plain ones) add for x [T, D], without the shared one -> [T, D]."""
-    experts = moe.experts
-    assert isinstance(experts, Experts), "other experts are run by their own module"
+def routed(moe: MoE, experts: ExpertWeights, x: Tensor) -> Tensor:
+    """What the routed experts of `moe`, whose weights are `experts`, add for x [T, D], without the shared one -> [T, D]."""
+    w1, w2, w3 = experts
     scores, chosen = moe.router(x).topk(moe.top_k, dim=-1)
     scores = scores.float().sigmoid().type_as(x)
     scaled = (x[:, None] * scores[..., None]).flatten(0, 1)  # [T * k, D]
     picked = chosen.flatten()
     order = picked.argsort(stable=True)
-    counts = torch.zeros(moe.n_experts, dtype=torch.int32, device=x.device)
-    counts = counts.scatter_add(0, picked, torch.ones_like(picked, dtype=torch.int32))
-    ends = counts.cumsum(0, dtype=torch.int32)
-    gate, up = (_grouped(scaled[order], w, ends) for w in (experts.w1, experts.w3))
-    down = _grouped(silu(gate) * up, experts.w2, ends)
+    counts = torch.zeros(moe.n_experts, dtype=torch.int64, device=x.device)
+    counts = counts.scatter_add(0, picked, torch.ones_like(picked))
+    rows = scaled[order]
+    down = _grouped(silu(_grouped(rows, w1, counts)) * _grouped(rows, w3, counts), w2, counts)
     out = torch.empty_like(down).index_copy(0, order, down)
     return out.unflatten(0, (-1, moe.top_k)).sum(1)
 
 
-def _grouped(x: Tensor, weight: nn.Parameter, ends: Tensor) -> Tensor:
-    """x [T, I] sorted by expert, weight [E, O, I], `ends` [E] int32 the row after each expert's last -> [T, O]."""
-    return grouped_mm(x, weight.transpose(1, 2), offs=ends)
+def _grouped(x: Tensor, weight: Packed, counts: Tensor) -> Tensor:
+    """x [T, K] sorted by expert, weight [E, N, K], counts [E] int64 -> [T, N]."""
+    if weight.kind == "plain" and not kernels_for(x):  # the plain form of the other asks the host for the counts
+        return grouped_mm(x, weight.codes.transpose(1, 2), offs=counts.cumsum(0).to(torch.int32))
+    return expert_product(x, weight, counts)

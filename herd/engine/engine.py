@@ -12,26 +12,27 @@ import random
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from herd.adapters.lora import LoraAdapter
 from herd.engine.adapters import AdapterRunner, AdapterSet, LoadedAdapter
+from herd.engine.ahead import land, launch
 from herd.engine.blocks import BlockPool
+from herd.engine.choosing import Found, Row, choose, row_of
 from herd.engine.config import EngineConfig
+from herd.engine.cuda_runner import CudaRunner
 from herd.engine.grammar import Grammar, Grammars
-from herd.engine.logprobs import chosen_and_best
+from herd.engine.graphs import Flight
 from herd.engine.native import runner_for
 from herd.engine.pack import pack
 from herd.engine.paged import PagedCache
 from herd.engine.request import Request, Sequence, TokenEvent
 from herd.engine.runner import Runner, TorchRunner
-from herd.engine.sampler import NOT_FINITE, RowState, Sampler
+from herd.engine.sampler import RowState, Sampler
 from herd.engine.scheduler import Chunk, Progress, Scheduler, StepPlan
 from herd.engine.speculate import Drafter, Speculation
 from herd.engine.tiles import TiledRunner
@@ -67,31 +68,6 @@ class Stats:
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
 
-@dataclass(slots=True)
-class _Row:
-    """What the engine keeps with a sequence: how it is sampled, what it must be, prompt log-probabilities nobody was told yet."""
-
-    sampling: RowState
-    grammar: Grammar | None = None
-    scored: list[tuple[int, float, dict[int, float]]] = field(default_factory=list)
-
-
-class _Chosen(NamedTuple):
-    """A token after a chunk, with its log-probabilities when they are asked for."""
-
-    token: int
-    logprob: float | None
-    top: dict[int, float] | None
-    logits: NDArray[np.float32] | None = None
-
-
-@dataclass(slots=True)
-class _Found:
-    """What a chunk gave: the tokens after it, none when it ends inside a prompt."""
-
-    sampled: list[_Chosen] = field(default_factory=list)
-
-
 class Engine:
     """One model, one KV cache, any number of requests. `add` and `abort` from any thread, `step` from one at a time.
 
@@ -119,6 +95,7 @@ class Engine:
         self._adapted = AdapterRunner(self.runner, self.adapters, deterministic=config.deterministic)
         self.sampler = Sampler()
         self.speculation = None if drafter is None else Speculation(drafter, model.config)
+        self._recorded = self.runner if isinstance(self.runner, CudaRunner) and self.runner.records else None
         self.device = model.norm.weight.device
         self.cache = PagedCache(
             model.config,
@@ -126,7 +103,10 @@ class Engine:
             block_size=config.block_size,
             dtype=getattr(torch, config.kv),
             device=self.device,
+            spare=self._recorded is not None,
         )
+        self._flying: tuple[StepPlan, Flight] | None = None
+        """A step that was begun and whose tokens nobody has read."""
         self._inbox: deque[tuple[Request, Grammar | None] | tuple[str, int | None]] = deque()
         self._seeds = random.Random(config.seed)
         self._lock = threading.Lock()
@@ -186,6 +166,8 @@ class Engine:
         """Compute one step; what it gave. Every continuation of every request ends in exactly one event with `finish`."""
         began = time.perf_counter()
         events = self._take_inbox()
+        if self._flying is not None:
+            return events + self._land(began)
         if self.speculation is not None:
             self.speculation.propose(self.scheduler.running, _sampling)
         plan = self.scheduler.plan()
@@ -194,18 +176,23 @@ class Engine:
         if plan.rows:
             done = False
             try:
+                if self._begin_ahead(plan):
+                    return events
                 events += self._run(plan)
                 done = True
             finally:
                 if not done:  # an interrupt: nothing of the plan has happened
                     self.scheduler.commit(StepPlan(), [])
             self._count(plan, events, time.perf_counter() - began)
+        self._check_idle()
+        return events
+
+    def _check_idle(self) -> None:
         if self.config.debug:
             self.scheduler.check()
         if self.scheduler.idle:
             counts = self.pool.counts
             assert counts["free"] + counts["cached"] == counts["total"], f"blocks are lost at idle: {counts}"
-        return events
 
     def stats(self) -> Stats:
         """What the engine does and has done."""
@@ -283,7 +270,7 @@ class Engine:
             seed = self._seeds.getrandbits(63) if seed is None else seed
             for sequence in sequences:
                 sequence.scored = request.score_from
-                sequence.state = _Row(
+                sequence.state = Row(
                     RowState(
                         request.params,
                         request.prompt,
@@ -302,18 +289,84 @@ class Engine:
         self._stats.requests += 1
         return []
 
+    def warm_up(self, tell: Callable[[int, int], None] = lambda done, total: None) -> float:
+        """Record all decode steps of a GPU now, before anybody waits for them; seconds it took. Between steps only."""
+        return 0.0 if self._recorded is None else self._recorded.warm_up(self.cache, tell)
+
+    def weights_changed(self) -> None:
+        """The model's weights are other ones now: forget what was computed with the old ones. Only while nothing runs."""
+        assert self.scheduler.idle, "requests run"
+        if isinstance(self.runner, CudaRunner):
+            self.runner.refresh()
+        self.pool.clear()
+
     @torch.inference_mode()
     def _run(self, plan: StepPlan) -> list[TokenEvent]:
         """A plan from its positions to its events."""
-        outcomes = [self._outcome(chunk, logits) for chunk, logits in zip(plan.rows, self._forward(plan), strict=True)]
-        good = [(chunk, found) for chunk, found in zip(plan.rows, outcomes, strict=True) if isinstance(found, _Found)]
-        kept = StepPlan([chunk for chunk, _ in good], plan.copies)
-        progress = self.scheduler.commit(kept, [[one.token for one in found.sampled] for _, found in good])
+        try:
+            flight = None if self._recorded is None else launch(self._recorded, self.cache, plan)
+            outcomes = None if flight is None else land(plan, flight)
+        except Exception:  # row by row, to find out whose fault it is
+            outcomes = None
+        if outcomes is None:
+            outcomes = choose(self.sampler, plan.rows, self._forward(plan), self.speculation)
+        return self._commit(plan, outcomes)
+
+    def _begin_ahead(self, plan: StepPlan) -> bool:
+        """Begin a step and leave it to the next call to read its tokens, where steps may overlap."""
+        if self._recorded is None or not self.config.overlap or self.speculation is not None:
+            return False
+        if self.scheduler.ahead(plan) is None:  # there would be nothing to begin meanwhile
+            return False
+        try:
+            flight = launch(self._recorded, self.cache, plan)
+        except Exception:
+            return False
+        if flight is not None:
+            self._flying = plan, flight
+        return flight is not None
+
+    def _land(self, began: float) -> list[TokenEvent]:
+        """Begin the next step, if its sequences are those of the one under way, then read that one's tokens."""
+        assert self._flying is not None
+        (plan, flight), self._flying = self._flying, None
+        done = False
+        try:
+            following = None
+            if (next_plan := self.scheduler.ahead(plan)) is not None:
+                assert self._recorded is not None
+                self.scheduler.extend(next_plan)
+                try:
+                    following = launch(self._recorded, self.cache, next_plan, plan)
+                except Exception:
+                    following = None  # it is planned again, with its tokens known
+            try:
+                outcomes = land(plan, flight)
+                if following is not None and next_plan is not None:
+                    self._flying = next_plan, following
+            except Exception:  # what was begun after it has tokens of nobody
+                outcomes = choose(self.sampler, plan.rows, self._forward(plan), self.speculation)
+            events = self._commit(plan, outcomes)
+            done = True
+        finally:
+            if not done:
+                self._flying = None
+                self.scheduler.commit(StepPlan(), [])
+        self._count(plan, events, time.perf_counter() - began)
+        self._check_idle()
+        return events
+
+    def _commit(self, plan: StepPlan, outcomes: list[Found | Exception]) -> list[TokenEvent]:
+        """The scheduler and the requests take in what a plan gave."""
+        good = [(chunk, found) for chunk, found in zip(plan.rows, outcomes, strict=True) if isinstance(found, Found)]
+        running = [(chunk, found) for chunk, found in good if chunk.sequence.status == "running"]
+        kept = StepPlan([chunk for chunk, _ in running], plan.copies)
+        progress = self.scheduler.commit(kept, [[one.token for one in found.sampled] for _, found in running])
         events: list[TokenEvent] = []
-        for made, (_, found) in zip(progress, good, strict=True):
+        for made, (_, found) in zip(progress, running, strict=True):
             events += self._take_in(made, found)
         for chunk, found in zip(plan.rows, outcomes, strict=True):
-            if not isinstance(found, _Found):
+            if not isinstance(found, Found) and chunk.sequence.status == "running":
                 events += self._fail(chunk.sequence.request.id, found)
         return events
 
@@ -340,56 +393,10 @@ class Engine:
         logits = runner.logits(batch, self.cache)
         return list(logits.split([chunk.logits for chunk in chunks]))
 
-    def _outcome(self, chunk: Chunk, logits: Tensor | Exception) -> _Found | Exception:
-        """What the logits of one chunk give; the error that ends its request."""
-        if isinstance(logits, Exception):
-            return logits
-        row = chunk.sequence.state
-        assert isinstance(row, _Row)
-        try:
-            found = _Found()
-            if chunk.sequence.request.params.prompt_logprobs is not None:
-                self._score(chunk, logits, row)
-            if chunk.sample:
-                found.sampled = self._sample(chunk, logits, row.sampling)
-            return found
-        except Exception as error:
-            return error
-
-    def _sample(self, chunk: Chunk, logits: Tensor, row: RowState) -> list[_Chosen]:
-        """The tokens after the chunk: one, with drafts those that were right and the one after them."""
-        if chunk.drafts:
-            assert self.speculation is not None
-            sampled = self.speculation.accept(self.sampler, logits, chunk.sequence, row)
-        else:
-            sampled = self.sampler.sample(logits[-1:], [row])
-        wanted = chunk.sequence.request.logits
-        found = [
-            _Chosen(one.token, one.logprob, one.top, logits[i - len(sampled)].cpu().numpy().copy() if wanted else None)
-            for i, one in enumerate(sampled)
-            if one.token is not None
-        ]
-        if not found:
-            raise HerdError(sampled[0].error or NOT_FINITE)
-        return found
-
-    def _score(self, chunk: Chunk, logits: Tensor, row: _Row) -> None:
-        """Log-probabilities of the prompt tokens that follow the chunk's rows."""
-        sequence = chunk.sequence
-        prompt, count = sequence.request.prompt, sequence.request.params.prompt_logprobs
-        assert count is not None
-        first = chunk.start + chunk.count - chunk.logits
-        for i in range(max(first, sequence.scored), min(chunk.start + chunk.count, len(prompt) - 1)):
-            values = logits[i - first].cpu().numpy()
-            if not np.isfinite(values.max()):
-                raise HerdError(NOT_FINITE)
-            row.scored.append((prompt[i + 1], *chosen_and_best(values, prompt[i + 1], count)))
-
-    def _take_in(self, made: Progress, found: _Found) -> list[TokenEvent]:
+    def _take_in(self, made: Progress, found: Found) -> list[TokenEvent]:
         """The events of what one sequence gained; its sampling state goes on."""
         sequence = made.sequence
-        row = sequence.state
-        assert isinstance(row, _Row)
+        row = row_of(sequence)
         events = []
         if sequence.index == 0 and sequence.made == len(made.tokens) > 0:
             self._stats.prompt_tokens += len(sequence.request.prompt)
@@ -419,7 +426,7 @@ class Engine:
             self._forget(sequence.request.id)
         return events
 
-    def _broken(self, sequence: Sequence, row: _Row) -> str | None:
+    def _broken(self, sequence: Sequence, row: Row) -> str | None:
         """What is wrong with a complete reply that was to have a form: a last check of the masks it was made with."""
         if row.grammar is None or self.grammars is None:
             return None
@@ -460,6 +467,8 @@ class Engine:
 
 def _runner(model: Llama, config: EngineConfig) -> Runner:
     """The fastest runner that does what `config` asks for."""
+    if model.norm.weight.is_cuda and not config.deterministic:
+        return CudaRunner(model, max_seqs=config.max_seqs, max_len=config.max_len, graphs=config.graphs)
     if config.kv == "int8":  # the native kernels read no such cache
         return TiledRunner(model) if config.deterministic else TorchRunner(model)
     runner = runner_for(model, deterministic=config.deterministic)
@@ -467,9 +476,7 @@ def _runner(model: Llama, config: EngineConfig) -> Runner:
 
 
 def _sampling(sequence: Sequence) -> RowState:
-    row = sequence.state
-    assert isinstance(row, _Row)
-    return row.sampling
+    return row_of(sequence).sampling
 
 
 def _ended(sequence: Sequence, error: str | None = None) -> TokenEvent:

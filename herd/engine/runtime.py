@@ -1,7 +1,8 @@
 """The decoder as a GPU runs it: the weights of a `Llama`, fewer and larger operations, rows without a batch dimension.
 
 Queries, keys and values are one product, and so are gate and up: their weights are moved into one storage, layer by layer, and
-the model's own parameters become views of it, so there is never a second copy. What is quantized is multiplied by its own module.
+the model's own parameters become views of it, so there is never a second copy. Quantized matrices become what GPU kernels read
+(`herd.quant.packed_matrix`), in the model, too: their blocks are given up.
 
 Letters: T rows, D dim, H query heads, Hkv key/value heads, Dh head_dim, F inner width.
 """
@@ -16,13 +17,17 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from herd.engine import cuda
-from herd.engine.cuda import Places
+from herd.engine.cuda import ExpertWeights, Places
+from herd.kernels import packed
+from herd.kernels.packed import Packed
+from herd.kernels.products import product
 from herd.model.config import LayerSpec
 from herd.model.feedforward import FeedForward
 from herd.model.llama import Block, Llama
 from herd.model.moe import Experts, MoE
 from herd.model.rope import Temperature
-from herd.quant.linear import QuantExperts
+from herd.quant.linear import QuantExperts, QuantLinear
+from herd.quant.packed_matrix import PackedMatrix, pack_matrix, pack_together
 
 __all__ = ["Mix", "Runtime", "together"]
 
@@ -46,10 +51,12 @@ class Runtime:
         self._layers = [
             _Layer(block, spec, config.head_dim) for block, spec in zip(_blocks(model), config.layers, strict=True)
         ]
+        self._output = together((model.output,))
         self._temper = None if config.temper is None else Temperature(config.temper)
         self._marks = self._where()
-        self.capturable = not any(isinstance(module, QuantExperts) for module in model.modules())
-        """Whether steps can be recorded: quantized experts ask the host how many rows each has."""
+        experts = any(isinstance(module, QuantExperts) for module in model.modules())
+        self.capturable = not experts or cuda.kernels_for(model.norm.weight)
+        """Whether steps can be recorded: without kernels, quantized experts ask the host how many rows each has."""
 
     @property
     def stale(self) -> bool:
@@ -69,7 +76,7 @@ class Runtime:
 
     def logits(self, states: Tensor) -> Tensor:
         """Final states [R, D] -> logits [R, V] float32."""
-        return self.model.output(states).float()
+        return self._output(states).float()
 
     def _where(self) -> tuple[int, ...]:
         return tuple(weight.data_ptr() for weight in self.model.parameters())
@@ -79,39 +86,87 @@ class _Layer:
     def __init__(self, block: Block, spec: LayerSpec, head_dim: int) -> None:
         own = block.attention
         self.block, self.spec, self.head_dim = block, spec, head_dim
-        self.qkv = together((own.wq, own.wk, own.wv))
+        self.qkv, self.wo = together((own.wq, own.wk, own.wv)), together((own.wo,))
+        self.kv_heads = own.wk.out_features // head_dim
         self.feed = _feed(block.feed_forward)
 
     def __call__(self, i: int, x: Tensor, more: Tensor | None, places: Places, mix: Mix) -> tuple[Tensor, Tensor]:
         """x, and what is still to be added to it, before and after the layer."""
-        block, own = self.block, self.block.attention
+        block = self.block
         x, normed = cuda.add_norm(x, more, block.attention_norm.weight, block.attention_norm.eps)
         heads = self.qkv(normed).unflatten(-1, (-1, self.head_dim))  # [T, H + 2 Hkv, Dh]
-        kv_heads = own.wk.out_features // self.head_dim
-        q, k, v = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
-        mixed = own.wo(mix(i, q, k, v, places, self.spec).flatten(-2))
+        q, k, v = heads.split([heads.shape[1] - 2 * self.kv_heads, self.kv_heads, self.kv_heads], dim=1)
+        mixed = self.wo(mix(i, q, k, v, places, self.spec).flatten(-2))
         x, normed = cuda.add_norm(x, mixed, block.ffn_norm.weight, block.ffn_norm.eps)
         return x, self.feed(normed)
 
 
 def _feed(module: nn.Module) -> Callable[[Tensor], Tensor]:
     """The feed-forward of a layer, dense or with experts."""
-    if isinstance(module, MoE) and isinstance(module.experts, Experts):
-        shared = _feed(module.shared_expert)
-        return lambda x: shared(x) + cuda.routed(module, x)
-    if not isinstance(module, FeedForward):
-        return module  # experts of another kind: quantized
-    gate_up, down = together((module.w1, module.w3)), module.w2
+    if isinstance(module, MoE):
+        shared, experts = _feed(module.shared_expert), _experts(module.experts)
+        if experts is None:
+            return module
+        return lambda x: shared(x) + cuda.routed(module, experts, x)
+    assert isinstance(module, FeedForward)
+    gate_up, down = together((module.w1, module.w3)), together((module.w2,))
     return lambda x: down(cuda.silu_mul(gate_up(x)))
 
 
+def _experts(module: nn.Module) -> ExpertWeights | None:
+    """The stacks w1, w2, w3 of experts; None for those that are left to their module."""
+    if isinstance(module, Experts):
+        return packed.plain(module.w1), packed.plain(module.w2), packed.plain(module.w3)
+    if not isinstance(module, QuantExperts):
+        return None
+    stacks = []
+    for name in ("w1", "w2", "w3"):
+        each = [pack_matrix(matrix) for matrix in getattr(module, name)]
+        parts = [one.packed for one in each if one is not None]
+        if len(parts) < len(each) or len({part.kind for part in parts}) > 1:
+            return None
+        stack = packed.stack(parts)
+        setattr(
+            module, name, tuple(PackedMatrix(_expert(stack, e), one) for e, one in enumerate(each) if one is not None)
+        )
+        stacks.append(stack)
+    return stacks[0], stacks[1], stacks[2]
+
+
+def _expert(stack: Packed, e: int) -> Packed:
+    """One of a stack."""
+    parts = (stack.codes, stack.scale, stack.sub, stack.minimum, stack.sub_minimum)
+    codes, *others = (None if part is None else part[e] for part in parts)
+    assert codes is not None
+    return Packed(stack.kind, stack.rows, stack.columns, codes, *others)
+
+
 def together(modules: Sequence[nn.Module]) -> Products:
-    """The products of several matrices with the same rows: one product where all are plain and alike."""
+    """The products of several matrices with the same rows: one product where all are alike."""
     plain = [m for m in modules if type(m) is nn.Linear and m.bias is None]
-    if len(plain) < len(modules) or len({(m.weight.dtype, m.weight.device) for m in plain}) > 1:
-        return lambda x: torch.cat([module(x) for module in modules], dim=-1)
-    whole = _joined([m.weight for m in plain])
-    return lambda x: linear(x, whole)
+    if len(plain) == len(modules) and len({(m.weight.dtype, m.weight.device) for m in plain}) == 1:
+        whole = _joined([m.weight for m in plain]) if len(plain) > 1 else plain[0].weight
+        return lambda x: linear(x, whole)
+    quantized = [m for m in modules if type(m) is QuantLinear]
+    if len(quantized) == len(modules) and (found := _packed(quantized)) is not None:
+        return lambda x: product(x, found)
+    return lambda x: torch.cat([module(x) for module in modules], dim=-1)
+
+
+def _packed(modules: Sequence[QuantLinear]) -> Packed | None:
+    """One packed matrix of quantized modules, which hold views of it from now on; None where there is no packed form."""
+    if len(modules) == 1:
+        alone = pack_matrix(modules[0].matrix)
+        if alone is not None:
+            modules[0].matrix = alone
+        return None if alone is None else alone.packed
+    found = pack_together([module.matrix for module in modules])
+    if found is None:
+        return None
+    whole, views = found
+    for module, view in zip(modules, views, strict=True):
+        module.matrix = view
+    return whole
 
 
 @torch.no_grad()

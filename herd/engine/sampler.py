@@ -134,9 +134,9 @@ class RowState:
         other.index = self.index if index is None else index
         return other
 
-    def uniform(self, lane: int = 0) -> float:
-        """The uniform number of this position, see `uniform`."""
-        return uniform(self.seed, self.index, self.position, lane)
+    def uniform(self, lane: int = 0, *, ahead: int = 0) -> float:
+        """The uniform number of this position, or of one that is `ahead`, see `uniform`."""
+        return uniform(self.seed, self.index, self.position + ahead, lane)
 
     @property
     def plain(self) -> bool:

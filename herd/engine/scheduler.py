@@ -206,6 +206,33 @@ class Scheduler:
         assert plan.rows or self.idle, "there is work, but no step for it"
         return plan
 
+    def ahead(self, plan: StepPlan) -> StepPlan | None:
+        """The step after `plan` while its tokens are not known: the next position of each of its sequences that may go on.
+
+        None when another step would come: a prompt to read, guesses, somebody to let in, blocks or tokens that run out. Changes
+        nothing; `extend` takes the blocks, and `plan` is committed first. Sequences that end with it are computed in vain.
+        """
+        if self.waiting and self._slots(self.waiting[0]) <= self.max_seqs:
+            return None
+        going = [chunk for chunk in plan.rows if chunk.sequence.status == "running"]
+        if len(going) < len(self.running) or not all(_goes_on(chunk) for chunk in going):
+            return None
+        rows = []
+        for chunk in going:
+            sequence, most = chunk.sequence, chunk.sequence.request.params.max_tokens
+            if len(sequence.tokens) + 1 < self.max_len and (most is None or sequence.made + 1 < most):
+                rows.append(Chunk(sequence, chunk.start + 1, 1, True, 1, sequence.blocks))
+        need = sum(self._lacks(chunk) for chunk in rows)
+        return StepPlan(rows) if rows and need <= self.pool.available else None
+
+    def extend(self, plan: StepPlan) -> None:
+        """Give the sequences of a plan of `ahead` their blocks."""
+        for chunk in plan.rows:
+            chunk.sequence.blocks += self.pool.allocate(self._lacks(chunk))
+
+    def _lacks(self, chunk: Chunk) -> int:
+        return max(0, blocks_of(chunk.start + 1, self.pool.block_size) - len(chunk.sequence.blocks))
+
     def commit(self, plan: StepPlan, sampled: Seq[Seq[int]]) -> list[Progress]:
         """Take in what a plan (or some chunks of it) computed. `sampled` has the new tokens of each chunk: none without
         `sample`, one otherwise, with drafts those that were right and the one after them.
@@ -409,6 +436,12 @@ class Scheduler:
 
 def _order(sequence: Sequence) -> tuple[int, int]:
     return sequence.order
+
+
+def _goes_on(chunk: Chunk) -> bool:
+    """Whether one position of the same sequence follows, as far as that is known before its token."""
+    plain = chunk.sample and not chunk.drafts and not chunk.sequence.children
+    return plain and chunk.sequence.request.params.beams == 1
 
 
 def _scores(sequence: Sequence) -> bool:

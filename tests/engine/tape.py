@@ -1,8 +1,8 @@
 """What a CUDA graph does, on a CPU: the operations of one run, done again to the very same tensors.
 
-A recording knows nothing of Python: numbers that were read or decided while it was made stay as they were. So whatever a step takes
-from the host in any other way than through its buffers gives wrong logits here as it would there; reading from a tensor while
-recording is an error, as it would be there.
+A recording knows nothing of Python: numbers that were read or decided while it was made stay as they were. So whatever a step
+takes from the host in any other way than through its buffers gives wrong logits here as it would there; reading from a tensor
+while recording is an error, as it would be there.
 """
 
 from __future__ import annotations

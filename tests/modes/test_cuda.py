@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from herd.engine import cuda
 from herd.engine.cuda_runner import CudaRunner
 from herd.kernels import native
 from herd.model.llama import Llama
@@ -54,6 +55,20 @@ def test_recorded_steps_equal_the_full_forward(name: str, device: str, measured:
     assert seen.worst <= (MODES_BOUND if device == "cpu" else GPU_BOUND)
     if device == "cpu":
         assert tape.replays > 3 * tape.made
+
+
+@pytest.mark.parametrize("kv", [torch.float32, torch.int8], ids=["float32", "int8"])
+@pytest.mark.parametrize("name", TINY)
+def test_calls_of_the_kernels(name: str, kv: torch.dtype, monkeypatch: pytest.MonkeyPatch, measured: Measured) -> None:
+    """What a GPU with Triton runs, with the plain definitions of its kernels in their place: arguments and layouts are right."""
+    monkeypatch.setattr(cuda, "kernels_for", lambda x: True)
+    model = fresh(name)
+    with torch.no_grad():
+        see = [Rounded()] * model.config.n_layers if kv == torch.int8 else None
+        expected = [build(name)(torch.tensor([ids]), None, see)[0] for ids in texts(name)]
+    seen = run(name, expected, model=model, runner=CudaRunner(model), seed=10, dtype=kv)
+    measured(TABLE, f"{name}, GPU runtime through its kernels' definitions, {kv}", seen.worst)
+    assert seen.worst <= (2 * INT8_BOUND if kv == torch.int8 else MODES_BOUND)  # two flips now and then
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -102,7 +117,7 @@ def test_weights_are_moved_not_copied() -> None:
     assert not runner.runtime.stale
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4", "q4_k_m"])
+@pytest.mark.parametrize("weights", ["int8", "int4", "q4_k_m", "fp8"])
 @pytest.mark.parametrize("name", ["llama-2", "llama-3.2", "llama-4-scout", "llama-4-maverick"])
 def test_quantized_weights(name: str, weights: str, monkeypatch: pytest.MonkeyPatch, measured: Measured) -> None:
     """Blocks as they are on a GPU (no panels of the CPU's library): what the dequantized twin gives."""
