@@ -18,6 +18,7 @@ Every message says what is wrong and what to change. Anything else that escapes 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 __all__ = [
     "BenchError",
@@ -31,6 +32,7 @@ __all__ = [
     "TokenizerError",
     "TokenizerFileError",
     "UnknownModelError",
+    "kind_named",
 ]
 
 
@@ -114,3 +116,9 @@ class ConfigFileError(CheckpointError, ConfigError):
 
 class TokenizerFileError(CheckpointError, TokenizerError):
     """A vocabulary in a checkpoint's file whose rules are not Llama's; the message names the key."""
+
+
+def kind_named(name: str | None) -> Callable[[str], HerdError]:
+    """The class of the tree that is called `name`, to be made with a message alone; HerdError for any other name."""
+    plain = {cls.__name__: cls for cls in (ConfigError, TokenizerError, PromptError, BenchError)}
+    return plain.get(name or "", HerdError)

@@ -284,7 +284,8 @@ class Engine:
                 )
         except Exception as error:  # what `add` could not know
             return self._fail(request.id, error) or [
-                TokenEvent(request.id, i, finish="error", error=_said(error)) for i in range(request.params.candidates)
+                TokenEvent(request.id, i, finish="error", error=_said(error), kind=type(error).__name__)
+                for i in range(request.params.candidates)
             ]
         self._stats.requests += 1
         return []
@@ -443,7 +444,7 @@ class Engine:
                 self.pool.forget(block)
             sequence.children = []
             self.scheduler.finish(sequence, "error")
-            events.append(_ended(sequence, said))
+            events.append(_ended(sequence, said, type(error).__name__))
         self._stats.errors += bool(events)
         self._forget(request_id)
         return events
@@ -479,13 +480,14 @@ def _sampling(sequence: Sequence) -> RowState:
     return row_of(sequence).sampling
 
 
-def _ended(sequence: Sequence, error: str | None = None) -> TokenEvent:
+def _ended(sequence: Sequence, error: str | None = None, kind: str | None = None) -> TokenEvent:
     return TokenEvent(
         sequence.request.id,
         sequence.index,
         finish=sequence.finish,
         error=error,
         cached_tokens=sequence.cached_tokens or 0,
+        kind=kind,
     )
 
 

@@ -16,7 +16,7 @@ from herd.adapters.lora import LoraAdapter
 from herd.chat.format import ChatFormat, Delta, ToolSpec
 from herd.chat.formats import format_named
 from herd.chat.model import Score
-from herd.chat.params import SamplingParams
+from herd.chat.params import Constraint, SamplingParams
 from herd.chat.toolspec import tools_from
 from herd.checkpoint.load import Checkpoint
 from herd.engine.adapters import LoadedAdapter
@@ -26,7 +26,7 @@ from herd.engine.config import EngineConfig
 from herd.engine.engine import Engine, Stats
 from herd.engine.grammar import Grammars
 from herd.engine.intake import Conversation, Intake, Prompt, is_conversation
-from herd.engine.loop import Loop
+from herd.engine.loop import Loop, Sink
 from herd.engine.opening import drafter_for, kv_for, opened
 from herd.engine.prompt_cache import fingerprint, load_prompt, save_prompt
 from herd.engine.request import Request
@@ -53,7 +53,7 @@ class LLM:
     step. `deterministic`: a request's tokens and numbers are the same bits alone and in any company. `seed` is where requests
     without one get theirs; None draws fresh ones. `draft` guesses tokens ahead, which changes the speed and no distribution:
     "lookup" looks in the text so far, any other name is a smaller model of the same vocabulary, or it is a drafter
-    (`herd.engine.speculate`).
+    (`herd.engine.speculate`). `tick(done, total)` hears of the bytes read.
 
     `load_adapter` adds a LoRA adapter, which requests choose with `adapter=` (its name).
 
@@ -81,8 +81,9 @@ class LLM:
         seed: int | None = 0,
         draft: str | os.PathLike[str] | Drafter | None = None,
         debug: bool = False,
+        tick: Callable[[int, int], None] | None = None,
     ) -> None:
-        self.model, self.tokenizer, self._defaults = opened(model, weights, dtype, device)
+        self.model, self.tokenizer, self._defaults = opened(model, weights, dtype, device, tick)
         chosen = format_named(format, self.tokenizer) if isinstance(format, str) else format
         where = self.model.norm.weight.device
         self.budget: Budget = budget_for(
@@ -263,6 +264,22 @@ class LLM:
             loop.call_soon_threadsafe(found.put_nowait, delta)
 
         return AsyncReplyStream(self._stream(prompt, params, tools, adapter, put), found)
+
+    def begin(self, request: Request, sink: Sink) -> None:
+        """Queue a request of one's own making, whose events go to `sink` in the engine's thread: what a server builds on.
+
+        Raises ConfigError or ContextFullError when it can never run.
+        """
+        self._loop.submit(request, sink)
+
+    def abort(self, request_id: str) -> None:
+        """End a request, whatever it is doing. Unknown and finished ids are fine."""
+        self._loop.abort(request_id)
+
+    def compile(self, constraint: Constraint) -> None:
+        """Raise ConfigError when replies cannot be held to `constraint`. Compiled ones are kept for requests to come."""
+        assert self._engine.grammars is not None
+        self._engine.grammars.compile(constraint)
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> list[Score]:
         """How likely each continuation is after its context: sums of log-probabilities of (context, continuation) pairs.

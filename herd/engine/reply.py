@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from herd.chat.format import Delta, StreamParser
-from herd.chat.messages import Message
+from herd.chat.messages import Message, ToolCall
 from herd.chat.params import SamplingParams
 from herd.engine.stop import StopMatcher
 
@@ -17,10 +17,12 @@ class ReplyBuilder:
     """One reply while it is made. Feed it every id, then `close` it; both give the deltas to show.
 
     `stop_ids` are the prompt format's, `params` the caller's own stops. Once `done`, no more ids are wanted: a stop string was
-    met. `ended` says whether the model or a stop ended the reply, and not a limit.
+    met, or `max_calls` tool calls are complete. `ended` says whether the model or a stop ended the reply, and not a limit.
     """
 
-    def __init__(self, parser: StreamParser, params: SamplingParams, stop_ids: frozenset[int]) -> None:
+    def __init__(
+        self, parser: StreamParser, params: SamplingParams, stop_ids: frozenset[int], *, max_calls: int | None = None
+    ) -> None:
         self.tokens: list[int] = []
         self.ended = False
         self._parser = parser
@@ -31,11 +33,18 @@ class ReplyBuilder:
         # Ids that the parser must not see: stops that are ignored, and stops that only the caller knows.
         self._hidden = stop_ids | params.stop_ids if params.ignore_stop_ids else params.stop_ids - stop_ids
         self._shown: list[str] = []
+        self._calls: list[ToolCall] = []
+        self._max_calls = max_calls
 
     @property
     def done(self) -> bool:
-        """Whether a stop string was met."""
-        return self._matcher.matched
+        """Whether a stop string was met, or there are all the calls that were wanted."""
+        return self._matcher.matched or len(self._calls) == self._max_calls
+
+    @property
+    def stop(self) -> str | None:
+        """The stop string that was met."""
+        return self._matcher.met
 
     def push(self, token: int) -> list[Delta]:
         """Take one generated id, stop ids included."""
@@ -55,7 +64,7 @@ class ReplyBuilder:
         """The assistant message so far."""
         message = self._parser.message()
         if self.done:
-            return Message("assistant", "".join(self._shown))
+            return Message("assistant", "".join(self._shown), tuple(self._calls))
         if self.ended and message.stop_reason == "out_of_tokens":
             return replace(message, stop_reason="end_of_turn")
         return message
@@ -75,6 +84,11 @@ class ReplyBuilder:
                 delta = Delta(stop_reason="end_of_turn")
             self.ended = self.ended or delta.stop_reason in ("end_of_turn", "end_of_message")
             out.append(delta)
+            if delta.tool_call is not None:
+                self._calls.append(delta.tool_call)
+                if self.done:
+                    self.ended = True
+                    break
         return out
 
     def _show(self, text: str, out: list[Delta]) -> None:

@@ -129,8 +129,9 @@ class TokenEvent:
     """One new token of one continuation, its end, or both. The stop id is told like any other token.
 
     `logprob` and `top_logprobs` (id -> log-probability) are there when asked for. `error` says what went wrong when `finish` is
-    "error". `cached_tokens` of the prompt were not computed. `prompt_logprobs` come with the first event when they were asked
-    for: (id, log-probability, likeliest ones) of each prompt token from the second, or from where scoring began.
+    "error", `kind` is the name of its class. `cached_tokens` of the prompt were not computed. `prompt_logprobs` come with the
+    first event when they were asked for: (id, log-probability, likeliest ones) of each prompt token from the second, or from
+    where scoring began.
     `logits` [V] are a float32 array, when they were asked for.
     """
 
@@ -144,3 +145,4 @@ class TokenEvent:
     cached_tokens: int = 0
     prompt_logprobs: list[tuple[int, float, dict[int, float]]] | None = None
     logits: Any = None
+    kind: str | None = None

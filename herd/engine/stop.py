@@ -20,6 +20,8 @@ class StopMatcher:
     def __init__(self, stop: Sequence[str]) -> None:
         self.stop = tuple(stop)
         self.matched = False
+        self.met: str | None = None
+        """The stop string that was met."""
         self._held = ""
 
     def push(self, text: str) -> str:
@@ -29,7 +31,7 @@ class StopMatcher:
         self._held += text
         found = min(((at + len(s), at) for s in self.stop if (at := self._held.find(s)) >= 0), default=None)
         if found is not None:
-            self.matched = True
+            self.matched, self.met = True, self._held[found[1] : found[0]]
             shown, self._held = self._held[: found[1]], ""
             return shown
         keep = self._undecided()

@@ -1,0 +1,156 @@
+"""Strict request bodies: every field is honoured, or the request is refused and the field named. No torch.
+
+A request is a `Body` (pydantic, strict, no unknown fields). Fields that an API has and this server does not honour stand in
+`refused` with the reason; those with a value that changes nothing stand in `neutral` and are accepted with that value only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from starlette.requests import Request
+
+from herd.server.errors import ApiError
+from herd.server.jsonbody import strict_json
+
+__all__ = ["LIMITS", "Body", "body_of", "checked", "parse"]
+
+LIMITS = {
+    "n": 128,
+    "top_logprobs": 20,
+    "stop": 4,
+    "stop_length": 256,
+    "logit_bias": 1024,
+    "messages": 2048,
+    "tools": 128,
+    "prompts": 128,
+    "metadata": 16,
+}
+"""Most of each in one request (reliability before all: what is beyond is refused before any work)."""
+MAX_INT = 2**63 - 1
+NO_BODY = "the request has no body: send a JSON object (Content-Type: application/json)"
+
+
+class Body(BaseModel):
+    """A request's body."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True, protected_namespaces=())
+
+    refused: ClassVar[Mapping[str, str]] = {}
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+
+
+B = TypeVar("B", bound=Body)
+
+
+async def parse(request: Request, model: type[B]) -> B:
+    """The body of a request. Raises ApiError (400, or 415 for a body that is not JSON)."""
+    kind = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        raise ApiError(415, f"the body is {kind[:80]!r}: send JSON, with Content-Type: application/json")
+    if request.headers.get("content-encoding", "identity").lower() not in ("identity", ""):
+        raise ApiError(415, "the body is compressed: send it as it is")
+    data = await request.body()
+    if not data.strip():
+        raise ApiError(400, NO_BODY, code="invalid_json")
+    return checked(strict_json(data), model)
+
+
+def checked(content: Any, model: type[B]) -> B:
+    """A JSON value as a request. Raises ApiError (400) naming the field."""
+    if not isinstance(content, dict):
+        raise ApiError(400, f"the body is {_kind(content)}: expected an object", code="invalid_type")
+    content = dict(content)
+    for name in list(content):
+        if name in model.neutral and (
+            content[name] is None or any(_same(content[name], one) for one in model.neutral[name])
+        ):
+            del content[name]
+        elif name in model.neutral or name in model.refused:
+            why = model.refused.get(name)
+            if why is None:
+                allowed = " or ".join(_shown(one) for one in model.neutral[name])
+                why = f"only {allowed} is supported"
+            elif content[name] is None:
+                del content[name]
+                continue
+            raise ApiError(400, f"{name}: {why}", param=name, code="unsupported_parameter")
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        raise _refusal(error) from None
+    except RecursionError:
+        raise ApiError(400, "the body is nested too deeply", code="invalid_json") from None
+
+
+def body_of(*models: type[Body]) -> dict[str, Any]:
+    """`openapi_extra` for a route with such a body. The models' own definitions are moved to components by the app."""
+    schemas = [one.model_json_schema(ref_template="#/components/schemas/{model}") for one in models]
+    schema = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _refusal(error: ValidationError) -> ApiError:
+    """The first thing that is wrong, in the words of an API."""
+    found = error.errors(include_url=False, include_context=True, include_input=True)
+    first = min(
+        found, key=lambda one: (one["type"] != "extra_forbidden", one["type"].endswith("_type"), -len(one["loc"]))
+    )
+    where = _path(first["loc"])
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"unknown field: {where}", param=where, code="unknown_parameter")
+    if first["type"] == "missing":
+        return ApiError(400, f"{where} is missing", param=where, code="missing_required_parameter")
+    message = re.sub(
+        r"^(Value error, |Input should be )", lambda m: "expected " if "Input" in m[0] else "", first["msg"]
+    )
+    if first["type"] == "value_error":  # our own words, which name the field themselves
+        name = message.split(":")[0].split(" ")[0]
+        known = re.fullmatch(r"[a-z_]+", name) is not None and "_" in name
+        param = f"{where}.{name}" if where and known else where or (name if known else None)
+        return ApiError(400, f"{where}: {message}" if where else message, param=param, code="invalid_value")
+    value = first.get("input")
+    shown = (
+        f" is {_shown(value)}:"
+        if isinstance(value, int | float | bool | None) or (isinstance(value, str) and len(value) < 40)
+        else ":"
+    )
+    code = "invalid_type" if first["type"].endswith("_type") else "invalid_value"
+    return ApiError(400, f"{where}{shown} {message}", param=where, code=code)
+
+
+def _path(loc: tuple[int | str, ...]) -> str:
+    """("messages", 0, "content") as `messages[0].content`; what pydantic adds for unions is left out."""
+    out = ""
+    for part in loc:
+        if isinstance(part, int):
+            out += f"[{part}]"
+        elif re.fullmatch(r"[a-z_][a-zA-Z0-9_]*", part) and part not in _UNION_WORDS:
+            out += f".{part}" if out else part
+        elif not out:
+            out = ascii(part[:60])[1:-1]
+    return out
+
+
+_UNION_WORDS = {"str", "int", "float", "bool", "list", "dict", "none", "constrained"}
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _shown(value: Any) -> str:
+    """A value for a message: short, printable and ASCII."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int) and abs(value) > MAX_INT:
+        return "an integer beyond 64 bits"
+    return ascii(value)[:60]
+
+
+def _same(a: Any, b: Any) -> bool:
+    return type(a) is type(b) and a == b

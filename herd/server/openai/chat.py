@@ -1,0 +1,448 @@
+"""`POST /v1/chat/completions`."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Annotated, Any, ClassVar, Literal
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import Field, StringConstraints, model_validator
+
+from herd.chat.params import MAX_INT
+from herd.errors import HerdError
+from herd.server.errors import ApiError, api_error, error_body
+from herd.server.fields import LIMITS, Body, body_of, parse
+from herd.server.openai.replies import chat_logprob, prompt_logprobs, timings, truncation, usage
+from herd.server.openai.sampling import JsonSchema, SamplingBody, check_sampling, sampling_of
+from herd.server.protocol import Began, Call, Chat, Ended, Event, Finished, Piece, Usage
+from herd.server.sse import DONE, EventStream, event, until_gone
+from herd.server.state import State, begun, new_id, state_of
+
+__all__ = ["ChatBody", "call_of", "router"]
+
+router = APIRouter(tags=["openai"])
+FunctionName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+
+
+class ImageUrl(Body):
+    """An image's address."""
+
+    url: str
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class ContentPart(Body):
+    """A part of a message: text, or an image for models that see."""
+
+    type: Literal["text", "image_url", "refusal"]
+    text: str | None = None
+    image_url: ImageUrl | str | None = None
+    refusal: str | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> ContentPart:
+        if getattr(self, self.type) is None:
+            raise ValueError(f"a part of type {self.type} has a field {self.type}")
+        if any(getattr(self, other) is not None for other in ("text", "image_url", "refusal") if other != self.type):
+            raise ValueError(f"a part of type {self.type} has no other content")
+        return self
+
+
+class CalledFunction(Body):
+    """A function that was called; `arguments` is JSON text."""
+
+    name: FunctionName
+    arguments: str | dict[str, Any]
+
+
+class ToolCallBody(Body):
+    """A tool call of an earlier reply."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = None
+
+
+class ChatMessage(Body):
+    """A message of the conversation."""
+
+    role: Literal["developer", "system", "user", "assistant", "tool"]
+    content: str | list[ContentPart] | None = None
+    tool_calls: list[ToolCallBody] | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty(cls, given: Any) -> Any:
+        """What clients send back of a reply, and what it says is nothing."""
+        if not isinstance(given, dict):
+            return given
+        return {
+            key: value
+            for key, value in given.items()
+            if not (
+                key in ("refusal", "audio", "function_call", "annotations", "reasoning_content")
+                and value in (None, [], "")
+            )
+        }
+
+    @model_validator(mode="after")
+    def _fits(self) -> ChatMessage:
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise ValueError(f"a {self.role} message has content")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("only assistant messages have tool_calls")
+        if self.name is not None and self.role != "tool":
+            raise ValueError("name: Llama's prompt formats have no place for names, leave it out")
+        if self.tool_call_id is not None and self.role != "tool":
+            raise ValueError("only tool messages have a tool_call_id")
+        return self
+
+
+class Function(Body):
+    """A function that may be called. `strict` is honoured: arguments follow the schema."""
+
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    """A tool."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(Body):
+    """The name of a function."""
+
+    name: FunctionName
+
+
+class NamedTool(Body):
+    """`tool_choice` by name."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class ResponseFormat(Body):
+    """The form of the reply. JSON schemas are enforced token by token."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema goes with type json_schema, and only with it")
+        if self.json_schema is not None and self.json_schema.schema_ is None:
+            raise ValueError("json_schema.schema is missing")
+        return self
+
+
+class ChatBody(SamplingBody):
+    """A chat completion request."""
+
+    messages: list[ChatMessage] = Field(min_length=1, max_length=LIMITS["messages"])
+    max_tokens: int | None = Field(None, ge=1, le=MAX_INT)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_INT)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=LIMITS["top_logprobs"])
+    tools: list[Tool] | None = Field(None, max_length=LIMITS["tools"])
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    metadata: dict[str, Annotated[str, StringConstraints(max_length=512)]] | None = Field(
+        None, max_length=LIMITS["metadata"]
+    )
+    store: Literal[False] | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = Field(None, max_length=16)
+    safety_identifier: str | None = Field(None, max_length=1024)
+    prompt_cache_key: str | None = Field(None, max_length=256)
+
+    refused: ClassVar = {
+        "audio": "this server makes no audio: leave it out",
+        "functions": "use tools, which replaced it",
+        "function_call": "use tool_choice, which replaced it",
+        "prediction": "predicted outputs are not supported: --draft lookup speeds up text that repeats the prompt",
+        "reasoning_effort": "Llama models have no levels of reasoning: leave it out",
+        "verbosity": "Llama models have no levels of verbosity: say it in the prompt",
+        "web_search_options": "this server does not search the web: give the model a tool",
+        "chat_template": "templates come from the model or from the server's --chat-template, not from requests",
+        "documents": "documents are not supported: put them into a message",
+        "mm_processor_kwargs": "images are not supported: leave it out",
+        "prompt_cache_retention": "prompts are cached while there is memory: leave it out",
+    }
+    neutral: ClassVar = dict(SamplingBody.neutral) | {
+        "modalities": (["text"],),
+        "service_tier": ("auto", "default"),
+        "echo": (False,),
+        "add_special_tokens": (False, True),
+        "include_reasoning": (True,),
+        "best_of": (1,),
+    }
+
+    @model_validator(mode="after")
+    def _together(self) -> ChatBody:
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+            raise ValueError("max_tokens and max_completion_tokens are not the same: give one of them")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs: set logprobs to true to have them")
+        if not self.tools:
+            if self.tool_choice not in (None, "none", "auto"):
+                raise ValueError("tool_choice: there are no tools to choose from")
+        elif isinstance(self.tool_choice, NamedTool) and not any(
+            tool.function.name == self.tool_choice.function.name for tool in self.tools
+        ):
+            raise ValueError("tool_choice names a function that is not among the tools")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError("continue_final_message goes on with the last message: leave add_generation_prompt out")
+        return self
+
+
+@router.post(
+    "/v1/chat/completions", summary="Answer a conversation", openapi_extra=body_of(ChatBody), response_model=None
+)
+async def chat_completions(request: Request) -> Response:
+    """OpenAI's chat completions, with vLLM's extra fields."""
+    state = state_of(request)
+    body = await parse(request, ChatBody)
+    call = call_of(body, state)
+    events = state.run(body.model, call)
+    if body.stream:
+        began = await until_gone(request, begun(events))
+        if began is None:
+            return Response(status_code=499)
+        answer = _Answer(state, body, call.id, began)
+        return EventStream(answer.stream(events), headers=answer.headers, ping_seconds=state.settings.ping_seconds)
+    return await until_gone(request, _whole(state, body, call, events)) or Response(status_code=499)
+
+
+def call_of(body: ChatBody, state: State) -> Call:
+    """The call of a request. Raises ApiError (400) for what cannot be honoured."""
+    sampling = sampling_of(body)
+    most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    if most is not None:
+        sampling["max_tokens"] = most
+    if body.logprobs:
+        sampling["logprobs"] = body.top_logprobs or 0
+    if body.response_format is not None and body.response_format.type != "text":
+        form = body.response_format
+        if any(name in sampling for name in ("schema", "regex", "choices", "grammar", "json_object")):
+            raise ApiError(400, "response_format: a reply can be held to one form only", param="response_format")
+        sampling |= {"json_object": True} if form.json_schema is None else {"schema": form.json_schema.schema_}
+    check_sampling(sampling, max_tokens="max_tokens" if body.max_completion_tokens is None else "max_completion_tokens")
+    messages = tuple(_message(m, i) for i, m in enumerate(body.messages))
+    characters = sum(len(str(m["content"])) for m in messages)
+    check_work(state, body.n or 1, characters, "messages")
+    named = body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else None
+    chosen = "named" if named is not None else body.tool_choice or "auto"
+    assert chosen in ("auto", "none", "required", "named")
+    chat = Chat(
+        messages=messages,
+        tools=tuple(tool.model_dump(exclude_none=True) for tool in body.tools or ()),
+        tool_choice=chosen,  # type: ignore[arg-type]
+        tool_name=named,
+        parallel=body.parallel_tool_calls is not False,
+        continue_final=bool(body.continue_final_message),
+        generation_prompt=body.add_generation_prompt is not False,
+        format_options=body.chat_template_kwargs or {},
+        truncate=body.truncation == "auto",
+    )
+    return Call(new_id("chatcmpl-"), chat, sampling, salt=body.cache_salt or "")
+
+
+def check_work(state: State, count: int, size: int, param: str) -> None:
+    """Raise ApiError (400) for prompts that are copied too often."""
+    if count * size > state.settings.max_prompt_work:
+        raise ApiError(
+            400,
+            f"{count} replies to prompts of {size:,} characters or ids together are more than this server takes at once "
+            f"({state.settings.max_prompt_work:,}): send less, or fewer",
+            param=param,
+            code="too_much_work",
+        )
+
+
+def _message(message: ChatMessage, index: int) -> dict[str, Any]:
+    """A message as the worker reads it."""
+    content: Any = message.content
+    if isinstance(content, list):
+        for i, part in enumerate(content):
+            if part.type == "image_url":
+                raise ApiError(
+                    400,
+                    f"messages[{index}].content[{i}] is an image, and this model reads text only",
+                    param=f"messages[{index}].content[{i}]",
+                    code="unsupported_content",
+                )
+        content = [{"type": "text", "text": part.text if part.type == "text" else part.refusal} for part in content]
+    out: dict[str, Any] = {"role": message.role, "content": content or ""}
+    if message.tool_calls:
+        out["tool_calls"] = [
+            {"type": "function", "id": call.id, "function": call.function.model_dump()} for call in message.tool_calls
+        ]
+    for name in ("tool_call_id", "name"):
+        if getattr(message, name) is not None:
+            out[name] = getattr(message, name)
+    return out
+
+
+async def _whole(state: State, body: ChatBody, call: Call, events: AsyncGenerator[Event, None]) -> Response:
+    """The answer when it is complete."""
+    async with contextlib.aclosing(events):
+        answer = _Answer(state, body, call.id, await begun(events))
+        async for one in events:
+            answer.take(one)
+    return JSONResponse(answer.whole(), headers=answer.headers)
+
+
+class _Answer:
+    """The answer while it grows."""
+
+    def __init__(self, state: State, body: ChatBody, id: str, began: Began) -> None:
+        self.body, self.began = body, began
+        about = state.models.find(body.model)[0].about
+        self.head = {
+            "id": id,
+            "created": int(time.time()),
+            "model": body.model,
+            "system_fingerprint": None if about is None else about.fingerprint,
+        }
+        self.choices = [_Choice() for _ in range(body.n or 1)]
+        self.usage: Usage | None = None
+        self.prompt: list[Any] | None = None
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What a client should know at once."""
+        left = self.began.truncated
+        if left is None:
+            return {}
+        return {"X-Herd-Truncated": f"messages={left.dropped_messages}; tokens={left.dropped_tokens}"}
+
+    def take(self, one: Event) -> None:
+        """The next event."""
+        if isinstance(one, Piece):
+            if one.prompt:
+                self.prompt = prompt_logprobs(one.prompt)
+            self.choices[one.index].take(one)
+        elif isinstance(one, Ended):
+            self.choices[one.index].ended = one
+        elif isinstance(one, Finished):
+            self.usage = one.usage
+
+    def whole(self) -> dict[str, Any]:
+        """The body of the answer."""
+        assert self.usage is not None
+        out = {
+            **self.head,
+            "object": "chat.completion",
+            "choices": [choice.whole(i, bool(self.body.logprobs)) for i, choice in enumerate(self.choices)],
+            "usage": usage(self.usage),
+            "timings": timings(self.usage),
+            **truncation(self.began),
+        }
+        if self.prompt is not None:
+            out["prompt_logprobs"] = self.prompt
+        return out
+
+    async def stream(self, events: AsyncGenerator[Event, None]) -> AsyncIterator[bytes]:
+        """The answer as server-sent events. An error on the way is an event, too."""
+        try:
+            async with contextlib.aclosing(events):
+                for i in range(len(self.choices)):
+                    yield self._chunk(i, {"role": "assistant", "content": ""}, extra=truncation(self.began))
+                async for one in events:
+                    self.take(one)
+                    if isinstance(one, Piece):
+                        if one.prompt:
+                            yield event({**self.head, **_CHUNK, "choices": [], "prompt_logprobs": self.prompt})
+                        if one.text or one.tool is not None or one.tokens:
+                            yield self._piece(one)
+                    elif isinstance(one, Ended):
+                        yield self._chunk(one.index, {}, one)
+            options = self.body.stream_options
+            assert self.usage is not None
+            if options is not None and options.include_usage:
+                counts = {"usage": usage(self.usage), "timings": timings(self.usage)}
+                yield event({**self.head, **_CHUNK, "choices": [], **counts})
+        except HerdError as error:
+            yield event(error_body(api_error(error), "openai"))
+        yield DONE
+
+    def _piece(self, piece: Piece) -> bytes:
+        delta: dict[str, Any] = {}
+        if piece.text:
+            delta["content"] = piece.text
+        if (tool := piece.tool) is not None:
+            function: dict[str, Any] = {"arguments": tool.arguments}
+            call: dict[str, Any] = {"index": tool.number, "function": function}
+            if tool.name is not None:
+                call |= {"id": tool.id, "type": "function", "function": {"name": tool.name, "arguments": ""}}
+            delta["tool_calls"] = [call]
+        told = [chat_logprob(token) for token in piece.tokens]
+        return self._chunk(piece.index, delta, logprobs={"content": told, "refusal": None} if told else None)
+
+    def _chunk(
+        self,
+        index: int,
+        delta: dict[str, Any],
+        ended: Ended | None = None,
+        *,
+        logprobs: Any = None,
+        extra: dict[str, Any] | None = None,
+    ) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+        if ended is not None:
+            choice |= {"finish_reason": ended.reason, "stop_reason": ended.detail}
+        return event({**self.head, **_CHUNK, "choices": [choice], **(extra or {})})
+
+
+_CHUNK = {"object": "chat.completion.chunk"}
+
+
+class _Choice:
+    """One choice while it grows."""
+
+    def __init__(self) -> None:
+        self.text: list[str] = []
+        self.calls: list[dict[str, Any]] = []
+        self.logprobs: list[dict[str, Any]] = []
+        self.ended: Ended | None = None
+
+    def take(self, piece: Piece) -> None:
+        """More of it."""
+        if piece.text:
+            self.text.append(piece.text)
+        self.logprobs += map(chat_logprob, piece.tokens)
+        if (tool := piece.tool) is not None:
+            if tool.name is not None:
+                self.calls.append({"id": tool.id, "type": "function", "function": {"name": tool.name, "arguments": ""}})
+            self.calls[tool.number]["function"]["arguments"] += tool.arguments
+
+    def whole(self, index: int, logprobs: bool) -> dict[str, Any]:
+        """It as an object."""
+        assert self.ended is not None
+        text = "".join(self.text)
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if self.calls:
+            message |= {"content": text or None, "tool_calls": self.calls}
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": {"content": self.logprobs, "refusal": None} if logprobs else None,
+            "finish_reason": self.ended.reason,
+            "stop_reason": self.ended.detail,
+        }

@@ -1,0 +1,47 @@
+"""`/v1/models`: what clients can ask for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from herd.errors import UnknownModelError
+from herd.server.models import Slot
+from herd.server.state import state_of
+
+__all__ = ["router"]
+
+router = APIRouter(tags=["openai"])
+
+
+@router.get("/v1/models", summary="The models, and adapters as models of their own")
+async def models(request: Request) -> dict[str, Any]:
+    """Every name that a request may have under `model`."""
+    names = state_of(request).models.names()
+    return {"object": "list", "data": [_row(name, slot, adapter) for name, slot, adapter in names]}
+
+
+@router.get("/v1/models/{name:path}", summary="One model")
+async def model(request: Request, name: str) -> dict[str, Any]:
+    """A model by name."""
+    for known, slot, adapter in state_of(request).models.names():
+        if known == name:
+            return _row(known, slot, adapter)
+    raise UnknownModelError(f"there is no model {name[:80]!a} here")
+
+
+def _row(name: str, slot: Slot, adapter: str | None) -> dict[str, Any]:
+    """A model object: OpenAI's fields, and those that vLLM and llama.cpp add."""
+    about = slot.about
+    return {
+        "id": name,
+        "object": "model",
+        "created": slot.created,
+        "owned_by": "herd",
+        "root": slot.spec.name if adapter is None else slot.adapters[adapter],
+        "parent": None if adapter is None else slot.spec.name,
+        "max_model_len": None if about is None else about.context,
+        "meta": {"state": slot.state}
+        | ({} if about is None else {"n_params": about.parameters, "kind": about.kind, "format": about.format}),
+    }

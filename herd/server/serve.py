@@ -1,0 +1,142 @@
+"""Running the application: the socket, signals, and an end that lets replies finish. No torch."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from herd.errors import ConfigError, HerdError
+from herd.server.app import create_app
+from herd.server.settings import ServerSettings
+from herd.server.state import State
+
+__all__ = ["Server", "bound", "serve"]
+
+log = logging.getLogger("herd.server")
+
+
+def bound(settings: ServerSettings) -> socket.socket:
+    """A listening socket. Raises ConfigError when the address cannot be had."""
+    try:
+        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+        made = socket.socket(family)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind((settings.host, settings.port))
+        made.listen(1024)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}") from None
+    return made
+
+
+def url_of(listening: socket.socket) -> str:
+    """Where clients reach it."""
+    host, port = listening.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """uvicorn, with an end in three steps: the first signal refuses new requests and lets replies end, for `drain_seconds`; then
+    what is left ends with an error; a second signal ends at once."""
+
+    def __init__(self, settings: ServerSettings, app: Any) -> None:
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=3,
+            lifespan="on",
+            loop="asyncio",
+            http="h11",
+            ws="none",
+            h11_max_incomplete_event_size=64 << 10,
+        )
+        super().__init__(config)
+        self.settings = settings
+        self.failure: HerdError | None = None
+        """Why it ended by itself."""
+        self._state: State = app.state.herd
+        self._drain: asyncio.Task[None] | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """As uvicorn's, which calls it from a signal handler."""
+        if self._state.draining:
+            self.should_exit = self.force_exit = True
+            return
+        self._state.draining = True
+        loop = asyncio.get_event_loop()
+        loop.call_soon_threadsafe(self.drain)
+
+    def drain(self) -> None:
+        """Refuse new requests, let those on their way end, and then end the server."""
+        self._state.draining = True
+        if self._drain is None:
+            self._drain = asyncio.get_running_loop().create_task(self._drained())
+
+    def end(self, failure: HerdError | None = None) -> None:
+        """End the server now, with an error or without."""
+        self.failure = self.failure or failure
+        self.should_exit = True
+
+    async def _drained(self) -> None:
+        until = time.monotonic() + self.settings.drain_seconds
+        while self._state.running and time.monotonic() < until:
+            await asyncio.sleep(0.05)
+        self._state.stop_all("the server is shutting down")
+        await asyncio.sleep(0.1)  # for the last bytes of what has just ended
+        self.should_exit = True
+
+
+def serve(settings: ServerSettings, *, on_start: Callable[[str, State], None] | None = None) -> None:
+    """Run a server until a signal ends it. `on_start(url, state)` hears when it listens.
+
+    Raises ConfigError when it cannot listen, and what kept a model that was named from being loaded.
+    """
+    listening = bound(settings)
+    app = create_app(settings)
+    server = Server(settings, app)
+
+    async def run() -> None:
+        watching = asyncio.create_task(_watch(server, app.state.herd, url_of(listening), on_start))
+        try:
+            await server.serve(sockets=[listening])
+        finally:
+            watching.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await watching
+
+    try:
+        with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal again when all has ended well
+            asyncio.run(run())
+    finally:
+        listening.close()
+    if server.failure is not None:
+        raise server.failure
+
+
+async def _watch(server: Server, state: State, url: str, on_start: Callable[[str, State], None] | None) -> None:
+    """Say when the server listens, and end it when a model that it was started for cannot be loaded."""
+    while not server.started:
+        await asyncio.sleep(0.01)
+    if on_start is not None:
+        on_start(url, state)
+    while True:
+        await asyncio.sleep(0.1)
+        for slot in state.models.slots.values():
+            process = slot.process
+            named = slot.spec in state.settings.models and not state.settings.lazy
+            if named and process is not None and process.about is None and process.error is not None and slot.failed_at:
+                server.end(HerdError(f"{slot.spec.name} cannot be loaded: {process.error}"))
+                return
+        if all(slot.state == "ready" for slot in state.models.slots.values()):
+            return

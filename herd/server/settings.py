@@ -1,0 +1,107 @@
+"""How a server runs: every flag of `herd serve` as a field, checked. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from herd.chat.formats import FORMATS
+from herd.errors import ConfigError
+
+__all__ = ["EngineOptions", "ModelSpec", "ServerSettings"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineOptions:
+    """How a model is opened: the keyword arguments of `herd.LLM`, as JSON values. Raises ConfigError."""
+
+    weights: str | None = None
+    dtype: str | None = None
+    device: str = "auto"
+    format: str | None = None
+    kv: str = "auto"
+    max_len: int | None = None
+    memory: int | str | None = None
+    max_seqs: int = 16
+    step_tokens: int = 512
+    prefix_cache: bool = True
+    deterministic: bool = False
+    seed: int | None = None
+    draft: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.format is not None and self.format not in FORMATS:
+            raise ConfigError(f"there is no prompt format {self.format!r}; choose one of {', '.join(FORMATS)}")
+
+    def arguments(self) -> dict[str, Any]:
+        """Those that are not the default."""
+        plain = EngineOptions()
+        return {key: value for key, value in asdict(self).items() if value != getattr(plain, key) or key == "seed"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSpec:
+    """A model that can be asked for: `source` is what is opened (a name, folder or file), `name` what clients call it.
+
+    `adapters` are (name, path): each is a model of its own for clients, called `name` or `base@name`. `keep_alive` is after how
+    many idle seconds it is unloaded; None: never.
+    """
+
+    source: str
+    name: str
+    aliases: tuple[str, ...] = ()
+    adapters: tuple[tuple[str, str], ...] = ()
+    options: EngineOptions = EngineOptions()
+    keep_alive: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in (self.name, *self.aliases, *(name for name, _ in self.adapters)):
+            if not name or len(name) > 256 or not name.isprintable() or "@" in name:
+                raise ConfigError(
+                    f"a model cannot be called {name[:80]!r}: names are printable, without @, up to 256 characters"
+                )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerSettings:
+    """Everything a server is told. Raises ConfigError naming the field.
+
+    `models` are loaded when the server starts unless `lazy`; with `any_model`, models on this machine that nobody named are
+    opened with `engine` when they are asked for. `max_queue` requests may wait for a model beside those that run; more are
+    refused (429). `max_body` is in bytes. After a signal, replies on their way get `drain_seconds` to end.
+    """
+
+    models: tuple[ModelSpec, ...] = ()
+    host: str = "127.0.0.1"
+    port: int = 8000
+    any_model: bool = False
+    lazy: bool = False
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    keep_alive: float | None = None
+    max_loaded: int = 3
+    load_seconds: float = 600.0
+    max_queue: int = 256
+    max_body: int = 16 << 20
+    max_prompt_work: int = 4_000_000
+    """n (or best_of) times the characters or ids of all prompts of one request."""
+    drain_seconds: float = 30.0
+    ping_seconds: float = 15.0
+    api_keys: tuple[str, ...] = ()
+    root_path: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 65536:
+            raise ConfigError(f"port is {self.port}: expected 0 (any free one) to 65535")
+        for name in ("max_queue", "max_body", "max_loaded", "max_prompt_work"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}: expected at least 1")
+        for name in ("drain_seconds", "ping_seconds", "load_seconds"):
+            if not 0 <= getattr(self, name) < 1e9:
+                raise ConfigError(f"{name} is {getattr(self, name)}: expected seconds from 0 up")
+        names = [
+            name for model in self.models for name in (model.name, *model.aliases, *(a for a, _ in model.adapters))
+        ]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ConfigError(
+                f"two models are called {twice!r}: give them different names (--served-model-name, NAME=MODEL)"
+            )

@@ -1,0 +1,129 @@
+"""What every router gets: `state_of(request)`. `State.run` is the one way from a call to its events. No torch."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import replace
+
+from starlette.requests import Request
+
+from herd.server.errors import ApiError
+from herd.server.models import Models
+from herd.server.process import WorkerError
+from herd.server.protocol import Began, Call, Event, Ready
+from herd.server.settings import ServerSettings
+
+__all__ = ["Running", "State", "begun", "new_id", "state_of"]
+
+log = logging.getLogger("herd.server")
+
+
+class State:
+    """The settings, the models, and what runs."""
+
+    def __init__(self, settings: ServerSettings, models: Models) -> None:
+        self.settings, self.models = settings, models
+        self.started = time.time()
+        self.draining = False
+        self.running: set[Running] = set()
+        """Calls that have not ended."""
+
+    async def run(self, name: str, call: Call) -> AsyncGenerator[Event, None]:
+        """The events of `call` from the model that clients call `name`, from Began to Finished.
+
+        Closing the iterator (`contextlib.aclosing`) ends the call in the engine at once. Raises ApiError when the server drains
+        or the queue is full, UnknownModelError, and WorkerError for what is wrong with the call or the model; before Began, or
+        later.
+        """
+        if self.draining:
+            raise ApiError(503, "the server is shutting down: try another one", code="shutting_down", retry_after=5)
+        slot, _ = self.models.find(name)
+        most = self.settings.max_queue + (slot.about.seqs if slot.about is not None else slot.spec.options.max_seqs)
+        if slot.users >= most:
+            raise ApiError(
+                429,
+                f"{slot.users} requests are running or waiting for {slot.spec.name}, which is all that may: try again later",
+                code="queue_full",
+                retry_after=self._retry_after(slot.users),
+            )
+        running = Running(name, call)
+        self.running.add(running)
+        try:
+            async with self.models.use(name) as (_, process, adapter):
+                if adapter is not None:
+                    call = replace(call, adapter=adapter)
+                async with contextlib.aclosing(process.run(call)) as events:
+                    async for event in _until(events, running):
+                        yield event
+        finally:
+            self.running.discard(running)
+
+    async def about(self, name: str) -> Ready:
+        """Facts of a model, which is loaded for that. Raises as `run`."""
+        async with self.models.use(name) as (_, process, _):
+            return await process.ready()
+
+    def stop_all(self, why: str) -> None:
+        """End every call with an error: the server does not wait for them any more."""
+        for running in list(self.running):
+            running.stop(why)
+
+    def _retry_after(self, waiting: int) -> float:
+        return min(60.0, 1.0 + waiting / 16)
+
+
+class Running:
+    """A call that runs."""
+
+    def __init__(self, name: str, call: Call) -> None:
+        self.name, self.id = name, call.id
+        self.began = time.monotonic()
+        self.stopped: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    def stop(self, why: str) -> None:
+        """End it with an error."""
+        if not self.stopped.done():
+            self.stopped.set_result(why)
+
+
+async def _until(events: AsyncGenerator[Event, None], running: Running) -> AsyncGenerator[Event, None]:
+    """`events`, until the call is stopped from outside."""
+    iterator = events.__aiter__()
+    while True:
+        following = asyncio.ensure_future(anext(iterator))  # type: ignore[arg-type]
+        try:
+            await asyncio.wait({following, running.stopped}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if not following.done():
+                following.cancel()
+                with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration, WorkerError):
+                    await following
+        if running.stopped.done() and following.cancelled():
+            raise WorkerError(running.stopped.result(), kind="Stopped")
+        try:
+            event = following.result()
+        except StopAsyncIteration:
+            return
+        yield event
+
+
+async def begun(events: AsyncGenerator[Event, None]) -> Began:
+    """The first event of a call, which says that it was taken. Raises what is wrong with it."""
+    first = await anext(events)
+    assert isinstance(first, Began)
+    return first
+
+
+def state_of(request: Request) -> State:
+    """The server's state."""
+    return request.app.state.herd
+
+
+def new_id(prefix: str) -> str:
+    """An id that nobody guesses: `chatcmpl-...`."""
+    return f"{prefix}{secrets.token_hex(12)}"

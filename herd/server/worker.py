@@ -1,0 +1,354 @@
+"""The process of one model: `python -m herd.server.worker FD`, a socket that its parent made, and herd.LLM behind it.
+
+The main thread reads; rendering, tokenizing and questions run in a few threads; the engine's thread steps; one thread writes, all
+that there is at a time, so that the events of a step go out together. When the socket closes the process ends at once.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import secrets
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any
+
+from herd import __version__
+from herd.chat.model import Usage as EngineUsage
+from herd.engine.choices import ChoicesSink, ChoiceStep
+from herd.engine.completion import TokenLogprob
+from herd.errors import ConfigError, ContextFullError, HerdError
+from herd.server.asks import ASKS
+from herd.server.prepare import Prepared, Preparer
+from herd.server.protocol import (
+    DOWN,
+    UP,
+    Answer,
+    Ask,
+    Beat,
+    Began,
+    Broken,
+    Call,
+    Cancel,
+    Ended,
+    Failed,
+    Finished,
+    Load,
+    Piece,
+    Progress,
+    Ready,
+    TokenInfo,
+    Usage,
+)
+from herd.server.replies import pieces_of
+from herd.server.wire import HEADER, frame, split_header
+
+if TYPE_CHECKING:
+    from herd.engine.llm import LLM
+    from herd.tokenizer.tokenizer import Tokenizer
+
+__all__ = ["Worker", "main"]
+
+THREADS = 4
+"""Calls that are prepared and questions that are answered at once."""
+BEAT_SECONDS = 1.0
+SWITCH_SECONDS = 0.001
+"""How long a thread may keep Python to itself while others wait: the engine's must not wait long for one that reads a prompt."""
+
+
+class Worker:
+    """Messages in from `connection`, events out to it, until it closes."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._out: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._calls: dict[str, _Reading] = {}
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="herd-call")
+        self._llm: LLM | None = None
+        self._preparer: Preparer | None = None
+
+    def run(self) -> None:
+        """Serve until the other side is gone."""
+        threading.Thread(target=self._write, name="herd-write", daemon=True).start()
+        with self._connection.makefile("rb") as file:
+            while True:
+                head = file.read(HEADER)
+                if len(head) < HEADER:
+                    return
+                for message in DOWN.decode(file.read(split_header(head))):
+                    self._take(message)
+
+    def send(self, message: Any) -> None:
+        """Put a message on its way. From any thread."""
+        self._out.put(message)
+
+    def _write(self) -> None:
+        while True:
+            messages = [self._out.get()]
+            while not self._out.empty():
+                messages.append(self._out.get())
+            try:
+                self._connection.sendall(frame(UP.encode(messages)))
+            except OSError:
+                os._exit(0)  # nobody is there any more
+
+    def _take(self, message: Any) -> None:
+        match message:
+            case Load():
+                threading.Thread(target=self._load, args=(message,), name="herd-load", daemon=True).start()
+            case Call(id):
+                reading = _Reading(self, id, message.only_prompt)
+                self._calls[id] = reading
+                self._pool.submit(self._begin, message, reading)
+            case Cancel(id):
+                reading = self._calls.pop(id, None)
+                if reading is not None:
+                    reading.cancelled = True
+                    if reading.submitted and self._llm is not None:
+                        self._llm.abort(id)
+            case Ask():
+                self._pool.submit(self._answer, message)
+
+    def _load(self, load: Load) -> None:
+        try:
+            ready = self._opened(load)
+        except Exception as error:
+            self.send(Broken(type(error).__name__, _said(error)))
+            return
+        self.send(ready)
+        while True:
+            time.sleep(BEAT_SECONDS)
+            assert self._llm is not None
+            self.send(Beat(asdict(self._llm.stats())))
+
+    def _opened(self, load: Load) -> Ready:
+        self.send(Progress("starting"))
+        import torch
+
+        from herd.engine.config import SMALL
+        from herd.engine.llm import LLM
+        from herd.model.accounting import parameters
+
+        last = 0.0
+
+        def tick(done: int, total: int) -> None:
+            nonlocal last
+            share = done / total if total else 1.0
+            if share - last >= 0.01:
+                last = share
+                self.send(Progress("reading weights", share))
+
+        self.send(Progress("reading weights", 0.0))
+        llm = LLM(load.source, **load.options, tick=tick)
+        if parameters(llm.model.config) <= SMALL and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)
+        for name, path in load.adapters:
+            self.send(Progress(f"loading adapter {name}"))
+            llm.load_adapter(name, path)
+        self._llm, self._preparer = llm, Preparer(llm)
+        return _ready(load, llm)
+
+    def _begin(self, call: Call, reading: _Reading) -> None:
+        """Prepare a call and hand it to the engine, unless it was cancelled meanwhile. In a thread of the pool."""
+        try:
+            if self._llm is None or self._preparer is None:
+                raise HerdError("the model is not loaded yet")
+            prepared = self._preparer.prepared(call)
+            reading.begin(prepared, self._llm.tokenizer)
+            sink = ChoicesSink(prepared.request, prepared.builders, reading, self._llm.tokenizer.bytes_of)
+            if reading.cancelled:
+                return
+            self._llm.begin(prepared.request, sink)
+            # Whoever comes second of this and a Cancel sees what the first has written, so that one of them aborts.
+            reading.submitted = True
+            if reading.cancelled:
+                self._llm.abort(call.id)
+            # The engine may have been quicker: what it said meanwhile waits behind this.
+            reading.open(
+                Began(call.id, len(prepared.request.prompt), prepared.notes, prepared.truncated, prepared.prompt_text)
+            )
+        except Exception as error:
+            reading.failed(error)
+
+    def _answer(self, ask: Ask) -> None:
+        try:
+            if self._llm is None:
+                raise HerdError("the model is not loaded yet")
+            if ask.what not in ASKS:
+                raise ConfigError(f"there is no question {ask.what!r}")
+            self.send(Answer(ask.id, ASKS[ask.what](self._llm, **ask.args)))
+        except Exception as error:
+            self.send(_failure(ask.id, error))
+
+    def forget(self, id: str) -> None:
+        """A call is over."""
+        self._calls.pop(id, None)
+
+
+class _Reading:
+    """A `ChoiceReader` that makes messages of what a call's sink says."""
+
+    def __init__(self, worker: Worker, call: str, only_prompt: bool) -> None:
+        self.call = call
+        self.cancelled = self.submitted = False
+        self._worker, self._only_prompt = worker, only_prompt
+        self._early: list[Any] | None = []
+        self._over = False
+        self._lock = threading.Lock()
+        self._tokenizer: Tokenizer | None = None
+        self._prompt: tuple[int, ...] = ()
+        self._calls: dict[int, int] = {}
+
+    def begin(self, prepared: Prepared, tokenizer: Tokenizer) -> None:
+        """What the events to come are about."""
+        self._tokenizer, self._prompt = tokenizer, prepared.request.prompt
+
+    def open(self, began: Began) -> None:
+        """Say that the call has begun, and then what was said meanwhile."""
+        with self._lock:
+            early, self._early = self._early or [], None
+            for message in () if self._over else (began, *early):
+                self._send(message)
+
+    def scored(self, tokens: Sequence[TokenLogprob | None]) -> None:
+        """As `ChoiceReader.scored`."""
+        told = tuple(
+            self._info(one) if one is not None else self._info(TokenLogprob(self._prompt[0], 0.0), known=False)
+            for one in tokens
+        )
+        self._say(Piece(self.call, prompt=told))
+
+    def step(self, step: ChoiceStep) -> None:
+        """As `ChoiceReader.step`."""
+        index = step.index
+        if not self._only_prompt:
+            tokens = tuple(map(self._info, step.tokens))
+            for piece in pieces_of(self.call, index, step.deltas, tokens, self._calls.get(index, 0), _call_id):
+                self._say(piece)
+            self._calls[index] = self._calls.get(index, 0) + sum(d.tool_call is not None for d in step.deltas)
+        if step.finish is not None:
+            self._say(self._ended(step))
+
+    def finished(self, usage: EngineUsage) -> None:
+        """As `ChoiceReader.finished`."""
+        made = 0 if self._only_prompt else usage.completion_tokens
+        told = Usage(usage.prompt_tokens, made, usage.cached_tokens, usage.prefill_seconds, usage.decode_seconds)
+        self._say(Finished(self.call, told))
+        self._worker.forget(self.call)
+
+    def failed(self, error: BaseException) -> None:
+        """As `ChoiceReader.failed`."""
+        with self._lock:
+            self._over = True
+            self._send(_failure(self.call, error))
+        self._worker.forget(self.call)
+
+    def _ended(self, step: ChoiceStep) -> Ended:
+        if self._only_prompt:
+            return Ended(self.call, step.index, "length")
+        reason, detail = step.finish, step.stop
+        if reason == "context_full":
+            reason, detail = "length", "context_full"
+        elif reason == "abort":
+            reason, detail = "stop", "abort"
+        elif reason == "stop" and self._calls.get(step.index):
+            reason = "tool_calls"
+        assert reason in ("stop", "length", "tool_calls")
+        return Ended(self.call, step.index, reason, detail, step.made)
+
+    def _say(self, message: Any) -> None:
+        with self._lock:
+            if self._early is not None:
+                self._early.append(message)
+            else:
+                self._send(message)
+
+    def _send(self, message: Any) -> None:
+        if not self.cancelled:
+            self._worker.send(message)
+
+    def _info(self, one: TokenLogprob, known: bool = True) -> TokenInfo:
+        top = tuple((i, *self._text(i), logprob) for i, logprob in one.top.items())
+        return TokenInfo(one.token, *self._text(one.token), one.logprob if known else None, top)
+
+    def _text(self, token: int) -> tuple[str, bytes]:
+        assert self._tokenizer is not None
+        data = self._tokenizer.bytes_of(token)
+        return (data.decode("utf-8", "replace") if data else self._tokenizer.piece(token)), data
+
+
+def _call_id() -> str:
+    return f"call_{secrets.token_hex(12)}"
+
+
+def _failure(call: str, error: BaseException) -> Failed:
+    details = {}
+    if isinstance(error, ContextFullError):
+        details = {"needed": error.needed, "available": error.available}
+    kind = type(error).__name__ if isinstance(error, HerdError) else "Bug"
+    return Failed(call, kind, _said(error).removeprefix(f"request {call!r}: "), details)
+
+
+def _said(error: BaseException) -> str:
+    return str(error) if isinstance(error, HerdError) else f"{type(error).__name__}: {error}"
+
+
+def _ready(load: Load, llm: LLM) -> Ready:
+    from importlib.util import find_spec
+
+    from herd.chat.infill import Infill
+    from herd.engine.native import unsupported
+    from herd.kernels import native
+    from herd.model.accounting import parameters
+    from herd.quant.apply import kind_of
+
+    try:
+        format = llm.format
+    except HerdError:
+        format = None
+    if format is not None and format.name == "base":
+        format = None
+    try:
+        infill = bool(Infill(llm.tokenizer))
+    except HerdError:
+        infill = False
+    weight = llm.model.norm.weight
+    kind = kind_of(llm.model) or str(weight.dtype).removeprefix("torch.")
+    kernels = "torch" if unsupported(llm.model) is not None else f"native {native.isa()}"
+    told = f"{__version__} {llm.model.config} {kind} {weight.dtype} {weight.device} {kernels} {llm.budget.kv} {load.options}"
+    return Ready(
+        source=load.source,
+        path=load.source,
+        parameters=parameters(llm.model.config),
+        kind=kind,
+        context=llm.max_len,
+        format=None if format is None else format.name,
+        tools=getattr(format, "dialect", None) is not None,
+        infill=infill,
+        grammar=find_spec("llguidance") is not None,
+        seqs=llm.budget.seqs,
+        budget=llm.budget.sentence(),
+        fingerprint=f"fp_{sha256(told.encode()).hexdigest()[:12]}",
+        family=llm.tokenizer.family,
+        adapters=tuple(one.name for one in llm.adapters),
+    )
+
+
+def main() -> None:
+    """Serve the socket whose number is the argument."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it lets replies end first
+    sys.setswitchinterval(SWITCH_SECONDS)
+    worker = Worker(socket.socket(fileno=int(sys.argv[1])))
+    worker.run()
+    os._exit(0)  # at once, whatever threads are doing: nothing here outlives the model
+
+
+if __name__ == "__main__":
+    main()
