@@ -20,7 +20,7 @@ from herd.checkpoint.mapped import slices
 from herd.checkpoint.names import shapes
 from herd.checkpoint.packed import PackedCopy, open_packed
 from herd.checkpoint.placement import device_named, dtype_named
-from herd.checkpoint.store import KeepsBlocks, ReadsInto, Releases, TensorStore
+from herd.checkpoint.store import HoldsPacked, KeepsBlocks, ReadsInto, Releases, TensorStore, packed_of
 from herd.checkpoint.weights import FLOATS, Plan, meaningless, plan_weights, stored_dtype
 from herd.errors import CheckpointError
 from herd.model.llama import Llama
@@ -100,6 +100,13 @@ def _in_form(
 ) -> tuple[QuantTensor | Fp8Tensor, bool]:
     """The tensor `name` as blocks of `kind`, and whether they are memory of their own."""
     info = store.info(name)
+    packed = packed_of(store, name)
+    if packed is not None and packed.holds(kind.name):
+        assert isinstance(store, HoldsPacked)
+        stored = store.held(name, kind.name)
+        if isinstance(stored, Fp8Tensor):
+            return Fp8Tensor(stored.weight.to(device), stored.scale.to(device)), True
+        return QuantTensor(stored.blocks.to(device), kind, info.shape), True
     if kind is FP8:
         dtype = torch.float32 if _decoded(store, name) or info.dtype == torch.float64 else info.dtype
         made = encode_fp8(read_as(store, name, dtype, torch.device("cpu")), name=name)
@@ -121,7 +128,9 @@ def _in_form(
 
 
 def _decoded(store: TensorStore, name: str) -> bool:
-    """Whether reading the tensor decodes blocks, to float32."""
+    """Whether reading the tensor decodes it, to float32."""
+    if packed_of(store, name) is not None:
+        return True
     stored = block_type(store.info(name).stored)
     return stored is not None and stored.dtype is None
 
@@ -185,6 +194,8 @@ def read_as(store: TensorStore, name: str, dtype: torch.dtype, device: torch.dev
     else:  # the lasting tensor is allocated before the passing one, so that the heap does not fill with holes
         tensor = torch.empty(info.shape, dtype=dtype, device=device)
         _copy(store, name, tensor)
+    if dtype == torch.float16 and packed_of(store, name) is not None and bool(tensor.isinf().any()):
+        raise CheckpointError("has values beyond float16: load it with dtype='bfloat16'", path=store.path, tensor=name)
     if isinstance(store, Releases):
         store.release(name)  # what was copied is not needed again, and views bring their pages back when touched
     return tensor

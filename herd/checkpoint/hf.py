@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -17,16 +18,22 @@ from herd.checkpoint.generation import read_generation
 from herd.checkpoint.hf_config import read_config
 from herd.checkpoint.layout import fitting
 from herd.checkpoint.names import Column, Home, homes, ignored, shapes
+from herd.checkpoint.quantized.files import PackedFile, rearranged, unpacked
+from herd.checkpoint.quantized.module import Packed
+from herd.checkpoint.quantized.recognise import scheme_of
 from herd.checkpoint.safetensors import SafetensorsFile
 from herd.checkpoint.store import TensorFile, TensorInfo
 from herd.checkpoint.torchfile import TorchFile
 from herd.checkpoint.twins import same_stored
 from herd.errors import CheckpointError, ConfigFileError
 from herd.files import read_json, safe_join, short
-from herd.quant.numbers import NUMBER_BYTES
+from herd.quant.scheme import block_type
 
 if TYPE_CHECKING:
     import torch
+
+    from herd.checkpoint.quantized.module import Stored
+    from herd.quant.scheme import QuantTensor
 
 __all__ = ["HFStore"]
 
@@ -41,7 +48,8 @@ class HFStore:
 
     `skipped` names tensors of the vision half of a Llama 4 checkpoint, which the text model does not use. `generation`
     holds the sampling defaults that came with the checkpoint. `headers_only` compares samples where opening would hold the
-    data of two tensors against each other; `sampled` names those.
+    data of two tensors against each other; `sampled` names those. Matrices that another tool quantized (`form`) read as the
+    float32 values they stand for; `notes` say what that form asks of a runtime and herd does in another way.
     """
 
     kind = "hf"
@@ -58,6 +66,12 @@ class HFStore:
         self.generation = read_generation(self.folder, self._data)
         self._files, self._where = _open_files(self.folder, given)
         self._homes = {name: (prefix + home.name, home) for name, home in homes(self.config, self._column).items()}
+        scheme = scheme_of(self._data, self.folder, str(self._config_path))
+        self.form, self.notes = (None, ()) if scheme is None else (scheme.name, scheme.notes)
+        self.dequantized = "bfloat16"
+        if scheme is not None:
+            self.dequantized = _half(self._files)
+            self._files, self._homes = unpacked(scheme, self._files, self._homes, self.config, self._where)
         self.skipped = tuple(n for n in self._files if prefix and n.startswith(_VISION))
         self.sampled: tuple[str, ...] = ()
         self._headers_only = headers_only
@@ -73,14 +87,37 @@ class HFStore:
         stored = self._files[foreign].describe(foreign)
         with self._fitting(foreign, home, stored.shape):
             shape = home.read_shape(stored.shape, self.config)
-        return TensorInfo(shape, stored.number, stored.stored, NUMBER_BYTES[stored.number] * math.prod(shape))
+        whole = math.prod(stored.shape)
+        nbytes = stored.nbytes * math.prod(shape) // whole if whole else 0  # of a fused tensor, the share of this part
+        return TensorInfo(shape, stored.number, stored.stored, nbytes)
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor in canonical layout; a view of the file except for the re-paired q and k rows."""
+        """The tensor in canonical layout; a view of the file except for the re-paired q and k rows and for quantized matrices,
+        whose values are float32."""
         foreign, home = self._home(name)
         tensor = self._files[foreign].tensor(foreign)
         with self._fitting(foreign, home, tuple(tensor.shape)):
             return home.read(tensor, self.config)
+
+    def packed(self, name: str) -> Packed | None:
+        """The matrix `name` in the form of the tool that quantized it; None for plain ones."""
+        file = self._files[self._home(name)[0]]
+        return file.packed if isinstance(file, PackedFile) else None
+
+    def held(self, name: str, kind: str) -> Stored:
+        """The values of the quantized matrix `name` in `kind`, which its form `holds`."""
+        packed, (foreign, home) = self.packed(name), self._home(name)
+        assert packed is not None
+        with self._fitting(foreign, home, packed.shape):
+            return rearranged(packed.blocks(kind), home, self.config)
+
+    def raw(self, name: str) -> torch.Tensor | QuantTensor:
+        """As `read`, but a quantized matrix as the blocks that hold its values exactly, where there are such blocks."""
+        packed = self.packed(name)
+        kind = None if packed is None else packed.holder()
+        if kind is None or block_type(kind) is None:
+            return self.read(name)
+        return self.held(name, kind)  # pyright: ignore[reportReturnType] (FP8 is no block type)
 
     def release(self, name: str) -> None:
         """Let go of the file pages behind `name`."""
@@ -146,6 +183,16 @@ class HFStore:
                 path=files[twin].path,
                 tensor=twin,
             )
+
+
+def _half(files: Mapping[str, TensorFile]) -> str:
+    """The 16-bit dtype that most plain numbers have: what the model was computed in before its matrices were quantized."""
+    counts: Counter[str] = Counter(float16=0, bfloat16=1)
+    for name, file in files.items():
+        info = file.describe(name)
+        if info.number in counts and not name.endswith(("scales", "_scale")):
+            counts[info.number] += info.nbytes
+    return counts.most_common(1)[0][0]
 
 
 def _config_json(path: Path) -> dict[str, Any]:

@@ -37,7 +37,6 @@ def read_config(data: Mapping[str, Any], where: str) -> HFModel:
 def _read(data: Mapping[str, Any], where: str) -> HFModel:
     top = Fields(data, where)
     kind = top.text("model_type", "")
-    top.refuse("quantization_config", "quantized Hugging Face checkpoints cannot be read yet")
     if kind in ("mllama", "mllama_text_model"):
         raise ConfigError(
             f"{where}: Llama 3.2 Vision (model_type {kind!r}) is not runnable yet: herd reads text models"
@@ -52,7 +51,6 @@ def _read(data: Mapping[str, Any], where: str) -> HFModel:
     text = top.object("text_config")
     if text is None:
         top.fail("text_config", "is missing")
-    text.refuse("quantization_config", "quantized Hugging Face checkpoints cannot be read yet")
     check_keys(text, "llama4_text")
     return HFModel(plausible(_llama4(text), where), "hf4", "language_model.")
 

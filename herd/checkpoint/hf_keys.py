@@ -15,10 +15,10 @@ from herd.files import short
 __all__ = ["check_keys", "check_rope"]
 
 _READ = {
-    "architectures", "attention_bias", "eos_token_id", "head_dim", "hidden_act", "hidden_size", "intermediate_size",
-    "layer_types", "max_position_embeddings", "mlp_bias", "model_type", "num_attention_heads", "num_hidden_layers",
-    "num_key_value_heads", "quantization_config", "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta",
-    "tie_word_embeddings", "vocab_size",
+    "architectures", "attention_bias", "compression_config", "eos_token_id", "head_dim", "hidden_act", "hidden_size",
+    "intermediate_size", "layer_types", "max_position_embeddings", "mlp_bias", "model_type", "num_attention_heads",
+    "num_hidden_layers", "num_key_value_heads", "quantization_config", "rms_norm_eps", "rope_parameters", "rope_scaling",
+    "rope_theta", "tie_word_embeddings", "vocab_size",
 }  # fmt: skip
 _READ_4 = {
     "attention_chunk_size", "attn_scale", "attn_temperature_tuning", "floor_scale", "interleave_moe_layer_step",

@@ -18,6 +18,10 @@ The last five quantize while loading, whatever the file holds; blocks that alrea
 Matrices whose rows are not whole blocks get another form, and `Plan.notes` says which.
 
 With `auto`, blocks of a type that the kernels do not multiply with (Q5_0, Q3_K, ...) become bfloat16.
+
+Matrices that another tool quantized (GPTQ, AWQ, NF4, ...) are `stored` as the kind that holds their values exactly: Q4_0,
+Q8_0 or FP8 rows. Without one, and with `auto` where kernels lack it, they become the 16-bit dtype of the checkpoint, and
+`Plan.notes` says so. Only a quantization that was asked for by name rounds them again.
 """
 
 from __future__ import annotations
@@ -25,21 +29,28 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
 from herd.checkpoint.names import shapes
-from herd.checkpoint.store import TensorStore
+from herd.checkpoint.store import HoldsPacked, TensorStore, packed_of
 from herd.errors import CheckpointError, ConfigError
 from herd.kernels import native
 from herd.model.llama import Llama
 from herd.quant.apply import WEIGHTS, held, rule_named
 from herd.quant.fp8 import FP8
+from herd.quant.numbers import torch_dtype
 from herd.quant.scheme import BlockType, block_type
+
+if TYPE_CHECKING:
+    from herd.checkpoint.quantized.module import Packed
 
 __all__ = ["FLOATS", "FORMS", "Plan", "changed", "is_quantized", "meaningless", "plan_weights", "stored_dtype"]
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+_WORDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 FORMS: tuple[str, ...] = ("auto", "plain", "stored", *WEIGHTS)
 """What `weights` may be."""
@@ -67,16 +78,19 @@ def plan_weights(
     """The form of every weight of `store`. Raises ConfigError for an unknown name, CheckpointError for unreadable types."""
     cpu = device.type == "cpu"
     quantized = is_quantized(store)
-    if weights == "auto" and not (quantized and cpu and dtype is None and native.isa() is not None):
-        weights = "plain"
     usual = stored_dtype(store) if dtype is None else dtype
+    if weights == "auto" and not (quantized and cpu and dtype is None and native.isa() is not None):
+        if dtype is not None:  # who asks for a dtype asks for plain numbers
+            return Plan(dtype)
+        said = Counter(packed.word for name in shapes(store.config) if (packed := packed_of(store, name)) is not None)
+        return Plan(usual, notes=_becomes(said, usual, "weights='stored' keeps those that can be kept exactly"))
     if weights == "plain" or (weights == "stored" and not quantized):
         return Plan(usual)
     if dtype == torch.float64:
         raise ConfigError(f"quantized weights do not run in float64: leave dtype out, or weights={weights!r}")
     if weights in ("auto", "stored"):
         wide = torch.float32 if dtype is None and cpu else usual
-        return Plan(wide, _as_stored(store, wide, all_types=weights == "stored"))
+        return _as_stored(store, wide, all_types=weights == "stored")
     try:
         rule = rule_named(weights)
     except ConfigError as error:
@@ -111,8 +125,8 @@ def _sizes(sizes: Mapping[str, int]) -> str:
 
 
 def stored_dtype(store: TensorStore) -> torch.dtype:
-    """The floating dtype that most numbers of `store` are stored in; bfloat16 for quantized ones, whose exact float32 values
-    would take eight times their file. Raises CheckpointError when there is none."""
+    """The floating dtype that most numbers of `store` are stored in; for quantized ones, whose exact float32 values would take
+    eight times their file, bfloat16 or the 16-bit dtype beside them. Raises CheckpointError when there is none."""
     counts: Counter[torch.dtype] = Counter()
     for name in shapes(store.config):
         info = store.info(name)
@@ -120,7 +134,7 @@ def stored_dtype(store: TensorStore) -> torch.dtype:
             raise meaningless(store, name)
         count = torch.Size(info.shape).numel()
         packed = info.nbytes < count * info.dtype.itemsize
-        counts[torch.bfloat16 if packed else info.dtype] += count
+        counts[_half(store) if packed else info.dtype] += count
     return counts.most_common(1)[0][0]
 
 
@@ -131,32 +145,67 @@ def meaningless(store: TensorStore, name: str) -> CheckpointError:
 
 
 def is_quantized(store: TensorStore) -> bool:
-    """Whether some matrix of `store` is blocks."""
+    """Whether some matrix of `store` is blocks, or was quantized by another tool."""
+    if isinstance(store, HoldsPacked) and any(store.packed(name) is not None for name in shapes(store.config)):
+        return True
     kinds = (block_type(store.info(name).stored) for name in shapes(store.config))
     return any(kind is not None and kind.dtype is None for kind in kinds)
 
 
-def _as_stored(store: TensorStore, dtype: torch.dtype, *, all_types: bool) -> dict[str, BlockType]:
-    """Every matrix in its stored type; with `all_types` off, types without kernels as bfloat16. Routers are plain."""
-    kinds = {}
+def _as_stored(store: TensorStore, dtype: torch.dtype, *, all_types: bool) -> Plan:
+    """Every matrix in its stored type; with `all_types` off, types without kernels in 16 bits. Routers are plain."""
+    kinds: dict[str, BlockType] = {}
+    lost: dict[str, Counter[str]] = {}
     for name, shape in shapes(store.config).items():
-        kind = block_type(store.info(name).stored)
-        if len(shape) < 2 or name.endswith("router.weight") or kind is None:
+        packed = packed_of(store, name)
+        kind = block_type(store.info(name).stored) if packed is None else _holder(packed, name)
+        if len(shape) < 2 or name.endswith("router.weight") or (kind is None and packed is None):
             continue
         looked_up = name == "tok_embeddings.weight" and not store.config.tie_embeddings
-        if kind.dtype is None and not (all_types or looked_up or native.packs(kind.id)):
+        runs = kind is not None and (all_types or looked_up or kind is FP8 or native.packs(kind.id))
+        if packed is not None and (kind is None or not runs or (kind is FP8 and not all_types)):
+            why = (
+                "weights='stored' keeps FP8 rows as they are, for slower products" if kind is FP8 else packed.why_not()
+            )
+            lost.setdefault(why, Counter())[packed.word] += 1
+            kind = _known(_WORDS[_half(store)])
+        elif kind is not None and kind.dtype is None and not runs:
             kind = _known("BF16")
-        if kind.dtype != dtype:
+        if kind is not None and kind.dtype != dtype:
             kinds[name] = kind
-    return _whole_experts(kinds, store, dtype)
+    notes = tuple(note for why, words in lost.items() for note in _becomes(words, _half(store), why))
+    return Plan(dtype, _whole_experts(kinds, store, dtype), notes)
+
+
+def _holder(packed: Packed, name: str) -> BlockType | None:
+    """The kind that holds the values of `packed` exactly. Embeddings are looked up in blocks or plain."""
+    kind = packed.holder()
+    if kind == FP8.name:
+        return None if name == "tok_embeddings.weight" else FP8
+    return None if kind is None else _known(kind)
+
+
+def _becomes(words: Mapping[str, int], dtype: torch.dtype, why: str) -> tuple[str, ...]:
+    """What is said of matrices that another tool quantized and that are dequantized; nothing when there are none."""
+    if not words:
+        return ()
+    count, kinds = sum(words.values()), ", ".join(words)
+    kind = str(dtype).removeprefix("torch.")
+    return (
+        f"{count} {kinds} matrices are dequantized to {kind} ({why}); weights='int8' or 'int4' would round them again",
+    )
+
+
+def _half(store: TensorStore) -> torch.dtype:
+    """What quantized matrices of `store` become when they are dequantized."""
+    return torch_dtype(store.dequantized) if isinstance(store, HoldsPacked) else torch.bfloat16
 
 
 def _whole_experts(kinds: dict[str, BlockType], store: TensorStore, dtype: torch.dtype) -> dict[str, BlockType]:
     """The three tensors of a layer's experts are one module: when one is stored, the others are, too."""
-    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     homes = {name.rpartition(".")[0] for name in kinds if ".experts." in name}
     rest = [name for name in shapes(store.config) if name.rpartition(".")[0] in homes and name not in kinds]
-    return kinds | {name: _known(names[dtype]) for name in rest}
+    return kinds | {name: _known(_WORDS[dtype]) for name in rest}
 
 
 def _known(name: str) -> BlockType:

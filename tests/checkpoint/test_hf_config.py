@@ -83,8 +83,6 @@ CANNOT = [
     ({"model_type": "qwen2"}, "model_type"),
     ({"model_type": None}, "model_type"),
     ({"model_type": "mllama"}, "not runnable yet"),
-    ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config"),
-    ({"quantization_config": {"quant_method": "fbgemm_fp8"}}, "quantization_config"),
     ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
     ({"architectures": ["MistralForCausalLM"]}, "architectures"),
     ({"architectures": "LlamaForCausalLM"}, "architectures"),
