@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from herd.cli.completion import models
 from herd.cli.options import adapter_option, model_options, opened_from, sampling, sampling_options
 from herd.errors import PromptError
 
@@ -30,7 +31,7 @@ In the chat, /? lists the commands, Ctrl-C stops a reply, Ctrl-D leaves.
 
 
 @click.command(epilog=EPILOG)
-@click.argument("model", default="nano")
+@click.argument("model", default="nano", shell_complete=models)
 @click.option("--system", default="", metavar="TEXT", help="System prompt.")
 @sampling_options
 @model_options

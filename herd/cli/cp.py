@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from herd.cli.completion import models
+
 __all__ = ["command"]
 
 EPILOG = """\
@@ -16,7 +18,7 @@ Examples:
 
 
 @click.command(epilog=EPILOG)
-@click.argument("source")
+@click.argument("source", shell_complete=models)
 @click.argument("name")
 @click.option("--overwrite", is_flag=True, help="Replace a model of that name.")
 def command(source: str, name: str, overwrite: bool) -> None:

@@ -14,6 +14,7 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from herd.cli.batch import Row, answer, answered, failure, read_rows
+from herd.cli.completion import models
 from herd.cli.console import note
 from herd.cli.options import model_options, sampling, sampling_options
 from herd.cli.progress import busy, progress
@@ -42,7 +43,7 @@ AHEAD = 3
 
 
 @click.command(epilog=EPILOG)
-@click.argument("model")
+@click.argument("model", shell_complete=models)
 @click.option(
     "--batch-file",
     "source",

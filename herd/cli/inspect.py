@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from herd.cli.columns import columns
+from herd.cli.completion import models
 from herd.cli.console import note, safe, styled
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ _SHARD = re.compile(r"(?<=-)\d{5}(?=-of-)|(?<=consolidated\.)\d{2,3}(?=\.pth)")
 
 
 @click.command(epilog=EPILOG)
-@click.argument("model")
+@click.argument("model", shell_complete=models)
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @click.option("--json", "as_json", is_flag=True, help="Everything as one JSON object (docs/inspect.md).")
 def command(model: str, tensors: bool, as_json: bool) -> int:

@@ -59,6 +59,7 @@ COMMANDS = {
     "doctor": Entry("herd.cli.doctor", "Say what this machine can run, and why something is slow.", "Look"),
     "inspect": Entry("herd.cli.inspect", "Say what is in a checkpoint, and what looks wrong.", "Look"),
     "models": Entry("herd.cli.models", "List the Llama models that herd knows.", "Look"),
+    "completion": Entry("herd.cli.completion", "Print what a shell needs to complete herd's commands.", "Look"),
     "lint-template": Entry(
         "herd.cli.lint_template", "Hold a model's chat template against herd's own prompts.", "Look"
     ),

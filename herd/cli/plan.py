@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from herd.cli.columns import columns
+from herd.cli.completion import models
 from herd.cli.console import safe, styled
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ Examples:
 
 
 @click.command(epilog=EPILOG)
-@click.argument("model")
+@click.argument("model", shell_complete=models)
 @click.option("--context", type=click.IntRange(min=1), metavar="N", help="Tokens per sequence (default: 8192).")
 @click.option("--batch", type=click.IntRange(min=1), default=1, metavar="N", help="Sequences at once (default: 1).")
 @click.option("--weights", metavar="TYPE", help="bf16, f16, f32, int8, fp8, int4, or a GGUF mix such as q4_k_m.")

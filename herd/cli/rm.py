@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from herd.cli.completion import models
 from herd.cli.console import is_terminal, note, safe
 from herd.cli.sizes import size
 
@@ -31,7 +32,7 @@ Examples:
 
 
 @click.command(epilog=EPILOG)
-@click.argument("name")
+@click.argument("name", shell_complete=models)
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 @click.option("--dry-run", is_flag=True, help="Say what would be deleted, and delete nothing.")
 @click.option(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
+from herd.cli.completion import models
 from herd.cli.console import note
 from herd.cli.options import adapter_option, model_options, opened_from, sampling, sampling_options
 from herd.cli.progress import progress
@@ -48,7 +49,7 @@ Examples:
 
 
 @click.command(epilog=EPILOG)
-@click.argument("model")
+@click.argument("model", shell_complete=models)
 @click.argument("prompt", required=False)
 @click.option("--system", default="", metavar="TEXT", help="System prompt.")
 @sampling_options

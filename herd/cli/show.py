@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from herd.cli.columns import columns
+from herd.cli.completion import models
 from herd.cli.console import note, safe
 from herd.cli.list import PLACES
 from herd.cli.sizes import size
@@ -29,7 +30,7 @@ Examples:
 
 
 @click.command(epilog=EPILOG)
-@click.argument("model")
+@click.argument("model", shell_complete=models)
 @click.option("--modelfile", "part", flag_value="modelfile", help="Only the Modelfile it was made from (herd create).")
 @click.option("--system", "part", flag_value="system", help="Only its system prompt (herd create).")
 @click.option("--parameters", "part", flag_value="parameters", help="Only its sampling defaults.")

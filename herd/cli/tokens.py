@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
+from herd.cli.completion import models
+
 if TYPE_CHECKING:
     from herd.chat.format import Rendered
     from herd.tokenizer.explain import Explained
@@ -29,7 +31,7 @@ PIECE_STYLES = ("cyan", "green")  # in turn, so that the borders of pieces show
 
 
 @click.command(epilog=EPILOG)
-@click.argument("model")
+@click.argument("model", shell_complete=models)
 @click.argument("text", required=False)
 @click.option("--messages", "conversation", type=click.File("r", encoding="utf-8"), help="A conversation, as JSON.")
 @click.option("--bos", is_flag=True, help="Put the token that begins a text in front.")
