@@ -26,6 +26,7 @@ __all__ = ["calls_grammar"]
 _HARMLESS = {"type", "properties", "required", "description", "title", "$defs", "definitions", "$schema", "$id", "examples",
              "default", "additionalProperties", "strict"}  # fmt: skip
 """Keywords of a parameters schema that say nothing of arguments together."""
+_TEXT = r"/(\s*[^\s{\[<](.|\n)*)?/"
 _WORDS = {"boolean": '("True" | "False")', "null": '"None"'}
 
 
@@ -36,10 +37,12 @@ def calls_grammar(
     parallel: bool = True,
     options: Mapping[str, Any] | None = None,
     otherwise: Mapping[str, Any] | bool | None = None,
+    text: bool = False,
 ) -> str:
     """The grammar of a reply that is one call of `tools`, or with `parallel` one after another.
 
-    `options` are llguidance's for JSON (`x-guidance`). With `otherwise`, a JSON Schema, the reply may also be that instead.
+    `options` are llguidance's for JSON (`x-guidance`). With `otherwise`, a JSON Schema, the reply may also be that instead; with
+    `text`, any text that does not begin as a call does (to be read with `leading_calls_only`).
     Raises PromptError for a tool that the dialect cannot call in a promised form.
     """
     if not tools:
@@ -57,6 +60,8 @@ def calls_grammar(
     calls = " | ".join(rules.add(maker(tool, rules)) for tool in tools)
     one = rules.add(calls)
     whole = f"{wrap[0]} {one} ({joint} {one})* {wrap[1]}" if parallel else f"{wrap[0]} {one} {wrap[1]}"
+    if text:
+        whole += f" | {_TEXT}"
     if otherwise is not None:
         whole += f" | {rules.json({} if otherwise is True else dict(otherwise or {}))}"
     return f"start: {whole}\n" + "\n".join(rules.lines)

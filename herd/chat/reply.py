@@ -60,6 +60,10 @@ class ReplyParser:
         self._calls: list[ToolCall] = []
         self._stop: StopReason | None = None
 
+    def leading_calls_only(self) -> None:
+        """From now on, a reply that begins as text is text to its end. To be said before the first id."""
+        self._scanner = CallScanner(self._names, leading_only=True)
+
     def push(self, id: int) -> list[Delta]:
         """Take one generated id. Ids behind a stop id are ignored."""
         if self._stop is not None:

@@ -49,11 +49,13 @@ def parse_calls(text: str) -> list[ToolCall] | None:
 class CallScanner:
     """Text in, in any pieces; text and complete calls out, in order.
 
-    `names` are the tools whose calls are looked for; None accepts any name, an empty collection finds nothing.
+    `names` are the tools whose calls are looked for; None accepts any name, an empty collection finds nothing. With
+    `leading_only`, a reply that begins as text is text to its end.
     """
 
-    def __init__(self, names: Collection[str] | None) -> None:
+    def __init__(self, names: Collection[str] | None, *, leading_only: bool = False) -> None:
         self._names = None if names is None else frozenset(names)
+        self._leading_only = leading_only
         self._text = ""  # not passed on yet
         self._gap = ""  # ignorable text since the start or the last call: dropped before a call, else text
         self._leading = True  # at the start, or behind a call
@@ -131,6 +133,8 @@ class CallScanner:
         if self._leading:
             out.append(self._gap)
             self._gap, self._leading, self._tag_open = "", False, False
+            if self._leading_only:
+                self._names = frozenset()
 
     def _close_candidate(self, out: list[str | ToolCall], final: bool) -> bool:
         """Follow the candidate; True when it was decided (and taken out of the text), False when more text is needed."""

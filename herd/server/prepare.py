@@ -6,6 +6,7 @@ its own, `herd.engine.grammar_trial`).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from herd.chat.infill import Infill
 from herd.chat.messages import Image, Message
 from herd.chat.params import Constraint, SamplingParams
 from herd.chat.render import messages_from
+from herd.chat.reply import ReplyParser
 from herd.chat.toolspec import check_tools, tools_from
 from herd.engine.grammar_source import JSON_OPTIONS
 from herd.engine.reply import ReplyBuilder
@@ -121,7 +123,7 @@ class Preparer:
         return _Prompt(
             rendered_ids,
             format.stop_ids,
-            lambda: format.parser(tools),
+            lambda: _parser(format, tools, bool(rules)),
             rules,
             notes,
             truncated,
@@ -183,7 +185,8 @@ class Preparer:
         forced = chat.tool_choice in ("required", "named")
         if forced and not tools:
             raise PromptError(f"tool_choice is {chat.tool_choice!r}, but there are no tools")
-        if not tools or not (forced or form):
+        strict = any(isinstance(one, Mapping) and _strict(one) for one in chat.tools)
+        if not tools or not (forced or form or strict):
             return {}
         if chat.tool_choice == "named":
             tools = tuple(tool for tool in tools if tool.name == chat.tool_name)
@@ -193,7 +196,7 @@ class Preparer:
         if dialect is None:
             raise PromptError(f"{format.name} was trained without tools")
         otherwise: Any = None
-        if not forced:
+        if form and not forced:
             if set(form) - {"schema", "json_object"}:
                 raise PromptError(
                     f"tools and {next(iter(form))} were given: a reply that may be a call or of a form can be held to a JSON "
@@ -207,6 +210,7 @@ class Preparer:
             parallel=chat.parallel and chat.tool_choice != "named",
             options=JSON_OPTIONS,
             otherwise=otherwise,
+            text=not forced and not form,
         )
         return {"schema": None, "json_object": False, "regex": None, "choices": (), "grammar": grammar}
 
@@ -224,9 +228,21 @@ class Preparer:
 _FORMS = ("schema", "json_object", "regex", "choices", "grammar")
 
 
-def _schema(given: Any) -> Any:
-    import json
+def _strict(tool: Mapping[str, Any]) -> bool:
+    """Whether calls of a tool are to follow its schema whatever happens."""
+    function = tool.get("function", tool)
+    return isinstance(function, Mapping) and function.get("strict") is True
 
+
+def _parser(format: ChatFormat, tools: Sequence[ToolSpec], ruled: bool) -> StreamParser:
+    """A parser of a reply, whose calls stand at its beginning when a grammar says so."""
+    parser = format.parser(tools)
+    if ruled and isinstance(parser, ReplyParser):
+        parser.leading_calls_only()
+    return parser
+
+
+def _schema(given: Any) -> Any:
     return json.loads(given) if isinstance(given, str) else given
 
 
