@@ -19,12 +19,12 @@ from herd.errors import CheckpointError
 from herd.quant import encode_k, encode_legacy
 from herd.quant.scheme import BlockType, QuantTensor, block_type
 
-__all__ = ["ENCODED", "encode"]
+__all__ = ["ENCODED", "WEIGHTED", "encode"]
 
 PIECE = 1 << 17
 """Values encoded at a time on a CPU: enough that starting operations costs little, at most 5 MB of scratch a thread."""
 
-_ENCODERS: dict[str, Callable[[Tensor], Tensor]] = {
+_ENCODERS: dict[str, Callable[..., Tensor]] = {
     "Q4_0": encode_legacy.q4_0,
     "Q5_0": encode_legacy.q5_0,
     "Q5_1": encode_legacy.q5_1,
@@ -42,16 +42,27 @@ _HALVES = {
     "Q6_K": (208,),
 }  # where the fp16 numbers are, if not only at 0
 
+WEIGHTED: tuple[str, ...] = ("Q4_0", "Q5_0", "Q4_K", "Q5_K", "Q6_K")
+"""The types whose encoders make use of an importance matrix."""
+
+FAINT = 1e-6
+"""Of the mean importance: what a column has at least. Columns that no text has used still are weights."""
+
 ENCODED: tuple[str, ...] = (*_PLAIN, *_ENCODERS)
 """The types that `encode` can make."""
 
 
-def encode(values: Tensor, kind: str, *, name: str | None = None) -> Tensor | QuantTensor:
+def encode(
+    values: Tensor, kind: str, *, name: str | None = None, importance: Tensor | None = None
+) -> Tensor | QuantTensor:
     """`values` [..., columns] float32, bfloat16 or float16 as a file of type `kind` (a name in ENCODED) stores them.
 
     F32, F16 and BF16 give a Tensor of that dtype (the same tensor when it already has it), every other kind a QuantTensor,
     on the device of `values`. On a CPU Q4_0, Q5_0, Q5_1 and Q8_0 equal the bytes of llama.cpp and of the `gguf` package, Q4_K,
     Q5_K and Q6_K those of llama.cpp (without importance matrix, built for x86-64).
+
+    `importance` [columns], numbers of at least 0 (the mean square of each column's inputs), makes types in WEIGHTED minimize the
+    error weighted by it, and no block's is larger than without; other types take no notice. Such bytes are herd's own.
 
     Raises CheckpointError, naming the tensor `name`, for rows that are not whole blocks, for values that are infinite or not a
     number, and for finite values that the type cannot hold (fp16 and the fp16 scales end at 65504); ValueError for a kind or
@@ -71,7 +82,19 @@ def encode(values: Tensor, kind: str, *, name: str | None = None) -> Tensor | Qu
             f"rows of {columns} values are not whole {kind} blocks of {target.values}: choose another type for this tensor",
             tensor=name,
         )
+    if importance is not None and kind in WEIGHTED:
+        return _encode(values, target, name, _weights(importance, values.shape[-1], name))
     return _encode(values, target, name)
+
+
+def _weights(importance: Tensor, columns: int, name: str | None) -> Tensor | None:
+    """float32 with mean 1 and a floor; None when nothing is known. Raises ValueError for what is no importance of `columns`."""
+    if importance.shape != (columns,) or not bool(importance.isfinite().all()) or bool((importance < 0).any()):
+        raise ValueError(
+            f"importance of {name}: {tuple(importance.shape)} numbers for {columns} columns, all at least 0"
+        )
+    mean = importance.float().mean()
+    return None if mean == 0 else (importance.float() / mean).clamp_(min=FAINT)
 
 
 def _cast(values: Tensor, dtype: torch.dtype, name: str | None) -> Tensor:
@@ -86,8 +109,9 @@ def _cast(values: Tensor, dtype: torch.dtype, name: str | None) -> Tensor:
     return cast
 
 
-def _encode(values: Tensor, kind: BlockType, name: str | None) -> QuantTensor:
+def _encode(values: Tensor, kind: BlockType, name: str | None, importance: Tensor | None = None) -> QuantTensor:
     encoder, halves = _ENCODERS[kind.name], _HALVES.get(kind.name, (0,))
+    weights = None if importance is None else importance.to(values.device).view(-1, kind.values)
     blocks = torch.empty(
         (*values.shape[:-1], kind.row_bytes(values.shape[-1])), dtype=torch.uint8, device=values.device
     )
@@ -95,7 +119,12 @@ def _encode(values: Tensor, kind: BlockType, name: str | None) -> QuantTensor:
     def work(piece: tuple[int, Tensor, Tensor]) -> None:
         start, source, out = piece
         with torch.inference_mode():
-            made = encoder(source.reshape(-1, kind.values).float().contiguous())
+            x = source.reshape(-1, kind.values).float().contiguous()
+            made = encoder(x)
+            if weights is not None:
+                first = start // kind.values
+                here = weights[torch.arange(first, first + len(x), device=x.device) % len(weights)]
+                made = _better(made, encoder(x, here), x, here, kind)
             out.copy_(made.view(out.shape))
             scales = torch.cat([made[:, at : at + 2] for at in halves], dim=1).view(torch.float16)
             finite = scales.isfinite().all(dim=1, keepdim=True)
@@ -110,6 +139,13 @@ def _encode(values: Tensor, kind: BlockType, name: str | None) -> QuantTensor:
     else:
         _in_threads(work, pieces, threads)
     return QuantTensor(blocks, kind, tuple(values.shape))
+
+
+def _better(made: Tensor, other: Tensor, x: Tensor, weights: Tensor, kind: BlockType) -> Tensor:
+    """Of two encodings, block by block the one of less weighted squared error; `other` only where it is really less."""
+    assert kind.decode is not None
+    errors = [kind.decode(blocks).sub_(x).square_().mul_(weights).sum(1, keepdim=True) for blocks in (made, other)]
+    return torch.where(errors[1] < errors[0], other, made)
 
 
 def _in_threads(

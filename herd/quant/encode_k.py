@@ -8,6 +8,10 @@ again with what remains of them. On a CPU every sum runs in memory order, one fl
 code's do: the bytes are then equal to those of llama.cpp on x86-64. Elsewhere sums may be ordered otherwise, and a
 near-tie can fall to the other side.
 
+With an importance matrix (how much each column matters: the mean square of what it is multiplied with) the search minimizes
+another error: a value's weight is its column's importance times sqrt(spread of the block + x^2), as llama.cpp weighs them, and
+more scales are tried. The scales of a block are rounded as without one, so these bytes are not llama.cpp's.
+
 The work is laid out [group size, groups]: a column is a group, and an operation on a row is one vector operation for all groups.
 
 Letters: N blocks, G groups; x values, q integers, w weights; d scale, m minimum.
@@ -19,30 +23,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["q4_k", "q5_k", "q6_k"]
+__all__ = ["q4_k", "q5_k", "q6_k", "symmetric_search"]
 
 TINY = 1e-15
 """Q6_K: groups and blocks whose magnitudes stay below this become zeros."""
 
 
-def q4_k(values: Tensor) -> Tensor:
-    """16 levels; scales tried: (14.0 to 16.0 in steps of 0.1) / range."""
-    q, head = _affine(values, top=15, tries=_steps(15, -1.0, 20))
+def q4_k(values: Tensor, importance: Tensor | None = None) -> Tensor:
+    """16 levels; scales tried: (14.0 to 16.0 in steps of 0.1) / range, with importance 14.1 to 15.9 in steps of 0.05."""
+    tries = _steps(15, -1.0, 20) if importance is None else _steps(15, -0.9, 36, 0.05)
+    q, head = _affine(values, importance, top=15, tries=tries)
     return torch.cat((head, _bytes(_pairs(q.view(32, -1, 4, 2)))), dim=1)
 
 
-def q5_k(values: Tensor) -> Tensor:
-    """32 levels; scales tried: (30.5 to 32.0 in steps of 0.1) / range."""
-    q, head = _affine(values, top=31, tries=_steps(31, -0.5, 15))
+def q5_k(values: Tensor, importance: Tensor | None = None) -> Tensor:
+    """32 levels; scales tried: (30.5 to 32.0 in steps of 0.1) / range, with importance 30.1 to 31.9 in steps of 0.05."""
+    tries = _steps(31, -0.5, 15) if importance is None else _steps(31, -0.9, 36, 0.05)
+    q, head = _affine(values, importance, top=31, tries=tries)
     fifth = torch.ge(q, 16).float()
     q.sub_(fifth, alpha=16)
     return torch.cat((head, _bytes(_joined(fifth.view(32, -1, 8), 2)), _bytes(_pairs(q.view(32, -1, 4, 2)))), dim=1)
 
 
-def q6_k(values: Tensor) -> Tensor:
+def q6_k(values: Tensor, importance: Tensor | None = None) -> Tensor:
     """64 levels around 0, groups of 16; scales tried: (31.1 to 32.9 in steps of 0.1) / -extreme; scales in 8 bits."""
     x = values.view(-1, 16).t().contiguous()  # [16, G]
-    scale, inverse = _symmetric_search(x)
+    weights = None if importance is None else importance.view(-1, 16).t().contiguous()
+    scale, inverse = symmetric_search(x, weights)
     scales = scale.view(-1, 16)
     largest = scales.gather(1, scales.abs().argmax(dim=1, keepdim=True))
     empty = largest.abs() < TINY
@@ -63,16 +70,20 @@ def q6_k(values: Tensor) -> Tensor:
     return torch.cat((low_bytes, high_bytes, small.to(torch.int8).view(torch.uint8), d.view(torch.uint8)), dim=1)
 
 
-def _steps(top: int, first: float, count: int) -> list[float]:
-    """top + first + 0.1 i for i = 0 ... count, each operation rounded to float32."""
+def _steps(top: int, first: float, count: int, step: float = 0.1) -> list[float]:
+    """top + first + step i for i = 0 ... count, each operation rounded to float32."""
     f = np.float32
-    return [float(f(f(first) + f(0.1) * f(i)) + f(top)) for i in range(count + 1)]
+    return [float(f(f(first) + f(step) * f(i)) + f(top)) for i in range(count + 1)]
 
 
-def _affine(values: Tensor, *, top: int, tries: list[float]) -> tuple[Tensor, Tensor]:
+def _affine(values: Tensor, importance: Tensor | None, *, top: int, tries: list[float]) -> tuple[Tensor, Tensor]:
     """Blocks of eight groups of 32 -> q [32, G] of 0 to `top`, and the first 16 bytes of the blocks: d, dmin, scales, minima."""
     x = values.view(-1, 32).t().contiguous()  # [32, G]
-    scale, minimum, inverse, base = _affine_search(x, top, tries)
+    weights = None
+    if importance is not None:
+        spread = values.square().mean(dim=1, keepdim=True).mul_(2)
+        weights = (importance * (spread + values.square()).sqrt_()).view(-1, 32).t().contiguous()
+    scale, minimum, inverse, base = _affine_search(x, top, tries, weights)
     scales, minima = scale.view(-1, 8), minimum.view(-1, 8)
     small_scales, d = _six_bits(scales)
     small_minima, dmin = _six_bits(minima)
@@ -88,13 +99,16 @@ def _affine(values: Tensor, *, top: int, tries: list[float]) -> tuple[Tensor, Te
     return q, head
 
 
-def _affine_search(x: Tensor, top: int, tries: list[float]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _affine_search(
+    x: Tensor, top: int, tries: list[float], w: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x [32, G] -> per group: scale, minimum (as a magnitude), and the 1 / scale and base that made the best integers.
 
-    The model is x = scale * q - minimum with a minimum of at least 0. Weights are |x| + rms(x).
+    The model is x = scale * q - minimum with a minimum of at least 0. Weights `w` are |x| + rms(x) unless given.
     """
-    rms = _in_order(x * x).div_(32).double().sqrt_().float()  # torch's float32 square root is not correctly rounded
-    w = x.abs().add_(rms)
+    if w is None:
+        rms = _in_order(x * x).div_(32).double().sqrt_().float()  # torch's float32 square root is not correctly rounded
+        w = x.abs().add_(rms)
     total, moment = _in_order(torch.stack((w, w * x)))
     low, high = x.amin(dim=0).clamp_(max=0.0), x.amax(dim=0)
     inverse = torch.full_like(low, top).div_(high - low)
@@ -129,21 +143,25 @@ def _weighted_error(q: Tensor, scale: Tensor, low: Tensor, x: Tensor, w: Tensor)
     return _in_order(q.mul_(q).mul_(w))
 
 
-def _symmetric_search(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [16, G] -> per group: scale, and the 1 / scale that made the best integers. The model is x = scale * q, weights x^2."""
+def symmetric_search(x: Tensor, w: Tensor | None = None, top: int = 32) -> tuple[Tensor, Tensor]:
+    """x [group size, G] -> per group: scale, and the 1 / scale that made the best integers, -top to top - 1.
+
+    The model is x = scale * q. Weights `w` [group size, G] are x^2 unless given.
+    """
     high, low = x.amax(dim=0), x.amin(dim=0)
     extreme = torch.where(high > -low, high, low)
     tied = high == -low
     if tied.any():
         columns = x[:, tied]
         extreme[tied] = columns.gather(0, columns.abs().argmax(dim=0, keepdim=True)).squeeze(0)
-    w = x * x
+    if w is None:
+        w = x * x
     wx = w * x
     q, products = torch.empty_like(x), x.new_empty((2, *x.shape))
     inverse = scale = best = torch.zeros_like(extreme)
-    for i, number in enumerate(_symmetric_steps()):
+    for i, number in enumerate(_symmetric_steps(top)):
         tried = torch.full_like(extreme, number).div_(extreme)
-        torch.mul(x, tried, out=q).round_().clamp_(-32, 31)
+        torch.mul(x, tried, out=q).round_().clamp_(-top, top - 1)
         torch.mul(wx, q, out=products[0])
         torch.mul(w, q, out=products[1]).mul_(q)
         sum_qx, sum_qq = _in_order(products)
@@ -159,10 +177,10 @@ def _symmetric_search(x: Tensor) -> tuple[Tensor, Tensor]:
     return scale.masked_fill(empty, 0.0), inverse.masked_fill(empty, 0.0)
 
 
-def _symmetric_steps() -> list[float]:
-    """-32 first, then -(32 + 0.1 i) for i = -9 ... 9 without 0, in float32."""
+def _symmetric_steps(top: int) -> list[float]:
+    """-top first, then -(top + 0.1 i) for i = -9 ... 9 without 0, in float32."""
     f = np.float32
-    return [-32.0, *(float(-(f(32) + f(0.1) * f(i))) for i in range(-9, 10) if i != 0)]
+    return [float(-top), *(float(-(f(top) + f(0.1) * f(i))) for i in range(-9, 10) if i != 0)]
 
 
 def _in_order(terms: Tensor) -> Tensor:

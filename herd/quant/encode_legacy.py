@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from herd.quant.encode_k import symmetric_search
+
 __all__ = ["q4_0", "q5_0", "q5_1", "q8_0"]
 
 HALF = 0.49999997
@@ -29,19 +31,19 @@ def q8_0(values: Tensor) -> Tensor:
     return out
 
 
-def q4_0(values: Tensor) -> Tensor:
-    """d = the value of largest magnitude / -8, q = x / d + 8.5 cut, at most 15."""
-    d = _extreme(values).div_(-8)
-    q = (values * _inverse(d)).add_(8.5).to(torch.uint8).clamp_(max=15)
+def q4_0(values: Tensor, importance: Tensor | None = None) -> Tensor:
+    """d = the value of largest magnitude / -8, q = x / d + 8.5 cut, at most 15. With importance, d comes from a search."""
+    d = _extreme(values).div_(-8) if importance is None else _searched(values, importance, 8)
+    q = (values * _inverse(d)).add_(8.5).clamp_(0, 15).to(torch.uint8)
     out = _with_halves(d, bytes_after=16)
     _pack_nibbles(q.view(torch.int64), out[:, 2:])
     return out
 
 
-def q5_0(values: Tensor) -> Tensor:
-    """d = the value of largest magnitude / -16, q = x / d + 16.5 cut, at most 31."""
-    d = _extreme(values).div_(-16)
-    q = (values * _inverse(d)).add_(16.5).to(torch.uint8).clamp_(max=31)
+def q5_0(values: Tensor, importance: Tensor | None = None) -> Tensor:
+    """d = the value of largest magnitude / -16, q = x / d + 16.5 cut, at most 31. With importance, d comes from a search."""
+    d = _extreme(values).div_(-16) if importance is None else _searched(values, importance, 16)
+    q = (values * _inverse(d)).add_(16.5).clamp_(0, 31).to(torch.uint8)
     out = _with_halves(d, bytes_after=20)
     _pack_five_bits(q, out[:, 2:])
     return out
@@ -59,6 +61,15 @@ def q5_1(values: Tensor) -> Tensor:
     out = _with_halves(torch.cat((d, m), dim=1), bytes_after=20)
     _pack_five_bits(q, out[:, 4:])
     return out
+
+
+def _searched(values: Tensor, importance: Tensor, top: int) -> Tensor:
+    """[N, 1]: the scale of least error, each value weighted by its importance times sqrt(mean square of the block + x^2),
+    rounded to fp16 so that the integers belong to the scale that is stored."""
+    spread = values.square().mean(dim=1, keepdim=True)
+    weights = importance * (spread + values.square()).sqrt_()
+    scale, _ = symmetric_search(values.t().contiguous(), weights.t().contiguous(), top)
+    return scale.half().float().unsqueeze(1)
 
 
 def _extreme(values: Tensor) -> Tensor:
