@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from herd.bench.gpu_goals import eighth_bytes, goals
 from herd.bench.machine import last_level_cache, load_average, machine
 from herd.bench.material import gguf_file, hf_folder, step_bytes
 from herd.bench.players.base import Setup
@@ -52,6 +53,7 @@ class Plan:
     runs: int = 5
     tries: int = 1
     peers: Sequence[str] = ()
+    device: str = "cpu"
 
 
 @dataclass(slots=True)
@@ -89,6 +91,10 @@ def _check(plan: Plan) -> None:
         raise ConfigError(
             f"{length} positions are needed, and {plan.subject.name} has {config.max_seq_len}: shorten --prompt or --tokens"
         )
+    if plan.device == "cpu" and "FP8" in plan.kinds:
+        raise ConfigError("fp8 weights are measured on a GPU: a CPU has no products for them (--device cuda)")
+    if plan.device != "cpu" and "llama.cpp" in plan.peers:
+        raise ConfigError("llama.cpp is measured as it was built here, for the CPU: leave it out with --device")
     if plan.subject.path is None and None in plan.kinds:
         raise ConfigError("random weights have no type of their own: say which with --weights")
 
@@ -112,21 +118,28 @@ def described(plan: Plan) -> dict[str, Any]:
         "runs": plan.runs,
         "tries": plan.tries,
         "peers": list(plan.peers),
+        "device": plan.device,
     }
 
 
 def _one_kind(plan: Plan, kind: str | None, report: dict[str, Any], say: Say) -> None:
     """All players with one type of weights."""
     files = files_of(plan, kind, say)
-    setup = {"threads": plan.threads, "sequences": max(plan.batches), "length": _length(plan)}
+    setup: dict[str, Any] = {"threads": plan.threads, "sequences": max(plan.batches), "length": _length(plan)}
+    setup["device"] = plan.device
     with ExitStack() as stack:
-        limits = stack.enter_context(Process("limits", Setup("", plan.threads, 1, _bytes_to_read(plan))))
+        limits = stack.enter_context(Process("limits", Setup("", plan.threads, 1, _bytes_to_read(plan), plan.device)))
         players = []
         for i, (player, label, path) in enumerate(files):
             say(f"{player} loads {label}", i, len(files))
-            process = stack.enter_context(Process(player, Setup(str(path), **setup)))
-            players.append(_Contestant(process, player, label, step_bytes(path), weight_bytes(path)))
-        _note_cache(players[0], report)
+            weights = label.lower() if label == "FP8" else None
+            process = stack.enter_context(Process(player, Setup(str(path), **setup, weights=weights)))
+            size = eighth_bytes(path) if label == "FP8" else step_bytes(path)
+            players.append(_Contestant(process, player, label, size, weight_bytes(path)))
+        if plan.device == "cpu":
+            _note_cache(players[0], report)
+        elif (why := players[0].process.facts["why_no_kernels"]) is not None:
+            report["notes"].append(f"herd ran without its GPU kernels: {why}")
         if (why := players[0].process.facts["why_not_native"]) is not None and why not in report["notes"]:
             report["notes"].append(f"herd ran without its native kernels: {why}")
         report["agreement"] += _agreement(plan, players)
@@ -138,6 +151,7 @@ def _one_kind(plan: Plan, kind: str | None, report: dict[str, Any], say: Say) ->
     best = max((statistics.median(r[way] for r in readings), way) for way in readings[0])
     peak = {name: max(p[name] for p in peaks) for name in peaks[0]}
     report["limits"][players[0].kind] = {
+        "device": limits.facts.get("device"),
         "gb_per_s": round(best[0], 2),
         "read_with": best[1],
         "readings": readings,
@@ -146,7 +160,10 @@ def _one_kind(plan: Plan, kind: str | None, report: dict[str, Any], say: Say) ->
     }
     for batch in plan.batches:
         own = _middle(players[0].samples[batch])
-        report["rows"] += [_row(plan, batch, p, own, best[0], peak) for p in players]
+        rows = [_row(plan, batch, p, own, best[0], peak) for p in players]
+        if plan.device != "cpu":
+            rows[0]["goals"] = goals(rows, plan.prompt)
+        report["rows"] += rows
 
 
 def files_of(plan: Plan, kind: str | None, say: Say) -> list[tuple[str, str, Path]]:
@@ -160,7 +177,7 @@ def files_of(plan: Plan, kind: str | None, say: Say) -> list[tuple[str, str, Pat
         assert subject.path is not None
         own, label = subject.path, _stored(subject.path)
     else:
-        own, label = gguf(kind), kind
+        own, label = gguf("BF16" if kind == "FP8" else kind), kind
     found = [("herd", label, own)]
     for peer in plan.peers:
         if peer == "transformers":
@@ -312,7 +329,8 @@ def _row(
         "samples": samples,
         "set_aside": player.set_aside[batch],
     }
-    unit = "bfloat16" if player.kind in ("BF16", "F16", "F32") else "int8"
+    # On a GPU quantized weights meet float activations.
+    unit = "bfloat16" if plan.device != "cpu" or player.kind in ("BF16", "F16", "F32") else "int8"
     head = 2 * config.vocab_size * config.dim
     if plan.task == "prefill":
         flops = plan.prompt * (flops_per_token(config, max(plan.prompt // 2, 1)) - head) + head

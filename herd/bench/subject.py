@@ -62,7 +62,10 @@ def subject(text: str) -> Subject:
 
 
 def kind_of(weights: str) -> str:
-    """The GGUF mix that `weights` (int4, int8, bf16, q4_k_m, ...) means. Raises ConfigError with the choices."""
+    """The GGUF mix that `weights` (int4, int8, bf16, q4_k_m, ...) means, or FP8, which no file has. Raises ConfigError with the
+    choices."""
+    if weights.lower() == "fp8":
+        return "FP8"
     word = WEIGHTS.get(weights.lower())
     if word is not None:
         return word

@@ -58,9 +58,11 @@ def _subject(plan: dict[str, Any]) -> str:
 
 def _limits(kind: str, limit: dict[str, Any]) -> str:
     rates = limit["gop_per_s"]
+    who, does = limit.get("device") or "The machine", "moves" if limit.get("device") else "reads"
+    eight = f"fp8 at {rates['fp8']:.0f}, " if "fp8" in rates else ""
     line = (
-        f"{kind}. The machine in the same rounds: reads {limit['gb_per_s']:.1f} GB/s; multiplies int8 at "
-        f"{rates['int8']:.0f}, bf16 at {rates['bfloat16']:.0f}, fp32 at {rates['float32']:.0f} GOP/s."
+        f"{kind}. {who} in the same rounds: {does} {limit['gb_per_s']:.1f} GB/s; multiplies int8 at "
+        f"{rates['int8']:.0f}, {eight}bf16 at {rates['bfloat16']:.0f}, fp32 at {rates['float32']:.0f} GOP/s."
     )
     return textwrap.fill(line, WIDTH) + "\n"
 
@@ -85,6 +87,12 @@ def _rows(rows: Sequence[dict[str, Any]], task: str) -> Iterator[str]:
 
 def _remarks(report: dict[str, Any]) -> Iterator[str]:
     lines = list(report["notes"])
+    lines += [
+        f"Goal, {row['weights']}{' x ' + str(row['batch']) if row['batch'] > 1 else ''}: {goal['what']} at least "
+        f"{goal['least']}: {goal['found']:.2f}, {'met' if goal['met'] else 'not met'}."
+        for row in report["rows"]
+        for goal in row.get("goals", ())
+    ]
     if any(one["who"] != "herd" for one in report["rows"]):
         lines.append(
             "Logits beside herd's: "

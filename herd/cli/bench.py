@@ -27,13 +27,14 @@ Examples:
   herd bench batch --batch 1,2,4,8,16                   many replies at once
   herd bench cold-start --peers llama.cpp               process start to first token
   herd bench decode --model ./Llama-3.2-1B-Instruct     a checkpoint of your own, as it is
+  herd bench decode --device cuda --model 8b --weights bf16,fp8,int8,int4
   herd bench decode --json --plot decode.png > decode.json
   herd bench tokenizer                                  text to tokens
 """
 
 TASKS = ("decode", "prefill", "batch", "cold-start", "tokenizer")
 PROMPTS = {"decode": 128, "prefill": 512, "batch": 128, "cold-start": 32}
-SPEED_ONLY = ("model", "weights", "threads", "prompt", "tokens", "batch", "peers", "plot", "quiet", "cache")
+SPEED_ONLY = ("model", "weights", "threads", "device", "prompt", "tokens", "batch", "peers", "plot", "quiet", "cache")
 
 
 class Numbers(click.ParamType):
@@ -56,6 +57,7 @@ class Numbers(click.ParamType):
     "--model", metavar="SHAPE|PATH", help="Catalog name (random weights) or checkpoint (default: llama3.2:1b)."
 )
 @click.option("--weights", metavar="KINDS", help="int4, int8, bf16, q4_k_m, ...; several with commas (default: int4).")
+@click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1: where everybody runs (default: cpu).")
 @click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="Default: all cores of this process.")
 @click.option("--prompt", type=click.IntRange(1), metavar="N", help="Tokens of the prompt (128; prefill: 512).")
 @click.option("--tokens", type=click.IntRange(1), metavar="N", help="Tokens decoded in each run (64).")
@@ -113,7 +115,7 @@ def _check(task: str, given: dict[str, Any]) -> None:
         "prefill": ("tokens", "batch"),
         "decode": ("batch",),
         "batch": (),
-        "cold-start": ("tokens", "batch", "plot"),
+        "cold-start": ("tokens", "batch", "plot", "device"),
         "tokenizer": SPEED_ONLY,
     }[task]
     names = [f"--{name}" for name in useless if given[name] is not None]
@@ -128,6 +130,11 @@ def _plan(task: str, runs: int, given: dict[str, Any]) -> Any:
     from herd.bench.material import cache_folder
     from herd.bench.subject import kind_of, subject
 
+    device = given["device"] or "cpu"
+    if device != "cpu":
+        from herd.checkpoint.placement import device_named
+
+        device = str(device_named(device))
     what = subject(given["model"] or "llama3.2:1b")
     words = given["weights"] or ("int4" if what.path is None else None)
     kinds = [None] if words is None else [kind_of(word.strip()) for word in words.split(",")]
@@ -142,6 +149,7 @@ def _plan(task: str, runs: int, given: dict[str, Any]) -> Any:
         batches=(given["batch"] or (1, 2, 4, 8, 16)) if task == "batch" else (1,),
         runs=runs,
         tries=given["quiet"] or 1,
+        device=device,
         peers=[] if not given["peers"] else list(dict.fromkeys(p.strip() for p in given["peers"].split(","))),
     )
 

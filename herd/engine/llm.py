@@ -55,6 +55,9 @@ class LLM:
     "lookup" looks in the text so far, any other name is a smaller model of the same vocabulary, or it is a drafter
     (`herd.engine.speculate`). `tick(done, total)` hears of the bytes read.
 
+    On a GPU decode steps are recorded when they are first needed, or by `warm_up`, and replayed; `graphs=False` runs every step
+    as it is (docs/gpu.md).
+
     `load_adapter` adds a LoRA adapter, which requests choose with `adapter=` (its name).
 
     Without `params`, requests use the sampling defaults of the checkpoint. Methods may be called from any thread, their
@@ -80,6 +83,7 @@ class LLM:
         deterministic: bool = False,
         seed: int | None = 0,
         draft: str | os.PathLike[str] | Drafter | None = None,
+        graphs: bool = True,
         debug: bool = False,
         tick: Callable[[int, int], None] | None = None,
     ) -> None:
@@ -107,6 +111,8 @@ class LLM:
             deterministic=deterministic,
             seed=seed,
             debug=debug,
+            graphs=graphs,
+            overlap=graphs,
         )
         grammars = Grammars(self.tokenizer, vocab_size=self.model.config.vocab_size)
         self._engine = Engine(
@@ -342,6 +348,13 @@ class LLM:
         """
         cache, pool, mark = self._engine.cache, self._engine.pool, fingerprint(self.model)
         return len(self._loop.between(lambda: load_prompt(path, cache, pool, mark)))
+
+    def warm_up(self, tell: Callable[[int, int], None] = lambda done, total: None) -> float:
+        """Record all decode steps of a GPU before anybody waits for them; seconds it took, 0 where nothing is recorded.
+
+        `tell(done, total)` hears of each, in the engine's thread.
+        """
+        return self._loop.between(lambda: self._engine.warm_up(tell))
 
     def stats(self) -> Stats:
         """What the engine does and has done: requests, blocks, prefix hits, tokens per second."""

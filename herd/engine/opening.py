@@ -11,16 +11,19 @@ from herd.checkpoint.load import Checkpoint, read_checkpoint
 from herd.checkpoint.open import open_store
 from herd.checkpoint.placement import device_named, dtype_named
 from herd.checkpoint.resolve import resolve
-from herd.checkpoint.store import GenerationDefaults
+from herd.checkpoint.store import GenerationDefaults, TensorStore
 from herd.engine.config import SMALL
 from herd.engine.draft_model import ModelDrafter, check_vocabularies
 from herd.engine.ngram import NgramDrafter
 from herd.engine.speculate import Drafter
 from herd.errors import ConfigError
 from herd.hub.created import find
+from herd.kernels import triton
 from herd.model.accounting import parameters
 from herd.model.llama import Llama
 from herd.quant.linear import QuantLinear
+from herd.quant.packing import PACKS
+from herd.quant.scheme import block_type
 from herd.tokenizer.tokenizer import Tokenizer
 
 __all__ = ["drafter_for", "kv_for", "opened"]
@@ -43,6 +46,8 @@ def opened(
         where = device_named(device)
         path = resolve(model)
         store = open_store(path)  # headers only: how large the model is decides how it is loaded
+        if where.type == "cuda" and weights in (None, "auto") and dtype is None and _stays_packed(store):
+            weights = "stored"
         small = where.type == "cpu" and weights in (None, "auto") and parameters(store.config) <= SMALL
         wanted = dtype_named(dtype, torch.float32 if small else None)
         model = read_checkpoint(
@@ -56,6 +61,13 @@ def opened(
         return model.model, model.tokenizer, model.defaults
     llama, tokenizer = model
     return llama, tokenizer, GenerationDefaults()
+
+
+def _stays_packed(store: TensorStore) -> bool:
+    """Whether a quantized checkpoint runs on a GPU as it is: kernels read every type it has."""
+    kinds = {info.stored for name in store.names() if len((info := store.info(name)).shape) > 1}
+    quantized = {name for name in kinds if (kind := block_type(name)) is not None and kind.dtype is None}
+    return bool(quantized) and quantized <= PACKS.keys() and triton.usable()
 
 
 def drafter_for(

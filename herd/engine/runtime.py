@@ -26,7 +26,7 @@ from herd.model.feedforward import FeedForward
 from herd.model.llama import Block, Llama
 from herd.model.moe import Experts, MoE
 from herd.model.rope import Temperature
-from herd.quant.linear import QuantExperts, QuantLinear
+from herd.quant.linear import QuantEmbedding, QuantExperts, QuantLinear
 from herd.quant.packed_matrix import PackedMatrix, pack_matrix, pack_together
 
 __all__ = ["Mix", "Runtime", "together"]
@@ -51,7 +51,7 @@ class Runtime:
         self._layers = [
             _Layer(block, spec, config.head_dim) for block, spec in zip(_blocks(model), config.layers, strict=True)
         ]
-        self._output = together((model.output,))
+        self._output = _output(model)
         self._temper = None if config.temper is None else Temperature(config.temper)
         self._marks = self._where()
         experts = any(isinstance(module, QuantExperts) for module in model.modules())
@@ -80,6 +80,15 @@ class Runtime:
 
     def _where(self) -> tuple[int, ...]:
         return tuple(weight.data_ptr() for weight in self.model.parameters())
+
+
+def _output(model: Llama) -> Products:
+    """The output matrix; a tied embedding goes on sharing it, in whatever form."""
+    embedding, before = model.tok_embeddings, getattr(model.output, "matrix", None)
+    made = together((model.output,))
+    if isinstance(embedding, QuantEmbedding) and embedding.matrix is before and isinstance(model.output, QuantLinear):
+        embedding.matrix = model.output.matrix
+    return made
 
 
 class _Layer:
@@ -150,7 +159,10 @@ def together(modules: Sequence[nn.Module]) -> Products:
     quantized = [m for m in modules if type(m) is QuantLinear]
     if len(quantized) == len(modules) and (found := _packed(quantized)) is not None:
         return lambda x: product(x, found)
-    return lambda x: torch.cat([module(x) for module in modules], dim=-1)
+    if len(modules) == 1:
+        return modules[0]
+    each = [together((module,)) for module in modules]  # of different kinds
+    return lambda x: torch.cat([one(x) for one in each], dim=-1)
 
 
 def _packed(modules: Sequence[QuantLinear]) -> Packed | None:

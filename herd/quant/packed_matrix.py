@@ -71,6 +71,8 @@ def pack_matrix(matrix: Matrix) -> PackedMatrix | None:
 
 def pack_together(matrices: Sequence[Matrix]) -> tuple[Packed, list[PackedMatrix]] | None:
     """Matrices of the same inputs as one Packed, and each as a view of it; None when they are of different kinds."""
+    if len({matrix.type.name for matrix in matrices}) > 1:
+        return None
     each = [pack_matrix(matrix) for matrix in matrices]
     parts = [one.packed for one in each if one is not None]
     if len(parts) < len(matrices) or len({(part.kind, part.columns) for part in parts}) > 1:

@@ -14,12 +14,17 @@ Seconds = tuple[float, float]
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """How a player is built. `path`: its checkpoint; room for `sequences` of `length` tokens each."""
+    """How a player is built. `path`: its checkpoint; room for `sequences` of `length` tokens each.
+
+    `device` is torch's name of where it runs; `weights` the form that weights get while loading, where that is not the file's.
+    """
 
     path: str
     threads: int
     sequences: int
     length: int
+    device: str = "cpu"
+    weights: str | None = None
 
 
 class Watch:

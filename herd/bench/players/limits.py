@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from herd.bench.players.base import Setup
+from herd.bench.players.gpu_limits import GpuLimits
 
 __all__ = ["open_player"]
 
@@ -63,6 +64,6 @@ def _rate(call: Callable[[], object]) -> float:
     return 2 * rows * depth * columns / statistics.median(_seconds(call) for _ in range(7)) / 1e9
 
 
-def open_player(setup: Setup) -> Limits:
+def open_player(setup: Setup) -> Limits | GpuLimits:
     """Allocate what is read: `setup.length` bytes."""
-    return Limits(setup)
+    return Limits(setup) if setup.device == "cpu" else GpuLimits(setup)

@@ -11,27 +11,14 @@ from herd.chat.params import SamplingParams
 from herd.checkpoint.load import load_model
 from herd.engine.config import EngineConfig
 from herd.engine.engine import Engine
-from herd.engine.native import runner_for
-from herd.engine.pack import RaggedBatch
-from herd.engine.paged import PagedCache
 from herd.engine.request import Request
-from herd.engine.runner import Runner
-from herd.kernels import native
+from herd.kernels import native, triton
 
 __all__ = ["open_player"]
 
 BLOCK = 16
-
-
-class _Listening:
-    """A runner that remembers the logits of its last step."""
-
-    def __init__(self, runner: Runner) -> None:
-        self.runner, self.last = runner, torch.empty(0)
-
-    def logits(self, batch: RaggedBatch, cache: PagedCache) -> torch.Tensor:
-        self.last = self.runner.logits(batch, cache)
-        return self.last
+GPU_STEP = 8192
+"""Tokens of a prompt read at a time on a GPU: enough for every core, as one asks of a server that reads long prompts."""
 
 
 class Own:
@@ -39,8 +26,11 @@ class Own:
 
     def __init__(self, setup: Setup) -> None:
         torch.set_num_threads(setup.threads)
-        model = load_model(setup.path)
-        self._runner = _Listening(runner_for(model))
+        self._gpu = setup.device != "cpu"
+        # Blocks of a file stay what they are on a GPU, too.
+        model = load_model(
+            setup.path, device=setup.device, weights=setup.weights or ("stored" if self._gpu else "auto")
+        )
         each = -(-setup.length // BLOCK) + 2
         config = EngineConfig(
             blocks=(setup.sequences + 1) * each,
@@ -48,19 +38,24 @@ class Own:
             block_size=BLOCK,
             kv="bf16",
             max_seqs=setup.sequences,
-            max_tokens=512,
+            max_tokens=min(setup.length, GPU_STEP) if self._gpu and setup.length > 512 else 512,
         )
-        self._engine = Engine(model, config, runner=self._runner)
+        self._engine = Engine(model, config)
+        self._last: Any = None
         self._prompts: list[list[int]] = []
         self._count = 0
 
     def facts(self) -> dict[str, Any]:
-        runner = type(self._runner.runner).__name__
-        return {"runner": runner, "instructions": native.isa(), "why_not_native": native.missing(), "keys": "bfloat16"}
+        if self._gpu:
+            facts = {"instructions": None, "why_not_native": None, "why_no_kernels": triton.missing()}
+        else:
+            facts = {"instructions": native.isa(), "why_not_native": native.missing()}
+        return {"runner": type(self._engine.runner).__name__, "keys": "bfloat16", **facts}
 
     def logits(self, prompt: list[int]) -> Any:
-        self.prefill(prompt)
-        return self._runner.last[-1].numpy()
+        self._add(prompt, 1, salt=f"fresh {self._count}", logits=True)
+        self._finish()
+        return self._last
 
     def prefill(self, prompt: list[int]) -> None:
         self._add(prompt, 1, salt=f"fresh {self._count}")
@@ -83,11 +78,11 @@ class Own:
             seconds.append(watch.read())
         return seconds[-steps:]
 
-    def _add(self, prompt: list[int], tokens: int, salt: str = "") -> str:
+    def _add(self, prompt: list[int], tokens: int, salt: str = "", *, logits: bool = False) -> str:
         self._count += 1
         name = f"r{self._count}"
         params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_stop_ids=True)
-        self._engine.add(Request(name, tuple(prompt), params, salt=salt))
+        self._engine.add(Request(name, tuple(prompt), params, salt=salt, logits=logits))
         return name
 
     def _step(self) -> list[Any]:
@@ -95,6 +90,7 @@ class Own:
         for event in events:
             if event.error is not None:
                 raise RuntimeError(event.error)
+            self._last = event.logits
         return events
 
     def _finish(self) -> None:

@@ -18,7 +18,8 @@ class Transformers:
     def __init__(self, setup: Setup) -> None:
         torch.set_num_threads(setup.threads)
         self._lib = import_module("transformers")
-        self._model = self._lib.AutoModelForCausalLM.from_pretrained(setup.path, dtype=torch.bfloat16).eval()
+        model = self._lib.AutoModelForCausalLM.from_pretrained(setup.path, dtype=torch.bfloat16)
+        self._model, self._device = model.eval().to(setup.device), torch.device(setup.device)
         self._prompt, self._first, self._cache = 0, torch.zeros(1, 1, dtype=torch.int64), None
 
     def facts(self) -> dict[str, Any]:
@@ -29,10 +30,10 @@ class Transformers:
         }
 
     def logits(self, prompt: list[int]) -> Any:
-        return self._read([prompt])[0].float().numpy()
+        return self._read([prompt])[0].float().cpu().numpy()
 
     def prefill(self, prompt: list[int]) -> None:
-        self._read([prompt]).argmax(-1)
+        self._read([prompt]).argmax(-1).tolist()
 
     def start(self, prompts: list[list[int]]) -> None:
         self._first = self._read(prompts).argmax(-1, keepdim=True)
@@ -49,13 +50,16 @@ class Transformers:
             watch = Watch()
             out = self._model(chosen, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
             chosen = out.logits[:, -1].argmax(-1, keepdim=True)
+            chosen.tolist()  # a reader gets every token, as herd's does
             seconds.append(watch.read())
         return seconds
 
     @torch.inference_mode()
     def _read(self, prompts: list[list[int]]) -> torch.Tensor:
         self._cache = self._lib.DynamicCache(config=self._model.config)
-        out = self._model(torch.tensor(prompts), past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        out = self._model(
+            torch.tensor(prompts, device=self._device), past_key_values=self._cache, use_cache=True, logits_to_keep=1
+        )
         return out.logits[:, -1]
 
 
