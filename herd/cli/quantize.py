@@ -20,6 +20,7 @@ Examples:
   herd quantize ./Llama-3.2-1B llama-3.2-1b-q4.gguf                   q4_k_m: 4.9 bits a weight
   herd quantize ./Llama-3.2-1B small.gguf --to int4                   q4_0: runs fastest on a CPU
   herd quantize ./Llama-3.2-1B big.gguf --to q8_0 --text my-text.txt  measured on a text of yours
+  herd quantize ./Llama-3.2-1B x.gguf --calibrate texts.txt           columns that matter are rounded with more care
   herd quantize ./Llama-3.2-1B x.gguf --report x.json --plot x.png
 
 \b
@@ -39,6 +40,7 @@ To quantize without a file: herd run MODEL --weights int8|int4|w8a8|fp8|q4_k_m|.
 @click.argument("dst")
 @click.option("--to", "to", default="q4_k_m", metavar="TYPE", help="q4_k_m (default), q8_0, q4_0, int8, int4, ...")
 @reading_options
+@click.option("--calibrate", metavar="FILE", help="A text that says which columns matter (an importance matrix).")
 @click.option("--no-report", "no_report", is_flag=True, help="Leave the quality report out (the proof stays).")
 @click.option(
     "--plot", "plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the errors (.png, .svg, .pdf)."
@@ -58,6 +60,7 @@ def command(
     text: str | None,
     context: int | None,
     windows: int | None,
+    calibrate: str | None,
     no_report: bool,
     plot: Path | None,
     requantize: bool,
@@ -90,6 +93,7 @@ def command(
             text=text,
             context=context,
             windows=windows,
+            calibrate=calibrate,
             requantize=requantize,
             shards=shards,
             herd_only=herd_only,

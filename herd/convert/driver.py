@@ -27,10 +27,11 @@ from herd.checkpoint.resolve import resolve
 from herd.checkpoint.store import TensorStore
 from herd.checkpoint.vocabulary import MissingTokenizer
 from herd.checkpoint.write.atomic import check_destination, new_file, new_folder
+from herd.checkpoint.write.gguf_model import Importance
 from herd.checkpoint.write.source import Source
 from herd.convert.adapters import adapter_kind, compare_adapters, open_adapter, write_adapter
 from herd.convert.report import FileEntry, Report
-from herd.convert.sample import Reading
+from herd.convert.sample import Reading, Sample, sample_of
 from herd.convert.threads import threads_for
 from herd.convert.verify import Opened, Watch, compare, open_side
 from herd.convert.weights import tensor_bytes
@@ -65,6 +66,7 @@ def convert(
     keep_failed: bool = False,
     greedy: int | None = None,
     quality: Reading | None = None,
+    calibrate: str | os.PathLike[str] | None = None,
     watch: Watch | None = None,
     command: str = "",
 ) -> Report:
@@ -80,7 +82,8 @@ def convert(
     `base` is the model that it belongs to. When it has not `passed`, there is nothing at `dst`; `keep_failed`
     keeps the result as `dst.failed`.
 
-    `quality` names a text on which the report says how much was lost (`herd.quantize` does so by itself).
+    `quality` names a text on which the report says how much was lost (`herd.quantize` does so by itself), `calibrate` a file of
+    text that says which columns of matrices matter (`herd.convert.importance`): with `quant`, they are rounded with more care.
 
     `herd_only` writes GGUF files that herd reads and llama.cpp would run as another model (Llama 4 with numbers of its own).
 
@@ -92,7 +95,7 @@ def convert(
     check_destination(place, folder=folder, overwrite=overwrite, inputs=[path])
     watch = watch or (lambda what, done, total: None)
     job = _adapter_job if adapter_kind(path) else _model_job
-    made = job(path, place, to, _Options(dtype, quant, shards, bin, base, herd_only, greedy, quality), watch)
+    made = job(path, place, to, _Options(dtype, quant, shards, bin, base, herd_only, greedy, quality, calibrate), watch)
     seconds: dict[str, float] = {}
     report: Report | None = None
     try:
@@ -137,6 +140,7 @@ class _Options:
     herd_only: bool
     greedy: int | None
     quality: Reading | None
+    calibrate: str | os.PathLike[str] | None
 
 
 @dataclass(frozen=True)
@@ -159,10 +163,21 @@ def _model_job(path: Path, place: Path, to: Target, options: _Options, watch: Wa
     source, notes = _source(a)
     sample = None if options.quality is None else options.quality.sample(a.tokenizer, a.store.config)
 
+    calibration = None if options.calibrate is None else _calibration(a, options)
+    importance: list[Importance] = []
+
     def write(new: Path, tick: Callable[[int], None]) -> None:
+        if calibration is not None:
+            from herd.convert.importance import importance_of
+
+            with threads_for(a.store.config):
+                columns = importance_of(a.store, calibration, _counting(watch, "calibrating", tensor_bytes(a.store)))
+            importance.append(Importance(columns, Path(calibration.name).name, len(calibration.windows)))
+            notes.append(f"importance of columns from {calibration.windows.numel():,} tokens of {calibration.name}")
+            notes.extend(calibration.notes)
         with warnings.catch_warnings(record=True) as heard, threads_for(a.store.config):
             warnings.simplefilter("always")
-            notes.extend(_write(source, new, to, dtype, options, tick))
+            notes.extend(_write(source, new, to, dtype, options, tick, *importance))
         told = dict.fromkeys(" ".join(str(w.message).split()) for w in heard)
         notes.extend(line.replace(str(new), str(place)) for line in told)  # the hidden name means nothing to anybody
 
@@ -172,7 +187,15 @@ def _model_job(path: Path, place: Path, to: Target, options: _Options, watch: Wa
         title = f"convert to {to}" + (f" as {options.quant}" if options.quant else "")
         with threads_for(a.store.config):
             return compare(
-                a, b, title=title, greedy=options.greedy, watch=watch, notes=said, shown_as=str(place), sample=sample
+                a,
+                b,
+                title=title,
+                greedy=options.greedy,
+                watch=watch,
+                notes=said,
+                shown_as=str(place),
+                sample=sample,
+                importance=importance[0].columns if importance else None,
             )
 
     return _Job(_size(a.store, dtype, options.quant, keeps_blocks=to == "gguf"), write, compared)
@@ -187,6 +210,7 @@ def _adapter_job(path: Path, place: Path, to: Target, options: _Options, watch: 
         ("shards", options.shards),
         ("bin", options.bin),
         ("quality", options.quality),
+        ("calibrate", options.calibrate),
     ):
         if given:
             raise ConfigError(f"{path} is a LoRA adapter: --{word} is for models")
@@ -227,6 +251,15 @@ def _check_options(
         raise ConfigError(f"{dst}: {what} written to a folder, name it {dst.stem or 'model'}")
 
 
+def _calibration(a: Opened, options: _Options) -> Sample:
+    """The text that says which columns matter. Raises ConfigError."""
+    from herd.convert.importance import WINDOWS
+
+    if options.quant is None:
+        raise ConfigError("calibrating is for quantizing: say with --quant to what")
+    return sample_of(options.calibrate, a.tokenizer, a.store.config, windows=WINDOWS)
+
+
 def _source(a: Opened) -> tuple[Source, list[str]]:
     """What the writers get, and what had to be decided."""
     if isinstance(a.tokenizer, MissingTokenizer):
@@ -250,6 +283,7 @@ def _write(
     dtype: torch.dtype | None,
     options: _Options,
     tick: Callable[[int], None],
+    importance: Importance | None = None,
 ) -> list[str]:
     """Call the writer; what it says was not carried over."""
     # Imported where used: one format should not pay for the others.
@@ -265,7 +299,16 @@ def _write(
 
     shards = options.shards or 1
     file = new if shards == 1 else new / f"{new.name}.gguf"
-    write_gguf(source, file, dtype=dtype, quant=options.quant, shards=shards, herd_only=options.herd_only, tick=tick)
+    write_gguf(
+        source,
+        file,
+        dtype=dtype,
+        quant=options.quant,
+        shards=shards,
+        herd_only=options.herd_only,
+        importance=importance,
+        tick=tick,
+    )
     return []
 
 

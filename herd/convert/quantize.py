@@ -40,6 +40,7 @@ def quantize(
     text: str | os.PathLike[str] | None = None,
     context: int | None = None,
     windows: int | None = None,
+    calibrate: str | os.PathLike[str] | None = None,
     requantize: bool = False,
     shards: int | None = None,
     herd_only: bool = False,
@@ -55,6 +56,9 @@ def quantize(
     before it gets its name: every tensor is what encoding makes of the source. With `report`, `Report.quality` has
     perplexities, KL divergence and the errors of layers and matrices on `text`, a UTF-8 file (default: herd's sample, whose
     figures are for comparison only), in `windows` windows of `context` tokens. The other options are those of `herd.convert`.
+
+    `calibrate` is a file of text (16,384 tokens are read) on which the columns of matrices are weighed: with types below 8 bits
+    those that matter are rounded with more care (`herd.convert.importance`). It should be another text than `text`.
 
     Memory: one layer of either side in float32, besides the states of the text. Raises ConfigError for an unknown `to`, for a
     source that is quantized already (unless `requantize`), and for a text that is too short; else as `herd.convert`.
@@ -76,6 +80,7 @@ def quantize(
         keep_failed=keep_failed,
         greedy=greedy,
         quality=Reading(text, context, windows) if report else None,
+        calibrate=calibrate,
         watch=watch,
         command=command,
     )

@@ -125,5 +125,5 @@ def sample_of(
         cut[:, 0] = tokenizer.special.bos
     notes = (FOR_COMPARISON,) if file is None else ()
     if count < whole:
-        notes += (f"{count} of the {whole:,} windows of the text were measured (--windows for more)",)
+        notes += (f"{count} of the {whole:,} windows of {name} were read",)
     return Sample(name, cut, len(ids), notes)

@@ -6,7 +6,7 @@ import os
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -112,14 +112,16 @@ def compare(
     notes: tuple[str, ...] = (),
     shown_as: str | None = None,
     sample: Sample | None = None,
+    importance: Mapping[str, torch.Tensor] | None = None,
 ) -> Report:
-    """The report on two open checkpoints; `shown_as` is the name that B is going to have. Quality is measured on `sample`."""
+    """The report on two open checkpoints; `shown_as` is the name that B is going to have. Quality is measured on `sample`;
+    `importance` is as for `compare_tensors`."""
     watch = watch or (lambda what, done, total: None)
     seconds: dict[str, float] = {}
     count = greedy_count(a.store, greedy)
     both = tensor_bytes(a.store) + tensor_bytes(b.store)
     start = time.monotonic()
-    tensors = tuple(compare_tensors(a.store, b.store, _ticking(watch, "comparing tensors", both)))
+    tensors = tuple(compare_tensors(a.store, b.store, _ticking(watch, "comparing tensors", both), importance))
     seconds["tensors"] = time.monotonic() - start
     checks = [_check_config(a, b)]
     start = time.monotonic()
@@ -144,7 +146,7 @@ def compare(
     remarks = [*notes, *a.remarks, *(found.notes if found else ()), *_generation_notes(a, b)]
     if any(t.status == "failed" and _coarser(t.stored_a, t.stored_b) for t in tensors):
         remarks.append("A holds quantized tensors where B has plain ones: if B is the original, give it first")
-    if (matrix := b.store.metadata().get(IMATRIX)) is not None:
+    if importance is None and (matrix := b.store.metadata().get(IMATRIX)) is not None:
         remarks.append(
             f"B was made with an importance matrix ({matrix}): of Q4_K, Q5_K and Q6_K blocks only the nearest levels of "
             "their scales are checked, not the scales themselves"

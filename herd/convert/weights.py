@@ -7,7 +7,7 @@ what encoding A gives, or at least lie within the bound of the scheme.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -34,9 +34,12 @@ UNBOUND = ("Q4_0", "Q5_0", "Q5_1")
 _OUTPUT, _EMBEDDING = "output.weight", "tok_embeddings.weight"
 
 
-def compare_tensors(a: TensorStore, b: TensorStore, tick: Tick) -> Iterator[TensorResult]:
+def compare_tensors(
+    a: TensorStore, b: TensorStore, tick: Tick, importance: Mapping[str, Tensor] | None = None
+) -> Iterator[TensorResult]:
     """One result per tensor of either side, in model order. A tied output is the embedding on both sides.
 
+    `importance` is what B was encoded with, where that is known: canonical name -> [columns].
     What is missing or extra in B is a failed result. Raises CheckpointError where a file cannot be read.
     """
     names_a, names_b = weights_of(a), weights_of(b)
@@ -44,7 +47,8 @@ def compare_tensors(a: TensorStore, b: TensorStore, tick: Tick) -> Iterator[Tens
         if name not in names_a or name not in names_b:
             yield _alone(a if name in names_a else b, (names_a | names_b)[name], name, missing=name in names_a)
         elif not (name == _OUTPUT and names_a[name] == names_b[name] == _EMBEDDING):  # tied on both sides: seen already
-            yield _compare(_View(a, names_a[name]), _View(b, names_b[name]), name, tick)
+            columns = None if importance is None else importance.get(names_a[name])
+            yield _compare(_View(a, names_a[name]), _View(b, names_b[name]), name, tick, columns)
 
 
 def weights_of(store: TensorStore) -> dict[str, str]:
@@ -74,7 +78,7 @@ def rows_of(store: TensorStore, name: str, step: int | None = None) -> Iterator[
         view.release()
 
 
-def encoded(values: Tensor, stored: str) -> Tensor:
+def encoded(values: Tensor, stored: str, importance: Tensor | None = None) -> Tensor:
     """`values` as a file of type `stored` gives them back: cast, or encoded and decoded. float32 for quantized types."""
     kind = block_type(stored)
     assert kind is not None, stored
@@ -82,7 +86,7 @@ def encoded(values: Tensor, stored: str) -> Tensor:
         return values.to(kind.dtype)
     from herd.quant.encode import encode  # plain files need no encoder
 
-    return encode(values.float().contiguous(), stored).dequantize()
+    return encode(values.float().contiguous(), stored, importance=importance).dequantize()
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ def _alone(store: TensorStore, held: str, name: str, *, missing: bool) -> Tensor
     return TensorResult(name, info.shape, *stored, "failed", math.inf, why=word)
 
 
-def _compare(a: _View, b: _View, name: str, tick: Tick) -> TensorResult:
+def _compare(a: _View, b: _View, name: str, tick: Tick, columns: Tensor | None = None) -> TensorResult:
     one, other = a.info, b.info
     result = _Result(name, one, other)
     if one.shape != other.shape:
@@ -128,7 +132,7 @@ def _compare(a: _View, b: _View, name: str, tick: Tick) -> TensorResult:
         part_a, part_b = _part(left, rows), _part(right, rows)
         offset = rows.start or 0
         try:
-            _compare_rows(result, part_a, part_b, offset, importance=importance)
+            _compare_rows(result, part_a, part_b, offset, importance=importance, columns=columns)
         except ValueError as error:  # the encoder's: numbers that the type cannot hold
             return result.failed(f"cannot be {other.stored}: {error}")
         share = 1.0 if not one.shape else min(rows.stop, one.shape[0]) / one.shape[0] - rows.start / one.shape[0]
@@ -155,8 +159,15 @@ def _values(part: Tensor | QuantTensor) -> Tensor:
 
 
 def _compare_rows(
-    result: _Result, a: Tensor | QuantTensor, b: Tensor | QuantTensor, offset: int, *, importance: bool
+    result: _Result,
+    a: Tensor | QuantTensor,
+    b: Tensor | QuantTensor,
+    offset: int,
+    *,
+    importance: bool,
+    columns: Tensor | None,
 ) -> None:
+    """`importance`: B says that it was made with a matrix; `columns`: that matrix, where it is known."""
     if isinstance(a, QuantTensor) and isinstance(b, QuantTensor) and _same_blocks(a, b):
         return
     values_a, values_b = _values(a), _values(b)
@@ -165,7 +176,7 @@ def _compare_rows(
         return
     if torch.equal(values_a.float(), values_b):  # already on the grid of the blocks: nothing was lost
         return
-    if same_bytes(encoded(values_a, b.type.name), values_b):
+    if same_bytes(encoded(values_a, b.type.name, columns), values_b):
         result.seen("encoded", values_a.float(), values_b, offset)
         return
     from herd.quant.bound import bound

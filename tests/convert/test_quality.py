@@ -165,7 +165,7 @@ def test_windows_of_a_text(tmp_path: Path) -> None:
     ]
     assert sample.tokens == len(ids)
     assert (sample.first, sample.scored) == (50, 3 * 49)
-    assert sample.notes[1:] == (f"3 of the {len(ids) // 100} windows of the text were measured (--windows for more)",)
+    assert sample.notes[1:] == (f"3 of the {len(ids) // 100} windows of the sample text of herd were read",)
     assert sample_of(None, tokenizer, config).windows.shape == (min(16, len(ids) // 512), 512)
     assert "nothing else" in sample.notes[0]
     text = tmp_path / "short.txt"

@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 import herd
 from herd.checkpoint.open import open_store
 from herd.cli.main import run
+from herd.convert.importance import importance_of
 from herd.convert.quantize import TARGETS, named
+from herd.convert.sample import Reading, Sample
 from herd.errors import ConfigError
 from tests.build import build
 from tests.checkpoint.folders import write_hf
@@ -80,7 +83,7 @@ def test_quality_of_any_two_models(small: Path, capsys: Captured) -> None:
     assert run(["verify", "nano", str(small), "--context", "64", "--windows", "1", "--greedy", "0", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["quality"]
     assert found["windows"] == 1
-    report = herd.verify(small, "nano", greedy=0, quality=herd.convert.sample.Reading(None, 64, 1))
+    report = herd.verify(small, "nano", greedy=0, quality=Reading(None, 64, 1))
     assert not report.passed, "a file is not made from what was made of it"
     assert report.quality is not None
     assert report.quality.a.value == pytest.approx(found["b"]["value"], rel=1e-6)
@@ -131,3 +134,42 @@ def test_other_vocabularies_are_refused(tmp_path: Path) -> None:
     file.write_text(json.dumps(data), encoding="utf-8")
     with pytest.raises(ConfigError, match="other ids for the text"):
         herd.verify("nano", other, greedy=0, quality=True)
+
+
+def test_calibrated(tmp_path: Path) -> None:
+    """Bit for bit what the encoder makes of the source with that matrix; the loss on such texts is smaller."""
+    text = tmp_path / "calibration.txt"
+    text.write_text("Once upon a time there was a dog. He ran to the house and saw a cat in the tree. " * 60)
+    plain = herd.quantize("nano", tmp_path / "plain.gguf", to="q4_0", text=text, **QUICK)
+    report = herd.quantize("nano", tmp_path / "made.gguf", to="q4_0", text=text, calibrate=text, **QUICK)
+    assert report.passed, report.text()
+    assert report.counts["within"] == 0
+    assert any("importance of columns from" in note for note in report.notes)
+    assert report.quality is not None
+    assert plain.quality is not None
+    assert report.quality.kl.mean < 0.9 * plain.quality.kl.mean
+    keys = open_store(tmp_path / "made.gguf").metadata()
+    assert keys["quantize.imatrix.file"] == "calibration.txt"
+    assert keys["quantize.imatrix.entries_count"] == 7 * open_store(tmp_path / "made.gguf").config.n_layers
+    with pytest.raises(ConfigError, match="say with --quant to what"):
+        herd.convert("nano", tmp_path / "x.gguf", to="gguf", calibrate=text)
+
+
+def test_importance_is_the_mean_square_of_inputs(tmp_path: Path) -> None:
+    """Against hooks on the modules of transformers, whose rows of a matrix may lie otherwise, its columns not."""
+    hf = write_hf(tmp_path, build(WIDE)).eval()
+    ids = torch.randint(WIDE.vocab_size, (2, 12), generator=torch.Generator().manual_seed(5))
+    seen: dict[str, torch.Tensor] = {}
+    for name, module in hf.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda _, args, name=name: seen.__setitem__(name, args[0]))
+    with torch.no_grad():
+        hf(ids)
+    found = importance_of(open_store(tmp_path), Sample("ids", ids, ids.numel()))
+    names = {"wq": "self_attn.q_proj", "wo": "self_attn.o_proj", "w1": "mlp.gate_proj", "w2": "mlp.down_proj"}
+    assert len(found) == 7 * WIDE.n_layers
+    for key, value in found.items():
+        _, layer, _, field, _ = key.split(".")
+        if field in names:
+            expected = seen[f"model.layers.{layer}.{names[field]}"].flatten(0, 1).square().mean(0)
+            torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-6)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from herd.quant.mix import mix
 from herd.quant.scheme import QuantTensor, block_type
 from herd.tokenizer.write import gguf_fields
 
-__all__ = ["gguf_form", "shard_names", "write_gguf"]
+__all__ = ["Importance", "gguf_form", "shard_names", "write_gguf"]
 
 MAX_SHARDS = 4096
 ROUTER = ".ffn_gate_inp.weight"
@@ -40,6 +40,15 @@ _OURS = ("general.architecture", "general.file_type", "general.quantization_vers
 """Keys of another GGUF file that are made anew instead of carried over, beside those of the architecture and of splitting."""
 
 
+@dataclass(frozen=True, slots=True)
+class Importance:
+    """Canonical name -> [columns] float32, how much each column matters; the text it was measured on, in `windows` pieces."""
+
+    columns: Mapping[str, Tensor]
+    text: str
+    windows: int
+
+
 def write_gguf(
     source: Source,
     file: Path,
@@ -48,6 +57,7 @@ def write_gguf(
     quant: str | None = None,
     shards: int = 1,
     herd_only: bool = False,
+    importance: Importance | None = None,
     tick: Tick = lambda nbytes: None,
 ) -> list[Path]:
     """Write `source` to `file`; with `shards` above 1 to `shard_names(file, shards)` instead. Returns what was written.
@@ -55,7 +65,7 @@ def write_gguf(
     `dtype` (float32, float16, bfloat16) or `quant` (a mix of `herd.quant.mix`: q8_0, q4_k_m, ...) says how matrices are stored;
     vectors and routers are F32. Without either every matrix keeps its type, and blocks of a GGUF source are copied as they
     are. A GGUF source's own keys (name, tokenizer, template, sampling) are carried over as they are. `herd_only` allows models
-    that llama.cpp would run as other ones (see `config_fields`).
+    that llama.cpp would run as other ones (see `config_fields`). `importance` goes to the encoders, and the file says so.
 
     Raises CheckpointError when a tensor cannot be stored so, ConfigError for options and models that GGUF cannot express.
     """
@@ -63,12 +73,20 @@ def write_gguf(
     form = gguf_form(source, dtype=dtype, quant=quant)
     canonical = {home.name: name for name, home in homes(store.config, "gguf").items()}
     plans = [_checked(store, plan, canonical[plan.name]) for plan in planned(store, "gguf", form)]
+    if importance is not None:
+        plans = [_weighed(store, plan, canonical[plan.name], importance) for plan in plans]
     table = rope_table(store.config)
     if table is not None:
         plans.insert(0, Planned(ROPE_TABLE, table.shape, "F32", lambda: torch.from_numpy(table)))
     kinds = [plan.stored for plan in plans if len(plan.shape) > 1 and not plan.name.endswith(ROUTER)]
     word = mix(quant).name if quant is not None else None if dtype is None else _PLAIN[dtype]
     metadata = _metadata(source, file, kinds, word, herd_only)
+    if importance is not None:
+        metadata |= {
+            "quantize.imatrix.file": Typed("str", importance.text),
+            "quantize.imatrix.entries_count": Typed("i32", len(importance.columns)),
+            "quantize.imatrix.chunks_count": Typed("i32", importance.windows),
+        }
     if shards == 1:
         write_gguf_file(file, metadata, plans, tick)
         return [file]
@@ -144,6 +162,23 @@ def _checked(store: TensorStore, plan: Planned, canonical: str) -> Planned:
         from herd.quant.encode import encode  # plain files need no encoder
 
         made = encode(store.read(canonical), plan.stored, name=plan.name)
+        if isinstance(store, Releases):
+            store.release(canonical)
+        return made
+
+    return replace(plan, make=make)
+
+
+def _weighed(store: TensorStore, plan: Planned, canonical: str, importance: Importance) -> Planned:
+    """`plan` with a maker that encodes with the importance of its columns, where that is known and the type heeds it."""
+    columns = importance.columns.get(canonical)
+    if columns is None or store.info(canonical).stored == plan.stored:
+        return plan
+
+    def make() -> Tensor | QuantTensor:
+        from herd.quant.encode import encode
+
+        made = encode(store.read(canonical), plan.stored, name=plan.name, importance=columns)
         if isinstance(store, Releases):
             store.release(canonical)
         return made
