@@ -5,7 +5,7 @@
 
 namespace herd {
 
-constexpr int VERSION = 3;
+constexpr int VERSION = 4;
 
 struct Matrix {            // [rows, cols]; quantized formats in panels, F32 / F16 / BF16 row by row
     const uint8_t* data;
@@ -30,6 +30,12 @@ struct Model {
     int64_t dim, n_layers, n_heads, n_kv_heads, head_dim;
     double norm_eps;
     const Layer* layers;
+};
+
+struct Head {              // the last norm and the output matrix
+    Matrix output;
+    const float* norm;
+    double norm_eps;
 };
 
 struct Span {              // rows of one sequence that lie side by side, at neighbouring positions

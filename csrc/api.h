@@ -7,5 +7,6 @@ namespace herd {
 struct Api {
     void (*forward)(const Model&, const Step&, const Buffers&);
     void (*matmul)(const Matrix&, const float* x, int64_t rows, float* y, const MatmulBuffers&);
+    void (*head)(const Head&, const float* x, const int64_t* index, int64_t rows, float* y, const MatmulBuffers&);
 };
 }  // namespace herd

@@ -8,5 +8,5 @@ namespace herd::HERD_ISA { inline int thread_number() { return omp_get_thread_nu
 
 namespace herd::HERD_ISA {
 extern const Api api;
-const Api api = {&forward, &matmul};
+const Api api = {&forward, &matmul, &head};
 }

@@ -151,6 +151,18 @@ HERD_PUBLIC void herd_matmul(const Matrix* m, const float* x, int64_t rows, floa
     chosen->matmul(*m, x, rows, y, b);
 }
 
+HERD_PUBLIC int64_t herd_head_scratch(const Head* h, int64_t rows, int threads) {
+    MatmulBuffers b;
+    return lay_out(h->output, rows, threads, nullptr, b, true);
+}
+
+// Logits of the rows `index` [rows] of x. `scratch`: herd_head_scratch bytes, at a multiple of 64.
+HERD_PUBLIC void herd_head(const Head* h, const float* x, const int64_t* index, int64_t rows, float* y, int threads, uint8_t* scratch) {
+    MatmulBuffers b;
+    lay_out(h->output, rows, threads, scratch, b, true);
+    chosen->head(*h, x, index, rows, y, b);
+}
+
 HERD_PUBLIC int64_t herd_forward_scratch(const Model* m, const Step* s, int threads) {
     Buffers b;
     return lay_out(*m, *s, threads, nullptr, b);

@@ -20,4 +20,23 @@ inline void matmul(const Matrix& m, const float* x, int64_t rows, float* y, cons
     }
 }
 
+// y [rows, output.rows] = norm(x[index]) @ output^T
+inline void head(const Head& h, const float* x, const int64_t* index, int64_t rows, float* y, const MatmulBuffers& b) {
+    const Matrix& m = h.output;
+    const Acts acts = shaped(b.acts, m.cols);
+    const Inputs in{b.normed, acts};
+    #pragma omp parallel num_threads(b.threads)
+    {
+        float* spare = b.spare + thread_number() * b.spare_floats;
+        #pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; ++r) {
+            float* row = b.normed + r * m.cols;
+            rms_norm(x + index[r] * m.cols, h.norm, m.cols, float(h.norm_eps), row);
+            if (quantized(m)) quantize(row, acts, r, 0, m.cols);
+        }
+        #pragma omp for schedule(static)
+        for (int64_t i = 0; i < pieces(acts, rows) * panels(m); ++i) product_piece(m, i, in, rows, y, spare);
+    }
+}
+
 }  // namespace herd::HERD_ISA

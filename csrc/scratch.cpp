@@ -89,9 +89,10 @@ int64_t lay_out(const Model& m, const Step& s, int threads, uint8_t* base, Buffe
     return arena.used();
 }
 
-int64_t lay_out(const Matrix& m, int64_t rows, int threads, uint8_t* base, MatmulBuffers& b) {
+int64_t lay_out(const Matrix& m, int64_t rows, int threads, uint8_t* base, MatmulBuffers& b, bool head) {
     Arena arena(base);
     b.threads = threads;
+    b.normed = arena.take<float>(head ? rows * m.cols : 0);
     b.acts = take_acts(arena, plain(m) ? 0 : rows, m.cols);
     b.spare_floats = std::min(rows, MAX_PIECE) * PANEL;
     b.spare = arena.take<float>(threads * b.spare_floats);

@@ -50,6 +50,7 @@ struct Buffers {
 
 struct MatmulBuffers {
     int threads;
+    float* normed;                     // [rows, columns]: of a head
     Acts acts;
     float* spare;
     int64_t spare_floats;
@@ -57,6 +58,6 @@ struct MatmulBuffers {
 
 // Lays the buffers out from `base` and returns how many bytes they take; with base == nullptr it only counts.
 int64_t lay_out(const Model& m, const Step& s, int threads, uint8_t* base, Buffers& b);
-int64_t lay_out(const Matrix& m, int64_t rows, int threads, uint8_t* base, MatmulBuffers& b);
+int64_t lay_out(const Matrix& m, int64_t rows, int threads, uint8_t* base, MatmulBuffers& b, bool head = false);
 
 }  // namespace herd

@@ -17,13 +17,13 @@ from herd.engine.paged import PagedCache
 from herd.engine.runner import Runner, TorchRunner
 from herd.errors import ConfigError
 from herd.kernels import native
-from herd.kernels.native import Decoder, LayerWeights, Weight
+from herd.kernels.native import Decoder, LayerWeights, OutputHead, Weight
 from herd.model.attention import Attention
 from herd.model.config import LayerSpec
 from herd.model.feedforward import FeedForward
 from herd.model.llama import Block, Llama
 from herd.model.moe import Experts, MoE
-from herd.model.rope import Temperature
+from herd.model.rope import Rope, Temperature
 from herd.quant.apply import kind_of
 from herd.quant.linear import QuantExperts, QuantLinear
 
@@ -51,7 +51,8 @@ class NativeRunner:
         if why is not None:
             raise ConfigError(f"the native runner cannot run this model: {why}")
         self.model, config = model, model.config
-        self._output = _matrix(model.output)
+        self._head = OutputHead(_matrix(model.output), model.norm.weight, config.norm_eps)
+        self._angles, self._ones = _Angles(model.rope), torch.empty(0)
         self._decoder = Decoder(
             [_layer(block, spec) for block, spec in zip(_blocks(model), config.layers, strict=True)],
             dim=config.dim,
@@ -70,11 +71,11 @@ class NativeRunner:
         if batch.adapters is not None:
             raise ConfigError("the native runner applies no adapters: use the torch runner, or merge the adapter")
         x = self.model.embed(batch.tokens).float().contiguous()
-        rotary = self.model.rope(batch.positions)
+        cos, sin = self._angles.at(batch.positions, batch.tables.shape[1] * cache.block_size)
         self._decoder(
             x,
-            cos=rotary.cos.squeeze(-2).contiguous(),
-            sin=rotary.sin.squeeze(-2).contiguous(),
+            cos=cos,
+            sin=sin,
             temper=self._temper(batch.positions),
             slots=batch.slots.contiguous(),
             spans=batch.spans.contiguous(),
@@ -84,12 +85,36 @@ class NativeRunner:
             k_scale=cache.k_scale,
             v_scale=cache.v_scale,
         )
-        return native.matmul(self._output, self.model.norm(x[batch.logit_rows]))
+        return self._head(x, batch.logit_rows)
 
     def _temper(self, positions: Tensor) -> Tensor:
         """What tempered layers multiply queries by, [T] float32."""
         temper = self.model.config.temper
-        return torch.ones(len(positions)) if temper is None else Temperature(temper).scale(positions).contiguous()
+        if temper is not None:
+            return Temperature(temper).scale(positions).contiguous()
+        if len(self._ones) < len(positions):
+            self._ones = torch.ones(len(positions))
+        return self._ones[: len(positions)]
+
+
+class _Angles:
+    """Cosines and sines of positions, from a table that grows to TABLE of them: for a small model that is a tenth of a step."""
+
+    TABLE = 1 << 15
+
+    def __init__(self, rope: Rope) -> None:
+        self._rope = rope
+        self._cos = self._sin = torch.empty(0, 0)
+
+    def at(self, positions: Tensor, end: int) -> tuple[Tensor, Tensor]:
+        """cos, sin [T, Dh / 2] float32 of `positions` [T], which are below `end`."""
+        if end > self.TABLE:
+            rotary = self._rope(positions)
+            return rotary.cos.squeeze(-2).contiguous(), rotary.sin.squeeze(-2).contiguous()
+        if end > len(self._cos):
+            rotary = self._rope(torch.arange(max(512, 1 << (end - 1).bit_length())))
+            self._cos, self._sin = rotary.cos.squeeze(-2).contiguous(), rotary.sin.squeeze(-2).contiguous()
+        return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
 
 
 class StepwiseRunner:

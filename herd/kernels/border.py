@@ -15,17 +15,21 @@ from pathlib import Path
 
 import herd.kernels
 
-__all__ = ["ISAS", "VERSION", "Layer", "Matrix", "Model", "Step", "library", "loaded"]
+__all__ = ["ISAS", "VERSION", "Head", "Layer", "Matrix", "Model", "Step", "library", "loaded"]
 
 ISAS = ("avx512", "avx2", "neon", "scalar")
 """Best first. `HERD_ISA` chooses one, or `none` for torch alone."""
 
-VERSION = 3
+VERSION = 4
 """Of the structures below; csrc/abi.h has the same number."""
 
 
 class Matrix(Structure):
     _fields_ = (("data", c_void_p), ("rows", c_int64), ("cols", c_int64), ("format", c_int64))
+
+
+class Head(Structure):
+    _fields_ = (("output", Matrix), ("norm", c_void_p), ("norm_eps", c_double))
 
 
 class Layer(Structure):
@@ -70,6 +74,8 @@ _FUNCTIONS = (
     ("herd_checksum", c_uint64, (c_void_p, c_int64, c_int)),
     ("herd_matmul_scratch", c_int64, (POINTER(Matrix), c_int64, c_int)),
     ("herd_matmul", None, (POINTER(Matrix), c_void_p, c_int64, c_void_p, c_int, c_void_p)),
+    ("herd_head_scratch", c_int64, (POINTER(Head), c_int64, c_int)),
+    ("herd_head", None, (POINTER(Head), c_void_p, c_void_p, c_int64, c_void_p, c_int, c_void_p)),
     ("herd_forward_scratch", c_int64, (POINTER(Model), POINTER(Step), c_int)),
     ("herd_forward", c_char_p, (POINTER(Model), POINTER(Step), c_int, c_void_p)),
 )

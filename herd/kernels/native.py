@@ -9,15 +9,17 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from ctypes import POINTER, byref, c_void_p
+from operator import is_
 
 import torch  # before the library is loaded: see border.py
 from torch import Tensor
 
-from herd.kernels.border import Layer, Matrix, Model, Step, library, loaded
+from herd.kernels.border import Head, Layer, Matrix, Model, Step, library, loaded
 
 __all__ = [
     "Decoder",
     "LayerWeights",
+    "OutputHead",
     "Span",
     "Weight",
     "checksum",
@@ -138,7 +140,7 @@ class Decoder:
                 self._experts.append((Matrix * len(matrices))(*matrices))
                 struct.router, struct.experts = layer.router.matrix, self._experts[-1]
         layers_at = ctypes.cast(self._structs, POINTER(Layer))
-        self._bound_key: tuple[object, ...] = ()
+        self._bound_to: list[Tensor] = []
         self._bound: tuple[object, ...] = ()
         self._model = Model(dim, len(layers), n_heads, n_kv_heads, head_dim, norm_eps, layers_at)
 
@@ -186,26 +188,54 @@ class Decoder:
             raise AssertionError(wrong.decode())
 
     def _bind(self, *cache: Sequence[Tensor]) -> tuple[object, ...]:
-        """The cache's part of a step. What was checked in the last step is not checked again: these are many small calls."""
-        first = cache[0][0]
-        key = (first.dtype, first.shape, *(tuple(t.data_ptr() for t in tensors) for tensors in cache))
-        if key != self._bound_key:
+        """The cache's part of a step. The tensors of the last step are not looked at again: these are many small calls."""
+        tensors = [*cache[0], *cache[1], *cache[2], *cache[3]]
+        if len(tensors) != len(self._bound_to) or not all(map(is_, tensors, self._bound_to)):
+            first = cache[0][0]
             kind, shape = _KV[first.dtype], (*first.shape[:2], self._model.n_kv_heads, self._model.head_dim)
             scales = kind == _KV[torch.int8]
-            for tensors, dtype, dims, wanted in zip(
+            for some, dtype, dims, wanted in zip(
                 cache,
                 (first.dtype,) * 2 + (torch.float32,) * 2,
                 (4, 4, 3, 3),
                 (True, True, scales, scales),
                 strict=True,
             ):
-                assert len(tensors) == (len(self._layers) if wanted else 0)
-                for tensor in tensors:
+                assert len(some) == (len(self._layers) if wanted else 0)
+                for tensor in some:
                     _check(tensor, dtype, shape[:dims])
-            self._pointers = [(c_void_p * len(at))(*at) for at in key[2:]]  # kept: the step has their addresses
+            places = (tuple(t.data_ptr() for t in some) for some in cache)
+            self._pointers = [(c_void_p * len(at))(*at) for at in places]  # kept: the step has their addresses
             addresses = (ctypes.addressof(at) if len(at) else None for at in self._pointers)
-            self._bound_key, self._bound = key, (*shape[:2], kind, *addresses)
+            self._bound_to, self._bound = tensors, (*shape[:2], kind, *addresses)
         return self._bound
+
+
+class OutputHead:
+    """The end of a Llama: norm and output matrix of chosen rows in one call.
+
+    The norm is that of `herd.model.norm` in float32, with `norm` [D] its weight; before a quantized matrix its result is rounded
+    to 8 bits. A row's logits are the same bits whatever rows are computed beside it.
+    """
+
+    def __init__(self, output: Weight, norm: Tensor, norm_eps: float) -> None:
+        self._output, self._norm = output, norm.detach().float().contiguous()  # kept alive
+        assert self._norm.shape == (output.columns,)
+        self._head = Head(output.matrix, self._norm.data_ptr(), norm_eps)
+
+    def __call__(self, x: Tensor, rows: Tensor) -> Tensor:
+        """x [T, D] float32, rows [R] int64 -> logits [R, V] float32."""
+        count, columns = len(rows), self._output.columns
+        _check(x, torch.float32, (x.shape[0], columns))
+        _check(rows, torch.int64, (count,))
+        first, last = (int(rows.min()), int(rows.max())) if count else (0, 0)
+        if first < 0 or last >= max(x.shape[0], 1):  # not an `assert`: other memory would be read
+            raise AssertionError(f"rows {first} to {last} of {x.shape[0]}")
+        out = torch.empty(count, self._output.rows)
+        native, threads, head = library(), torch.get_num_threads(), byref(self._head)
+        scratch = _scratch(native.herd_head_scratch(head, count, threads))
+        native.herd_head(head, x.data_ptr(), rows.data_ptr(), count, out.data_ptr(), threads, scratch.data_ptr())
+        return out
 
 
 def _check(tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
