@@ -319,6 +319,8 @@ class Scheduler:
         idle_hits = sum(self.pool.references(block) == 0 for block in blocks)
         if need + idle_hits + len(self.running) > self.pool.available:
             return None
+        if self._is_being_read(sequence, len(blocks) * size, limit):
+            return None
         self.pool.share(blocks)
         sequence.blocks, sequence.digests, sequence.computed = blocks, digests, len(blocks) * size
         if sequence.cached_tokens is None:
@@ -327,6 +329,32 @@ class Scheduler:
         sequence.status = "running"
         insort(self.running, sequence, key=_order)
         return sequence
+
+    def _is_being_read(self, candidate: Sequence, known: int, limit: int) -> bool:
+        """Whether a running sequence is about to compute at least half of what `candidate` would, beyond its `known` positions.
+
+        Then it is worth waiting for those blocks: equal prompts that arrive together are read once. Whoever is waited for has
+        work in every step, and one that ends or is preempted is not waited for any longer.
+        """
+        if not self.pool.prefix_cache:
+            return False
+        size, request = self.pool.block_size, candidate.request
+        least = known + max(size, (len(candidate.tokens) - known + 1) // 2)
+        for other in self.running:
+            if len(other.tokens) - other.computed < 2 or (other.request.salt, other.request.adapter) != (
+                request.salt,
+                request.adapter,
+            ):
+                continue
+            end = min(limit, len(other.tokens)) // size * size
+            least_end = -(-least // size) * size
+            if (
+                least_end <= end
+                and other.computed < least_end
+                and candidate.tokens[:least_end] == other.tokens[:least_end]
+            ):
+                return True
+        return False
 
     def _slots(self, candidate: Sequence) -> int:
         """Continuations that run, or will when their prompt is read, with `candidate` beside them."""

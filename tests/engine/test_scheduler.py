@@ -527,3 +527,46 @@ def test_the_same_events_give_the_same_steps() -> None:
 def test_chosen_spreads() -> None:
     """The fake model is no constant: continuations differ."""
     assert len({chosen(123, i) for i in range(20)}) > 3
+
+
+def test_equal_prompts_that_arrive_together_are_read_once() -> None:
+    """Sixteen requests with one system prompt in one go: it is computed once, and every reply is that of the request alone."""
+    s = scheduler(256, max_seqs=16, max_tokens=64)
+    model = FakeModel(s)
+    system, rows = [5] * 10 + [6] * 31, 0
+    for i in range(16):
+        s.add(request(f"r{i}", [*system, i % 7, i // 7], max_tokens=4))
+    ended = {}
+    while not s.idle:
+        plan = s.plan()
+        if not rows:
+            assert [chunk.sequence.request.id for chunk in plan.rows] == ["r0"], "the others wait for its blocks"
+        rows += plan.tokens
+        for progress in s.commit(plan, model.run(plan)):
+            if progress.finish:
+                ended[progress.sequence.request.id] = progress.sequence
+        s.check()
+    # The first prompt, three positions of each other one (40 of 43 are known), and three tokens that are read again.
+    assert rows == 43 + 15 * 3 + 16 * 3
+    for one in ended.values():
+        assert one.reply == expected(one.request, 0, s.max_len)
+        assert one.request.id == "r0" or one.cached_tokens == 40
+
+
+@pytest.mark.parametrize("how", ["abort", "salt", "little", "no cache"])
+def test_nobody_waits_for_blocks_that_will_not_help(how: str) -> None:
+    s = Scheduler(BlockPool(64, 4, prefix_cache=how != "no cache"), max_seqs=4, max_tokens=16, max_len=64)
+    model = FakeModel(s)
+    prompt = list(range(1, 31))
+    s.add(request("first", prompt))
+    other = prompt[:8] + [40] * 20 if how == "little" else prompt
+    s.add(request("second", other, **({"salt": "own"} if how == "salt" else {})))
+    if how == "abort":
+        model.step()
+        s.abort("first")
+        assert [chunk.sequence.request.id for chunk in s.plan().rows] == ["second"]
+    else:
+        s.max_tokens = 64
+        assert [chunk.sequence.request.id for chunk in s.plan().rows] == ["first", "second"]
+    s.commit(StepPlan(), [])
+    finish_all(s, model)
