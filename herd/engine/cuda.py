@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import grouped_mm, scaled_dot_product_attention, silu
 
 from herd.engine.paged import Layer
@@ -185,6 +184,8 @@ def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return scaled_dot_product_attention(heads[None], k[None], v[None])[0].flatten(0, 1)[:, None]
     if q.shape[1] == k.shape[1]:
         return scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=grouped)[0]
+    from torch.nn.attention.bias import causal_lower_right  # imports torch's compiler: seconds that a CPU need not pay
+
     mask = causal_lower_right(q.shape[1], k.shape[1])
     return scaled_dot_product_attention(q[None], k[None], v[None], mask, enable_gqa=grouped)[0]  # type: ignore[arg-type]
 

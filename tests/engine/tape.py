@@ -83,7 +83,7 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        if name in SIZES_FROM_NUMBERS:
+        if name in SIZES_FROM_NUMBERS and "int" not in func._overloadname:
             raise HostRead(f"{func} while a step is recorded")
         result = func(*args, **kwargs)
         if name not in ("view", "_unsafe_view", "detach", "alias"):

@@ -5,6 +5,7 @@ where there is one.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
@@ -117,8 +118,14 @@ def test_weights_are_moved_not_copied() -> None:
     assert not runner.runtime.stale
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4", "q4_k_m", "fp8"])
-@pytest.mark.parametrize("name", ["llama-2", "llama-3.2", "llama-4-scout", "llama-4-maverick"])
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        *product(["llama-2", "llama-3.2"], ["int8", "int4", "q4_k_m", "fp8"]),
+        ("llama-4-maverick", "q4_k_m"),
+        *(pytest.param("llama-4-scout", weights, marks=pytest.mark.slow) for weights in ("int8", "int4", "fp8")),
+    ],
+)
 def test_quantized_weights(name: str, weights: str, monkeypatch: pytest.MonkeyPatch, measured: Measured) -> None:
     """Blocks as they are on a GPU (no panels of the CPU's library): what the dequantized twin gives."""
     monkeypatch.setattr(native, "isa", lambda: None)
