@@ -231,6 +231,7 @@ def command(models: tuple[str, ...], **options: Any) -> None:
 
 def settings_from(models: Sequence[str], options: Mapping[str, Any]) -> ServerSettings:
     """The settings that a command line means. Raises click.UsageError or HerdError before anything is started."""
+    from herd.checkpoint.open import open_store
     from herd.checkpoint.resolve import resolve
     from herd.server.settings import EngineOptions, ModelSpec, ServerSettings
 
@@ -259,7 +260,7 @@ def settings_from(models: Sequence[str], options: Mapping[str, Any]) -> ServerSe
     specs = []
     for given in models:
         name, source = _pair(given, "") if "=" in given and not Path(given).exists() else (_name_of(given), given)
-        resolve(source)  # what is not there is said now, and not when a process has started
+        open_store(resolve(source))  # headers only: what is not there, or damaged, is said now
         called = tuple(names) or (name,)
         specs.append(
             ModelSpec(

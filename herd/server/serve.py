@@ -25,13 +25,13 @@ log = logging.getLogger("herd.server")
 
 def bound(settings: ServerSettings) -> socket.socket:
     """A listening socket. Raises ConfigError when the address cannot be had."""
+    made = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
     try:
-        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-        made = socket.socket(family)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind((settings.host, settings.port))
         made.listen(1024)
     except OSError as error:
+        made.close()
         raise ConfigError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}") from None
     return made
 

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from herd import __version__
 from herd.chat.model import Usage as EngineUsage
+from herd.checkpoint.open import open_store
+from herd.checkpoint.resolve import resolve
 from herd.engine.choices import ChoicesSink, ChoiceStep
 from herd.engine.completion import TokenLogprob
 from herd.errors import ConfigError, ContextFullError, HerdError
@@ -130,6 +132,7 @@ class Worker:
 
     def _opened(self, load: Load) -> Ready:
         self.send(Progress("starting"))
+        open_store(resolve(load.source))  # headers only, and no torch: what is wrong with them is said at once
         import torch
 
         from herd.engine.config import SMALL
