@@ -15,10 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from herd.checkpoint.fields import Fields
 from herd.checkpoint.layout import fitting
 from herd.checkpoint.mapped import same_bytes
 from herd.checkpoint.meta_config import read_params
 from herd.checkpoint.names import Column, Home, homes, ignored, shapes
+from herd.checkpoint.quantized.meta import PackedRank, int4_scheme, packed_rank
 from herd.checkpoint.store import GenerationDefaults, TensorInfo
 from herd.checkpoint.torchfile import TorchFile
 from herd.checkpoint.twins import same_stored
@@ -28,6 +30,9 @@ from herd.quant.numbers import NUMBER_BYTES
 
 if TYPE_CHECKING:
     import torch
+
+    from herd.checkpoint.quantized.module import Packed, Stored
+    from herd.quant.scheme import QuantTensor
 
 __all__ = ["MetaStore"]
 
@@ -43,10 +48,13 @@ class MetaStore:
     """A TensorStore over a folder. Raises CheckpointError or ConfigError.
 
     `skipped` names tensors of the vision half of a Llama 4 checkpoint, which the text model does not use. `headers_only` and
-    `sampled`: as in HFStore.
+    `sampled`: as in HFStore, and so are `form` and `notes`, for Meta's quantized releases.
     """
 
     kind = "meta"
+    dequantized = "bfloat16"
+    form: str | None = None
+    notes: tuple[str, ...] = ()
 
     def __init__(self, path: str | os.PathLike[str], *, headers_only: bool = False) -> None:
         self.folder = Path(path)
@@ -56,7 +64,7 @@ class MetaStore:
         self.generation = GenerationDefaults()
         self._params = self.folder / "params.json"
         self._data = _read_params_json(self._params)
-        self._ranks = _open_ranks(self.folder)
+        self._ranks = self._unpacked(_open_ranks(self.folder))
         first = self._ranks[0]
         self._column: Column = "meta4" if _FUSED in first.specs else "meta"
         self._copies = 1
@@ -89,7 +97,10 @@ class MetaStore:
             shape[dim] *= len(self._ranks)
         if _KV.fullmatch(name):
             shape[0] //= self._copies
-        return TensorInfo(tuple(shape), stored.number, stored.stored, NUMBER_BYTES[stored.number] * math.prod(shape))
+        nbytes = NUMBER_BYTES[stored.number] * math.prod(shape)
+        if self.packed(name) is not None:
+            nbytes = sum(rank.describe(home.name).nbytes for rank in self._ranks)
+        return TensorInfo(tuple(shape), stored.number, stored.stored, nbytes)
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor in canonical layout: a view with one rank, joined anew with several."""
@@ -124,6 +135,25 @@ class MetaStore:
             for rank, part in enumerate(out.chunk(len(self._ranks), dim)):
                 part.copy_(self._piece(home, rank))
 
+    def packed(self, name: str) -> Packed | None:
+        """The matrix `name` (the first rank's piece) as Meta quantized it; None for plain ones."""
+        rank = self._ranks[0]
+        return rank.packed_tensor(self._home(name).name) if isinstance(rank, PackedRank) else None
+
+    def held(self, name: str, kind: str) -> Stored:
+        """The values of the quantized matrix `name` in `kind`, which its form `holds`."""
+        packed, home = self.packed(name), self._home(name)
+        assert packed is not None
+        assert not home.cell.steps, name
+        assert len(self._ranks) == 1, name
+        return packed.blocks(kind)
+
+    def raw(self, name: str) -> torch.Tensor | QuantTensor:
+        """As `read`, but a quantized matrix as the blocks that hold its values exactly, where there are such blocks."""
+        packed = self.packed(name)
+        kind = None if packed is None else packed.holder()
+        return self.read(name) if kind is None else self.held(name, kind)  # pyright: ignore[reportReturnType] (never FP8)
+
     def release(self, name: str) -> None:
         """Let go of the file pages behind `name`."""
         for rank in self._ranks:
@@ -136,6 +166,23 @@ class MetaStore:
     def file_of(self, name: str) -> Path:
         """The file (of the first rank) that holds the canonical tensor `name`."""
         return self._ranks[0].path if name in self._homes else self.folder
+
+    def _unpacked(self, ranks: list[TorchFile]) -> list[TorchFile | PackedRank]:
+        """`ranks` with quantized tensors as the weights that they stand for."""
+        fields = Fields(self._data, str(self._params))
+        scheme, moe = int4_scheme(fields), fields.object("moe_args")
+        experts = None if moe is None else moe.whole("num_experts")
+        found = [packed_rank(file, rank, scheme, experts) for rank, file in enumerate(ranks)]
+        if scheme is not None:
+            self.form = "Meta int4"
+        elif any(isinstance(rank, PackedRank) for rank in found):
+            self.form = "Meta FP8"
+        if self.form is not None:
+            kind = "int8" if scheme is not None else "FP8"
+            self.notes = (
+                f"the release rounds activations to {kind} when it runs; herd does not round them for this form",
+            )
+        return found
 
     def _home(self, name: str) -> Home:
         home = self._homes.get(name)

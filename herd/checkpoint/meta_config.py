@@ -51,8 +51,6 @@ def read_params(data: Mapping[str, Any], where: str, *, fused: bool, rows: int, 
     for key in _VISION:
         if f.data.get(key) not in (None, -1, False):
             f.fail(key, "is set: Llama 3.2 Vision is not runnable yet, herd reads text models")
-    f.refuse("quantization_args", "Meta's quantized releases cannot be read yet")
-    f.refuse("lora_args", "adapters inside a checkpoint cannot be read yet")
     unknown = sorted(data.keys() - _KNOWN - set(_VISION))
     if unknown:
         warnings.warn(f"{where}: unknown keys are ignored: {', '.join(unknown)[:200]}", stacklevel=2)

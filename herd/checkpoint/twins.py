@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from herd.checkpoint.mapped import SLICE, same_bytes, slices
-from herd.checkpoint.quantized.files import PackedFile
 from herd.checkpoint.store import TensorFile
 
 __all__ = ["same_stored"]
@@ -19,10 +18,11 @@ def same_stored(one: TensorFile, name: str, other: TensorFile, twin: str, *, sam
     with unusual strides. `sampled` looks at SAMPLES of the bytes only, for who must not read the data.
     """
     a, b = one.describe(name), other.describe(twin)
-    if isinstance(one, PackedFile) and isinstance(other, PackedFile):
-        pairs = list(zip(one.packed.parts(), other.packed.parts(), strict=False))
-        same = (a.shape, a.stored, len(one.packed.parts())) == (b.shape, b.stored, len(other.packed.parts()))
-        return same and all(same_stored(*left, *right, sampled=sampled) for left, right in pairs)
+    left, right = (getattr(file, "packed_tensor", lambda _: None)(of) for file, of in ((one, name), (other, twin)))
+    if left is not None and right is not None:  # quantized matrices are the same when all their parts are
+        parts, others = left.parts(), right.parts()
+        same = (a.shape, a.stored, len(parts)) == (b.shape, b.stored, len(others))
+        return same and all(same_stored(*x, *y, sampled=sampled) for x, y in zip(parts, others, strict=True))
     if (a.shape, a.number) != (b.shape, b.number):
         return False
     here, there = one.span(name), other.span(twin)

@@ -82,8 +82,9 @@ def plan_weights(
     if weights == "auto" and not (quantized and cpu and dtype is None and native.isa() is not None):
         if dtype is not None:  # who asks for a dtype asks for plain numbers
             return Plan(dtype)
-        said = Counter(packed.word for name in shapes(store.config) if (packed := packed_of(store, name)) is not None)
-        return Plan(usual, notes=_becomes(said, usual, "weights='stored' keeps those that can be kept exactly"))
+        why = "weights='stored' keeps those that can be kept exactly"
+        found = [one for name in shapes(store.config) if (one := packed_of(store, name)) is not None]
+        return Plan(usual, notes=_becomes(Counter((one.word, why) for one in found), usual))
     if weights == "plain" or (weights == "stored" and not quantized):
         return Plan(usual)
     if dtype == torch.float64:
@@ -155,7 +156,7 @@ def is_quantized(store: TensorStore) -> bool:
 def _as_stored(store: TensorStore, dtype: torch.dtype, *, all_types: bool) -> Plan:
     """Every matrix in its stored type; with `all_types` off, types without kernels in 16 bits. Routers are plain."""
     kinds: dict[str, BlockType] = {}
-    lost: dict[str, Counter[str]] = {}
+    lost: Counter[tuple[str, str]] = Counter()
     for name, shape in shapes(store.config).items():
         packed = packed_of(store, name)
         kind = block_type(store.info(name).stored) if packed is None else _holder(packed, name)
@@ -167,14 +168,13 @@ def _as_stored(store: TensorStore, dtype: torch.dtype, *, all_types: bool) -> Pl
             why = (
                 "weights='stored' keeps FP8 rows as they are, for slower products" if kind is FP8 else packed.why_not()
             )
-            lost.setdefault(why, Counter())[packed.word] += 1
+            lost[packed.word, why] += 1
             kind = _known(_WORDS[_half(store)])
         elif kind is not None and kind.dtype is None and not runs:
             kind = _known("BF16")
         if kind is not None and kind.dtype != dtype:
             kinds[name] = kind
-    notes = tuple(note for why, words in lost.items() for note in _becomes(words, _half(store), why))
-    return Plan(dtype, _whole_experts(kinds, store, dtype), notes)
+    return Plan(dtype, _whole_experts(kinds, store, dtype), _becomes(lost, _half(store)))
 
 
 def _holder(packed: Packed, name: str) -> BlockType | None:
@@ -185,15 +185,13 @@ def _holder(packed: Packed, name: str) -> BlockType | None:
     return None if kind is None else _known(kind)
 
 
-def _becomes(words: Mapping[str, int], dtype: torch.dtype, why: str) -> tuple[str, ...]:
-    """What is said of matrices that another tool quantized and that are dequantized; nothing when there are none."""
-    if not words:
+def _becomes(lost: Mapping[tuple[str, str], int], dtype: torch.dtype) -> tuple[str, ...]:
+    """What is said of matrices that another tool quantized and that are dequantized: (form, why) -> how many."""
+    if not lost:
         return ()
-    count, kinds = sum(words.values()), ", ".join(words)
+    listed = ", ".join(f"{count} {word} matrices ({why})" for (word, why), count in lost.items())
     kind = str(dtype).removeprefix("torch.")
-    return (
-        f"{count} {kinds} matrices are dequantized to {kind} ({why}); weights='int8' or 'int4' would round them again",
-    )
+    return (f"dequantized to {kind}: {listed}; weights='int8' or 'int4' would round them again",)
 
 
 def _half(store: TensorStore) -> torch.dtype:

@@ -24,7 +24,7 @@ from herd.chat.formats import detect
 from herd.chat.templates import template_of
 from herd.checkpoint.placement import dtype_named
 from herd.checkpoint.resolve import resolve
-from herd.checkpoint.store import TensorStore
+from herd.checkpoint.store import TensorStore, packed_of
 from herd.checkpoint.vocabulary import MissingTokenizer
 from herd.checkpoint.write.atomic import check_destination, new_file, new_folder
 from herd.checkpoint.write.gguf_model import Importance
@@ -321,29 +321,34 @@ def _size(store: TensorStore, dtype: torch.dtype | None, quant: str | None, *, k
     if dtype is not None:
         return parameters(store.config) * dtype.itemsize
     if keeps_blocks:
-        return tensor_bytes(store)
+        packed = [one for name in store.names() if (one := packed_of(store, name)) is not None]
+        return tensor_bytes(store) + sum(max(one.likely_bytes - one.nbytes, 0) for one in packed)
     total = 0
     for name in store.names():
         info = store.info(name)
         kind = block_type(info.stored)
-        itemsize = 2 if kind is not None and kind.decode is not None else info.dtype.itemsize
+        decoded = (kind is not None and kind.decode is not None) or packed_of(store, name) is not None
+        itemsize = 2 if decoded else info.dtype.itemsize
         total += torch.Size(info.shape).numel() * itemsize
     return total
 
 
 def _changes(a: TensorStore, b: TensorStore) -> list[str]:
     """Which types became which others, in words: nothing is dequantized or cast without a line."""
-    changed: dict[tuple[str, str], int] = {}
+    changed: dict[tuple[str, str, bool, bool], int] = {}
     for name in b.names():
         if name in set(a.names()):
-            pair = a.info(name).stored, b.info(name).stored
+            packed, after = packed_of(a, name), b.info(name).stored
+            pair = a.info(name).stored, after, packed is not None, packed is not None and packed.holds(after)
             changed[pair] = changed.get(pair, 0) + 1
     notes = []
-    for (before, after), count in changed.items():
+    for (before, after, packed, exact), count in changed.items():
         if before != after:
             old, new = block_type(before), block_type(after)
             word = "cast"
-            if old is not None and old.decode is not None:
+            if exact:
+                word = "repacked with the same values"
+            elif packed or (old is not None and old.decode is not None):
                 word = "dequantized" if new is None or new.decode is None else "dequantized and quantized again"
             elif new is not None and new.decode is not None:
                 word = "quantized"

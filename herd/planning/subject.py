@@ -11,12 +11,14 @@ from typing import Any
 
 from herd.checkpoint.open import open_store
 from herd.checkpoint.resolve import resolve
+from herd.checkpoint.store import packed_of
 from herd.errors import ConfigError, UnknownModelError
 from herd.model.accounting import active_parameters, parameters
 from herd.model.config import ModelConfig, plain
 from herd.model.presets import wanted
 from herd.model.release import Release
 from herd.planning.weights import WeightBytes, stored_bytes
+from herd.quant.scheme import block_type
 
 __all__ = ["Subject", "subject"]
 
@@ -30,9 +32,9 @@ class Subject:
 
     `config` is the text decoder, None where nothing of it was published; `parameters` counts everything, `active` what one
     token passes through, `beside` what is not in the decoder (vision, cross-attention). `stored` are the bytes of the
-    weights as they lie on disk, None without files; `stored_as` the type that most of them have. `decodes` is False for
-    encoders, which write no tokens. `cross_tokens`, `cross_layers`: keys and values of one image that stay beside the
-    text's. `suggested` is the weight format that the name itself asks for.
+    weights as they lie on disk (what other tools quantized: as it is in memory), None without files; `stored_as` the type that
+    most of them have. `decodes` is False for encoders, which write no tokens. `cross_tokens`, `cross_layers`: keys and values
+    of one image that stay beside the text's. `suggested` is the weight format that the name itself asks for.
     """
 
     name: str
@@ -84,12 +86,21 @@ def _from_headers(path: Path, name: str) -> Subject:
         kinds[info.stored] += info.nbytes
     skipped = len(getattr(store, "skipped", ()))
     note = (f"{skipped} tensors of the vision half are not counted",) if skipped else ()
+    sizes = {tensor: info.nbytes for tensor, info in infos.items()}
+    repacked: Counter[tuple[str, str]] = Counter()
+    for tensor in infos:
+        packed = packed_of(store, tensor)
+        if packed is not None:
+            sizes[tensor] = packed.likely_bytes
+            repacked[packed.word, "16 bits" if block_type(packed.likely or "") is None else str(packed.likely)] += 1
+    note += tuple(f"{count} {word} matrices are counted as {kind}" for (word, kind), count in repacked.items())
+    note += tuple(getattr(store, "notes", ()))
     return Subject(
         name=name,
         config=store.config,
         parameters=parameters(store.config),
         active=active_parameters(store.config),
-        stored=stored_bytes({tensor: info.nbytes for tensor, info in infos.items()}, store.config),
+        stored=stored_bytes(sizes, store.config),
         stored_as=kinds.most_common(1)[0][0],
         assumptions=note,
     )

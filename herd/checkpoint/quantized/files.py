@@ -56,6 +56,10 @@ class PackedFile:
         """None: the values are nowhere in the file."""
         return None
 
+    def packed_tensor(self, name: str) -> Packed | None:
+        """The module in its quantized form."""
+        return self.packed
+
     def release(self, name: str) -> None:
         """Let go of the file pages behind the parts."""
         self.packed.release()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NoReturn
 
 from herd.checkpoint.store import TensorFile, TensorInfo
 from herd.errors import CheckpointError
+from herd.quant.scheme import block_type
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -130,6 +132,12 @@ class Packed:
     def likely(self) -> str | None:
         """The kind that most probably holds the values exactly, from headers alone: for plans. None: none will."""
         return None
+
+    @property
+    def likely_bytes(self) -> int:
+        """What it takes in memory on a CPU and as GGUF: as the `likely` kind, else in 16 bits (FP8 rows, too: they are slow)."""
+        count, kind = math.prod(self.shape), block_type(self.likely or "")
+        return 2 * count if kind is None else count // self.shape[-1] * kind.row_bytes(self.shape[-1])
 
     def numbers(self) -> Tensor:
         """The stored integers [R, C]."""

@@ -16,7 +16,7 @@ from herd.checkpoint.gguf_metadata import Metadata
 from herd.checkpoint.gguf_own import OWN_KEY
 from herd.checkpoint.gguf_store import PLAIN, GGUFStore
 from herd.checkpoint.names import homes
-from herd.checkpoint.store import Releases, TensorInfo, TensorStore
+from herd.checkpoint.store import HoldsPacked, Releases, TensorInfo, TensorStore, packed_of
 from herd.checkpoint.write.gguf import Encoded, Typed, write_gguf_file
 from herd.checkpoint.write.gguf_config import architecture, config_fields, rope_table
 from herd.checkpoint.write.gguf_general import file_type, general_fields, sampling_fields
@@ -25,6 +25,7 @@ from herd.checkpoint.write.planned import Planned, Tick
 from herd.checkpoint.write.source import Source
 from herd.errors import ConfigError
 from herd.quant.mix import mix
+from herd.quant.numbers import torch_dtype
 from herd.quant.scheme import QuantTensor, block_type
 from herd.tokenizer.write import gguf_fields
 
@@ -119,13 +120,15 @@ def shard_names(file: Path, count: int) -> list[Path]:
 def _rule(source: Source, quant: str | None) -> Callable[[str, TensorInfo], str]:
     """The type of matrices. Says once where the mix cannot be followed, and where blocks are made from blocks."""
     if quant is None:
-        return _own_type
+        return lambda name, info: _own_type(source.store, name, info)
     chosen, store, said = mix(quant), source.store, set[str]()
 
     def rule(name: str, info: TensorInfo) -> str:
         choice = chosen.kind(name, info.shape, store.config)
         kind = block_type(info.stored)
-        again = kind is not None and kind.decode is not None and choice.kind not in (info.stored, "F32")
+        packed = packed_of(store, name)
+        decoded = kind is not None and kind.decode is not None and choice.kind != info.stored
+        again = (decoded or (packed is not None and not packed.holds(choice.kind))) and choice.kind != "F32"
         notes = [
             choice.note,
             f"{info.stored} blocks are decoded and rounded again, which loses more" if again else None,
@@ -139,8 +142,13 @@ def _rule(source: Source, quant: str | None) -> Callable[[str, TensorInfo], str]
     return rule
 
 
-def _own_type(name: str, info: TensorInfo) -> str:
-    """The type a matrix has already."""
+def _own_type(store: TensorStore, name: str, info: TensorInfo) -> str:
+    """The type a matrix has already, or that holds just its values."""
+    packed = packed_of(store, name)
+    if packed is not None:
+        assert isinstance(store, HoldsPacked)
+        held = block_type(packed.holder() or "")
+        return _PLAIN[torch_dtype(store.dequantized)] if held is None else held.name
     kind = block_type(info.stored)
     if kind is not None and (kind.decode is not None or kind.dtype in PLAIN):
         return kind.name
@@ -154,7 +162,8 @@ def _checked(store: TensorStore, plan: Planned, canonical: str) -> Planned:
     """`plan` with a maker that refuses numbers its type cannot hold, and that makes no float32 copy of 16-bit matrices."""
     info = store.info(canonical)
     kind = block_type(info.stored)
-    quantized = kind is not None and kind.decode is not None
+    packed = packed_of(store, canonical)
+    quantized = (kind is not None and kind.decode is not None) or (packed is not None and packed.holds(plan.stored))
     if quantized or info.dtype not in _PLAIN or _PLAIN[info.dtype] == plan.stored:
         return plan
 

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from herd.checkpoint.fill import check_store, read_as, stored_dtype
 from herd.checkpoint.names import Column, Home, join, shapes, sources
-from herd.checkpoint.store import Releases, TensorInfo, TensorStore
+from herd.checkpoint.store import HoldsPacked, Releases, TensorInfo, TensorStore, packed_of
 from herd.checkpoint.write.planned import Planned
 from herd.errors import CheckpointError
+from herd.quant.numbers import torch_dtype
 from herd.quant.scheme import BlockType, QuantTensor, block_type
 
 __all__ = ["Foreign", "Form", "foreign", "kept", "planned", "written_dtype"]
@@ -29,7 +30,7 @@ Form = Callable[[str, TensorInfo], str]
 
 @runtime_checkable
 class HasBlocks(Protocol):
-    """A store whose quantized tensors can be had as they are (GGUF)."""
+    """A store whose quantized tensors can be had as they are."""
 
     def raw(self, name: str) -> Tensor | QuantTensor: ...
 
@@ -64,8 +65,9 @@ def foreign(store: TensorStore, column: Column, form: Form) -> list[Foreign]:
 def kept(store: TensorStore, dtype: torch.dtype | None = None) -> Form:
     """The rule for plain (not quantized) files: `dtype`, or else every tensor's own.
 
-    Quantized blocks become bfloat16, and small float32 tensors (norms, routers: GGUF widens them) beside 16-bit matrices go
-    back to the matrices' dtype when every value of them is exact in it. Reads those small tensors.
+    Quantized blocks become bfloat16 (what other tools quantized: the 16-bit dtype of the plain tensors beside them), and small
+    float32 tensors (norms, routers: GGUF widens them) beside 16-bit matrices go back to the matrices' dtype when every value
+    of them is exact in it. Reads those small tensors.
     """
     if dtype is not None:
         return lambda name, info: _word(dtype)
@@ -76,6 +78,8 @@ def kept(store: TensorStore, dtype: torch.dtype | None = None) -> Form:
         kind = block_type(info.stored)
         if kind is not None and kind.decode is not None:
             return _word(torch.bfloat16)
+        if isinstance(store, HoldsPacked) and store.packed(name) is not None:
+            return _word(torch_dtype(store.dequantized))
         if info.dtype == torch.float32 and usual.itemsize == 2 and _small(name, info):
             values = store.read(name)
             if torch.equal(values.to(usual).float(), values):
@@ -111,6 +115,12 @@ class _Reader:
 
     def blocks(self, group: tuple[Home, ...], kind: BlockType) -> QuantTensor | None:
         """The stored blocks, when the source has just this type."""
+        packed = packed_of(self.store, group[0].canonical)
+        if packed is not None and packed.holds(kind.name):
+            assert isinstance(self.store, HoldsPacked)
+            self._turn(group)
+            held = self.store.held(group[0].canonical, kind.name)
+            return held if isinstance(held, QuantTensor) else None
         if not isinstance(self.store, HasBlocks) or self.store.info(group[0].canonical).stored != kind.name:
             return None
         assert not group[1:], group[0].name

@@ -107,7 +107,7 @@ def test_values(form: str, tmp_path: Path) -> None:
             assert (store.info(name).stored, packed.holder()) == (word, holder)
             assert torch.equal(store.read(name), home.read(expected[home.name], CONFIG)), name
     assert found == 14
-    with pytest.warns(UserWarning, match=r"14 \w+ matrices are dequantized to bfloat16"):
+    with pytest.warns(UserWarning, match=r"dequantized to bfloat16: 14 \w+ matrices"):
         fill(store)
     loaded = fill(store, dtype="bfloat16")
     home = homes(CONFIG, "hf")["layers.1.attention.wk.weight"]
@@ -187,7 +187,7 @@ def test_experts(form: str, tmp_path: Path) -> None:
         layer, kind = name.split(".")[1], {"w1": "gate", "w2": "down", "w3": "up"}[name[-2:]]
         for e, one in enumerate(store.read(name)):
             assert torch.equal(one, wanted[f"model.layers.{layer}.feed_forward.experts.{e}.{kind}_proj.weight"])
-    with pytest.warns(UserWarning, match="6 F8_E4M3 matrices are dequantized to bfloat16"):
+    with pytest.warns(UserWarning, match="dequantized to bfloat16: 6 F8_E4M3 matrices"):
         loaded = fill(store)
     assert loaded(tokens(config, 8)).isfinite().all()
     if form == "compressed":

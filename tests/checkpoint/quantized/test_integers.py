@@ -150,7 +150,7 @@ def test_runs_as_it_is_held(form: str, tmp_path: Path) -> None:
         loaded = fill(store, weights="stored")
     if holder is None:
         assert plan.notes == tuple(str(w.message).removeprefix(f"{store.path}: ") for w in said)
-        assert "14 GPTQ4 matrices are dequantized to float16 (columns that share a block of 32" in plan.notes[0]
+        assert "dequantized to float16: 14 GPTQ4 matrices (columns that share a block of 32" in plan.notes[0]
         return
     assert not said
     assert holder in held(loaded)
