@@ -16,7 +16,7 @@ import click
 from herd.cli.batch import Row, answer, answered, failure, read_rows
 from herd.cli.completion import models
 from herd.cli.console import note
-from herd.cli.options import model_options, sampling, sampling_options
+from herd.cli.options import adapter_option, model_options, sampling, sampling_options
 from herd.cli.progress import busy, progress
 from herd.cli.sizes import duration
 from herd.errors import ConfigError, HerdError
@@ -33,11 +33,14 @@ Examples:
   herd generate nano --batch-file prompts.jsonl --out answers.jsonl
   herd generate MODEL --batch-file prompts.jsonl --out answers.jsonl --resume   go on where it stopped
   herd generate MODEL --batch-file prompts.jsonl --out - --temp 0 -n 200        to standard output
+  herd generate MODEL --batch-file prompts.jsonl --out answers.jsonl --adapter ./my-lora --draft lookup
 
 A row of the file is one JSON object: {"prompt": "..."}, {"messages": [...]}, or a request as in OpenAI's batch files. It may
 have an "id" and sampling fields of its own, which go before those of the command line. Answers come as they are ready, with
 the id of their row (its line number when it has none). A row that fails gets an "error", and the exit status is 1.
 """
+ADAPTER = "--adapter"
+"""What the one adapter is called inside."""
 AHEAD = 3
 """Rows that are queued for each that runs: enough that the engine never waits, few enough that huge files need no memory."""
 
@@ -66,6 +69,8 @@ AHEAD = 3
 @click.option(
     "--max-seqs", type=click.IntRange(1, 1024), default=16, show_default=True, metavar="N", help="Replies at once."
 )
+@adapter_option
+@click.option("--draft", metavar="NAME", help="Guess tokens ahead: lookup, or a smaller model of the same vocabulary.")
 @click.option("--deterministic", is_flag=True, help="Answers do not depend on what runs beside them, to the last bit.")
 def command(model: str, source: Path, out: Path, resume: bool, overwrite: bool, **options: Any) -> int:
     """Answer every row of a batch FILE with MODEL, many at once."""
@@ -87,7 +92,7 @@ def command(model: str, source: Path, out: Path, resume: bool, overwrite: bool, 
         llm = _opened(model, options)
     note(llm.budget.sentence())
     with llm, _writing(out, append=resume) as file:
-        run = _Run(llm, model, chosen, file, left)
+        run = _Run(llm, model, chosen, file, left, None if options["adapter"] is None else ADAPTER)
         try:
             run.go(row for row in read_rows(source) if row.id not in done)
         except KeyboardInterrupt:
@@ -134,7 +139,12 @@ def _opened(model: str, options: Mapping[str, Any]) -> LLM:
         memory=options["memory"],
         max_seqs=options["max_seqs"],
         deterministic=options["deterministic"],
+        draft=options["draft"],
     )
+    if options["adapter"] is not None:
+        loaded = llm.load_adapter(ADAPTER, options["adapter"])
+        if loaded.change == 0:
+            note(f"[the adapter {options['adapter']} changes nothing: all of its B matrices are zero]")
     if parameters(llm.model.config) <= SMALL and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     return llm
@@ -156,8 +166,11 @@ def _writing(out: Path, *, append: bool) -> Iterator[IO[str]]:
 class _Run:
     """Rows on their way through the model: some ahead of those that run, answers written as they come."""
 
-    def __init__(self, llm: LLM, model: str, chosen: Mapping[str, Any], file: IO[str], total: int) -> None:
+    def __init__(
+        self, llm: LLM, model: str, chosen: Mapping[str, Any], file: IO[str], total: int, adapter: str | None = None
+    ) -> None:
         self.llm, self.model, self.chosen, self.file, self.total = llm, model, chosen, file, total
+        self.adapter = adapter
         self.count = self.failed = self.tokens = 0
         self._began = time.perf_counter()
         self._running: dict[int, Pending] = {}
@@ -195,7 +208,7 @@ class _Run:
             return
         try:
             params = self.llm.params(**{**self.chosen, **row.sampling})
-            pending = self.llm.submit(row.prompt, params, tools=row.tools)
+            pending = self.llm.submit(row.prompt, params, tools=row.tools, adapter=self.adapter)
         except (HerdError, ConfigError) as error:
             self._fail(row, str(error))
             return

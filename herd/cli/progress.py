@@ -1,4 +1,6 @@
-"""Signs of life on stderr for work that takes long: drawn after PATIENCE seconds, only on a terminal, gone when it is done.
+"""Signs of life on stderr for work that takes long: drawn after PATIENCE seconds on a terminal, gone when it is done.
+
+Where stderr is a file or a pipe, bars become plain lines, one every PLAIN seconds; what ends before that says nothing.
 
 rich is imported only when something is really drawn.
 """
@@ -8,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
-from herd.cli.console import is_terminal, silent_keys
+from herd.cli.console import is_terminal, note, silent_keys
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -20,6 +23,10 @@ __all__ = ["Tick", "busy", "progress"]
 
 PATIENCE = 2.0
 """Seconds that a piece of work may take before anything is drawn."""
+
+
+PLAIN = 10.0
+"""Seconds between lines where stderr is no terminal: a log of an hour's work stays readable."""
 
 
 class Tick(Protocol):
@@ -35,7 +42,7 @@ def progress(label: str, unit: str = "", beside: Callable[[], str] | None = None
     `beside` gives a text that stands behind the rate, asked for whenever the bar is drawn. Until the first tick the bar only
     moves. It is gone when the block ends, if not before.
     """
-    bar = _Later(lambda: _bar(label, unit, beside))
+    bar = _Later(lambda: _bar(label, unit, beside)) if is_terminal(sys.stderr) else _Lines(label, unit)
     try:
         yield bar.tick
     finally:
@@ -92,6 +99,30 @@ class _Later:
     def _show(self) -> None:
         if self._drawn is not None:
             self._drawn.update(self._drawn.task_ids[0], completed=self._at[0], total=self._at[1])
+
+
+class _Lines:
+    """Plain lines for logs, written by the ticks themselves."""
+
+    def __init__(self, label: str, unit: str) -> None:
+        self._label, self._unit = label, unit
+        self._began = self._said = time.monotonic()
+
+    def tick(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._said < PLAIN or done >= total:
+            return
+        self._said, gone = now, now - self._began
+        left = gone * (total - done) / max(done, 1)
+        size = (
+            f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB"
+            if self._unit == "bytes"
+            else f"{done:,} of {total:,} {self._unit}"
+        )
+        note(f"{self._label}: {done / max(total, 1):.0%}, {size.rstrip()}, {gone:.0f} s, about {left:.0f} s left")
+
+    def end(self) -> None:
+        """Nothing is drawn that would have to go."""
 
 
 def _spinner(label: str) -> Progress:

@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
+from herd.checkpoint.load import load_model
+from herd.checkpoint.peft import write_peft
 from herd.cli.batch import answered, read_rows
 from herd.cli.main import run
 from herd.errors import HerdError
+from tests.engine.test_adapters import adapter
 
 CHAT = [{"role": "user", "content": "Hi"}]
 
@@ -177,3 +180,21 @@ def test_a_file_that_is_no_file_of_rows(tmp_path: Path) -> None:
     with pytest.raises(HerdError, match="cannot be read"):
         list(read_rows(tmp_path / "missing"))
     assert answered(tmp_path / "missing") == set()
+
+
+def test_adapter_and_draft(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every row is answered with the adapter, and guessing changes no greedy answer."""
+    model = load_model("nano", dtype="float32")
+    (tmp_path / "lora").mkdir()
+    write_peft(adapter(model), tmp_path / "lora", model.config, lambda _: None)
+    source = write(tmp_path / "in.jsonl", {"prompt": "Once upon a time"}, {"prompt": "The dog"})
+    greedy = ("--temp", "0")
+    _, base = generate("nano", source, tmp_path / "base.jsonl", *greedy)
+    _, tuned = generate("nano", source, tmp_path / "tuned.jsonl", *greedy, "--adapter", str(tmp_path / "lora"))
+    _, guessed = generate("nano", source, tmp_path / "guessed.jsonl", *greedy, "--draft", "lookup", "--deterministic")
+    assert [base[n]["text"] for n in (1, 2)] != [tuned[n]["text"] for n in (1, 2)]
+    assert [base[n]["text"] for n in (1, 2)] == [guessed[n]["text"] for n in (1, 2)]
+    wrong = ["generate", "nano", "--batch-file", source, "--out", str(tmp_path / "x.jsonl"), "--draft", "nonesuch"]
+    assert run(wrong) == 1
+    assert "nonesuch" in capsys.readouterr().err
+    assert not (tmp_path / "x.jsonl").exists()
