@@ -8,6 +8,7 @@ behind the device's. A sequence that turns out to have ended was computed once i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 from herd.engine.choosing import Chosen, Found, row_of
@@ -19,32 +20,42 @@ from herd.engine.scheduler import Chunk, StepPlan
 from herd.engine.static_sample import kind_of, kind_of_all
 from herd.errors import HerdError
 
-__all__ = ["land", "launch"]
+__all__ = ["Ahead"]
 
 
-def launch(runner: CudaRunner, cache: PagedCache, plan: StepPlan, before: StepPlan | None = None) -> Flight | None:
-    """Begin `plan`; None when it cannot be done whole on the device.
+class Ahead:
+    """The recorded steps of `runner` over `cache`, for an engine."""
 
-    `before` is the step under way, when the tokens of `plan` are still to come from it. Copies of the plan are made first.
-    """
-    if not runner.records or not all(map(_single, plan.rows)):
-        return None
-    kind = kind_of_all([kind_of(row_of(chunk.sequence).sampling) for chunk in plan.rows])
-    if kind is None:
-        return None
-    sources = {} if before is None else {chunk.sequence: i for i, chunk in enumerate(before.rows)}
-    rows = [_row(chunk, sources.get(chunk.sequence)) for chunk in plan.rows]
-    if plan.copies:
-        cache.copy(plan.copies)
-    return runner.launch(rows, kind, cache)
+    def __init__(self, runner: CudaRunner, cache: PagedCache) -> None:
+        self.runner, self.cache = runner, cache
 
+    def launch(self, plan: StepPlan, before: StepPlan | None = None) -> Flight | None:
+        """Begin `plan`; None when it cannot be done whole on the device.
 
-def land(plan: StepPlan, flight: Flight) -> list[Found | Exception]:
-    """Wait for a step: the outcome of each of its chunks."""
-    return [
-        Found([Chosen(token)]) if finite else HerdError(NOT_FINITE)
-        for _, (token, finite) in zip(plan.rows, flight.read(), strict=True)
-    ]
+        `before` is the step under way, when the tokens of `plan` are still to come from it. Copies of the plan are made first.
+        """
+        if not all(map(_single, plan.rows)):
+            return None
+        kind = kind_of_all([kind_of(row_of(chunk.sequence).sampling) for chunk in plan.rows])
+        if kind is None:
+            return None
+        sources = {} if before is None else {chunk.sequence: i for i, chunk in enumerate(before.rows)}
+        rows = [_row(chunk, sources.get(chunk.sequence)) for chunk in plan.rows]
+        if plan.copies:
+            self.cache.copy(plan.copies)
+        return self.runner.launch(rows, kind, self.cache)
+
+    @staticmethod
+    def land(plan: StepPlan, flight: Flight) -> list[Found | Exception]:
+        """Wait for a step: the outcome of each of its chunks."""
+        return [
+            Found([Chosen(token)]) if finite else HerdError(NOT_FINITE)
+            for _, (token, finite) in zip(plan.rows, flight.read(), strict=True)
+        ]
+
+    def warm_up(self, tell: Callable[[int, int], None]) -> float:
+        """Record every step now; seconds it took."""
+        return self.runner.warm_up(self.cache, tell)
 
 
 def _single(chunk: Chunk) -> bool:

@@ -4,8 +4,8 @@ The plain forms here take nothing back to the host and have no shape that depend
 the kernels can (`prompt_attention` apart, whose spans lie in main memory). They are what a GPU without Triton runs, and how the
 steps are tested on a CPU.
 
-Letters: T rows, D dim, H query heads, Hkv key/value heads, Dh head_dim, F inner width, E experts, k of them per row, W blocks of a
-table.
+Letters: T rows, D dim, H query heads, Hkv key/value heads, Dh head_dim, F inner width, E experts, k of them per row, W blocks of
+a table.
 """
 
 from __future__ import annotations

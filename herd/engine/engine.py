@@ -13,20 +13,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from herd.adapters.lora import LoraAdapter
 from herd.engine.adapters import AdapterRunner, AdapterSet, LoadedAdapter
-from herd.engine.ahead import land, launch
 from herd.engine.blocks import BlockPool
 from herd.engine.choosing import Found, Row, choose, row_of
 from herd.engine.config import EngineConfig
-from herd.engine.cuda_runner import CudaRunner
 from herd.engine.grammar import Grammar, Grammars
-from herd.engine.graphs import Flight
 from herd.engine.native import runner_for
 from herd.engine.pack import pack
 from herd.engine.paged import PagedCache
@@ -35,37 +33,17 @@ from herd.engine.runner import Runner, TorchRunner
 from herd.engine.sampler import RowState, Sampler
 from herd.engine.scheduler import Chunk, Progress, Scheduler, StepPlan
 from herd.engine.speculate import Drafter, Speculation
+from herd.engine.stats import Stats
 from herd.engine.tiles import TiledRunner
 from herd.errors import ConfigError, HerdError
 from herd.model.llama import Llama
 
+if TYPE_CHECKING:
+    from herd.engine.ahead import Ahead
+    from herd.engine.cuda_runner import CudaRunner
+    from herd.engine.graphs import Flight
+
 __all__ = ["Engine", "Stats"]
-
-
-@dataclass(slots=True)
-class Stats:
-    """What an engine does and has done. Blocks are those of the KV cache; tokens and counts are since it began."""
-
-    running: int = 0
-    waiting: int = 0
-    blocks_total: int = 0
-    blocks_used: int = 0
-    blocks_cached: int = 0
-    steps: int = 0
-    requests: int = 0
-    errors: int = 0
-    preemptions: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    generated_tokens: int = 0
-    busy_seconds: float = 0.0
-    tokens_per_second: float = 0.0
-    """Generated tokens per second of the last steps."""
-
-    @property
-    def prefix_hits(self) -> float:
-        """The part of all prompt tokens that was found in the cache."""
-        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
 
 class Engine:
@@ -95,7 +73,6 @@ class Engine:
         self._adapted = AdapterRunner(self.runner, self.adapters, deterministic=config.deterministic)
         self.sampler = Sampler()
         self.speculation = None if drafter is None else Speculation(drafter, model.config)
-        self._recorded = self.runner if isinstance(self.runner, CudaRunner) and self.runner.records else None
         self.device = model.norm.weight.device
         self.cache = PagedCache(
             model.config,
@@ -103,8 +80,9 @@ class Engine:
             block_size=config.block_size,
             dtype=getattr(torch, config.kv),
             device=self.device,
-            spare=self._recorded is not None,
+            spare=getattr(self.runner, "records", False),
         )
+        self._ahead = _ahead(self.runner, self.cache)
         self._flying: tuple[StepPlan, Flight] | None = None
         """A step that was begun and whose tokens nobody has read."""
         self._inbox: deque[tuple[Request, Grammar | None] | tuple[str, int | None]] = deque()
@@ -292,21 +270,21 @@ class Engine:
 
     def warm_up(self, tell: Callable[[int, int], None] = lambda done, total: None) -> float:
         """Record all decode steps of a GPU now, before anybody waits for them; seconds it took. Between steps only."""
-        return 0.0 if self._recorded is None else self._recorded.warm_up(self.cache, tell)
+        return 0.0 if self._ahead is None else self._ahead.warm_up(tell)
 
     def weights_changed(self) -> None:
         """The model's weights are other ones now: forget what was computed with the old ones. Only while nothing runs."""
         assert self.scheduler.idle, "requests run"
-        if isinstance(self.runner, CudaRunner):
-            self.runner.refresh()
+        if (refresh := getattr(self.runner, "refresh", None)) is not None:
+            refresh()
         self.pool.clear()
 
     @torch.inference_mode()
     def _run(self, plan: StepPlan) -> list[TokenEvent]:
         """A plan from its positions to its events."""
         try:
-            flight = None if self._recorded is None else launch(self._recorded, self.cache, plan)
-            outcomes = None if flight is None else land(plan, flight)
+            flight = None if self._ahead is None else self._ahead.launch(plan)
+            outcomes = None if self._ahead is None or flight is None else self._ahead.land(plan, flight)
         except Exception:  # row by row, to find out whose fault it is
             outcomes = None
         if outcomes is None:
@@ -315,12 +293,12 @@ class Engine:
 
     def _begin_ahead(self, plan: StepPlan) -> bool:
         """Begin a step and leave it to the next call to read its tokens, where steps may overlap."""
-        if self._recorded is None or not self.config.overlap or self.speculation is not None:
+        if self._ahead is None or not self.config.overlap or self.speculation is not None:
             return False
         if self.scheduler.ahead(plan) is None:  # there would be nothing to begin meanwhile
             return False
         try:
-            flight = launch(self._recorded, self.cache, plan)
+            flight = self._ahead.launch(plan)
         except Exception:
             return False
         if flight is not None:
@@ -330,19 +308,19 @@ class Engine:
     def _land(self, began: float) -> list[TokenEvent]:
         """Begin the next step, if its sequences are those of the one under way, then read that one's tokens."""
         assert self._flying is not None
+        assert self._ahead is not None
         (plan, flight), self._flying = self._flying, None
         done = False
         try:
             following = None
             if (next_plan := self.scheduler.ahead(plan)) is not None:
-                assert self._recorded is not None
                 self.scheduler.extend(next_plan)
                 try:
-                    following = launch(self._recorded, self.cache, next_plan, plan)
+                    following = self._ahead.launch(next_plan, plan)
                 except Exception:
                     following = None  # it is planned again, with its tokens known
             try:
-                outcomes = land(plan, flight)
+                outcomes = self._ahead.land(plan, flight)
                 if following is not None and next_plan is not None:
                     self._flying = next_plan, following
             except Exception:  # what was begun after it has tokens of nobody
@@ -469,11 +447,22 @@ class Engine:
 def _runner(model: Llama, config: EngineConfig) -> Runner:
     """The fastest runner that does what `config` asks for."""
     if model.norm.weight.is_cuda and not config.deterministic:
+        from herd.engine.cuda_runner import CudaRunner  # a CPU pays for no GPU
+
         return CudaRunner(model, max_seqs=config.max_seqs, max_len=config.max_len, graphs=config.graphs)
     if config.kv == "int8":  # the native kernels read no such cache
         return TiledRunner(model) if config.deterministic else TorchRunner(model)
     runner = runner_for(model, deterministic=config.deterministic)
     return TiledRunner(model) if config.deterministic and isinstance(runner, TorchRunner) else runner
+
+
+def _ahead(runner: Runner, cache: PagedCache) -> Ahead | None:
+    """Steps that the device does whole, where the runner records any."""
+    if not getattr(runner, "records", False):
+        return None
+    from herd.engine.ahead import Ahead
+
+    return Ahead(cast("CudaRunner", runner), cache)
 
 
 def _sampling(sequence: Sequence) -> RowState:

@@ -42,6 +42,9 @@ from herd.tokenizer.tokenizer import Tokenizer
 
 __all__ = ["LLM", "AsyncReplyStream", "Pending", "ReplyStream"]
 
+STEP_TOKENS = {"cpu": 512, "gpu": 2048}
+"""The most tokens of a step where nobody says: a GPU is not filled by fewer."""
+
 
 class LLM:
     """One model for many requests at once: continuous batching over a paged cache that remembers what prompts begin with.
@@ -50,7 +53,7 @@ class LLM:
     how one is loaded (see `herd.load`); `format` names a prompt format instead of the model's own. `kv` is the dtype of keys
     and values, `memory` their bytes (or a text such as "4 GiB"; default: a part of what is free, see `budget`), `max_len` the
     most tokens of one request, `max_seqs` the most replies that grow at once, `step_tokens` the most tokens computed in one
-    step. `deterministic`: a request's tokens and numbers are the same bits alone and in any company. `seed` is where requests
+    step (512; on a GPU 2,048). `deterministic`: a request's tokens and numbers are the same bits alone and in any company. `seed` is where requests
     without one get theirs; None draws fresh ones. `draft` guesses tokens ahead, which changes the speed and no distribution:
     "lookup" looks in the text so far, any other name is a smaller model of the same vocabulary, or it is a drafter
     (`herd.engine.speculate`). `tick(done, total)` hears of the bytes read.
@@ -78,7 +81,7 @@ class LLM:
         max_len: int | None = None,
         memory: int | str | None = None,
         max_seqs: int = 16,
-        step_tokens: int = 512,
+        step_tokens: int | None = None,
         prefix_cache: bool = True,
         deterministic: bool = False,
         seed: int | None = 0,
@@ -90,6 +93,8 @@ class LLM:
         self.model, self.tokenizer, self._defaults = opened(model, weights, dtype, device, tick)
         chosen = format_named(format, self.tokenizer) if isinstance(format, str) else format
         where = self.model.norm.weight.device
+        if step_tokens is None:
+            step_tokens = STEP_TOKENS["gpu" if where.type == "cuda" else "cpu"]
         self.budget: Budget = budget_for(
             self.model.config,
             kv=kv_for(self.model) if kv == "auto" else kv,

@@ -6,6 +6,8 @@ On a CPU the recordings are on a tape (tests/engine/tape.py); the same tests run
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from collections import defaultdict
 from typing import Any
 
@@ -250,8 +252,8 @@ def test_nothing_but_the_buffers_goes_in(monkeypatch: pytest.MonkeyPatch) -> Non
     own.add(Request("a", tuple(range(17)), SamplingParams(temperature=0, max_tokens=30)))  # blocks of 8: four until 31
     for _ in range(6):
         own.step()
-    assert own._recorded is not None
-    steps = own._recorded.steps(own.cache)
+    assert own._ahead is not None
+    steps = own._ahead.runner.steps(own.cache)
     assert steps is not None
     held = {t.data_ptr() for t in (steps._inputs, steps._tables, steps._logits, steps._chosen, steps._outcome)}
     recorded = steps.recorded
@@ -275,3 +277,27 @@ def test_warm_up_records_every_bucket() -> None:
     own.add(Request("a", (1, 2, 3), SamplingParams(temperature=0, max_tokens=4)))  # one block, as the warm-up
     assert len(replies(own, [])["a", 0]) == 4
     assert tape.made == made
+
+
+def test_other_weights() -> None:
+    """After parameters were replaced, neither recordings nor cached prefixes of the old ones are used."""
+    model, vocab = build("llama-3"), tiny("llama-3").vocab_size
+    own, wanted = engine(model, Tape()), requests(vocab, 6)
+    before = replies(own, wanted)
+    fill(model, seed=7)
+    for layer in model.layers:
+        layer.attention.wk.weight = torch.nn.Parameter(layer.attention.wk.weight.clone())
+    own.weights_changed()
+    again = replies(own, wanted)
+    expected = replies(engine(fill(Llama(tiny("llama-3")), seed=7).eval(), None), wanted)
+    tokens = [{key: [e.token for e in events] for key, events in one.items()} for one in (before, again, expected)]
+    assert tokens[1] == tokens[2] != tokens[0]
+
+
+def test_a_cpu_imports_nothing_of_it() -> None:
+    """`herd.engine.engine` alone: the start of a process on a CPU pays for no GPU and no compiler."""
+    code = (
+        "import sys, herd.engine.engine; "
+        "sys.exit(any(m in sys.modules for m in ('herd.engine.cuda', 'herd.engine.graphs', 'sympy', 'triton')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
