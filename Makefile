@@ -6,6 +6,7 @@
 #   make check                    style, types and floors only
 #   make fix                      format and repair what can be repaired
 #   make bench                    speed on this machine, written to benchmarks/results.md
+#   make gpu-test                 tests that need a CUDA device; then: make gpu-bench (speed of the GPU kernels)
 #   make nano DATA=../shared/data rebuild the embedded model from its texts
 
 PYTHON ?= python3
@@ -18,11 +19,11 @@ MINUTES ?= 120
 
 export PYTHONWARNINGS ?=
 
-.PHONY: chat test check fix bench nano clean
+.PHONY: chat test check fix bench gpu-test gpu-bench nano clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '3,9s/^#  //p' Makefile
+	@sed -n '3,10s/^#  //p' Makefile
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -61,6 +62,12 @@ fix: $(VENV)/.test
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/herd bench tokenizer
+
+gpu-test: $(VENV)/.test
+	$(BIN)/python -m pytest -m gpu
+
+gpu-bench: $(VENV)/.run
+	$(BIN)/python benchmarks/gpu.py
 
 nano: $(VENV)/.test
 	$(BIN)/python -m herd.train.recipes.nano --data $(DATA) --out runs/nano --minutes $(MINUTES)

@@ -27,6 +27,12 @@ def shared_path(name: str) -> Path:
     return path
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Triton decides when it is imported whether its kernels are interpreted: without a GPU they are; `-m gpu` compiles them."""
+    if "not gpu" in (config.option.markexpr or ""):
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """The same random numbers in every run; torch is seeded only where a test module has imported it."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from herd.kernels.ops import fake, gradient, operation
+from herd.kernels.ops import fake, gradient, on_cuda, operation
 
 __all__ = ["grouped_linear"]
 
@@ -75,3 +75,6 @@ def _(ctx, grad: Tensor):
     grad_y = grouped_linear(x, grad, counts) if ctx.needs_input_grad[0] else None
     grad_x = grouped_linear(y, grad.transpose(1, 2), counts) if ctx.needs_input_grad[1] else None
     return grad_y, grad_x, None
+
+
+on_cuda(grouped_linear, "product")

@@ -116,13 +116,13 @@ def _nibbles(codes: Tensor) -> Tensor:
 
 def plain(weight: Tensor) -> Packed:
     """A float matrix as it is."""
-    return Packed("plain", *weight.shape[-2:], weight.detach().contiguous())
+    return Packed("plain", weight.shape[-2], weight.shape[-1], weight.detach().contiguous())
 
 
 def int8(weight: Tensor) -> Packed:
     """Rounded to 8 bits with one scale a row, by the row's largest magnitude."""
     codes, scale = quantize_rows(weight.detach())
-    return Packed("int8", *weight.shape[-2:], codes, scale)
+    return Packed("int8", weight.shape[-2], weight.shape[-1], codes, scale)
 
 
 def fp8(weight: Tensor) -> Packed:
@@ -131,7 +131,7 @@ def fp8(weight: Tensor) -> Packed:
     scale = wide.abs().amax(-1) / FP8_LARGEST
     scale = scale.where(scale > 0, 1)
     codes = (wide / scale[..., None]).clamp(-FP8_LARGEST, FP8_LARGEST).to(torch.float8_e4m3fn)
-    return Packed("fp8", *weight.shape[-2:], codes, scale)
+    return Packed("fp8", weight.shape[-2], weight.shape[-1], codes, scale)
 
 
 def join(parts: Sequence[Packed]) -> Packed:

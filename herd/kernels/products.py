@@ -58,7 +58,7 @@ def scaled_product(x: Tensor, weight: Packed) -> Tensor:
     codes = (wide / scale).clamp(-FP8_LARGEST, FP8_LARGEST).to(torch.float8_e4m3fn)
     if not x.is_cuda:
         return ((codes.float() * scale) @ (weight.codes.float() * weight.scale[:, None]).T).bfloat16()
-    return torch._scaled_mm(
+    return torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]: there is no public name for it
         codes, weight.codes.T, scale_a=scale, scale_b=weight.scale[None], out_dtype=torch.bfloat16, use_fast_accum=True
     )
 

@@ -3,6 +3,8 @@
 A program has one row and a few heads: of the queries, of the keys, or of the values.
 """
 
+# pyright: reportCallIssue=false, reportAssignmentType=false
+# A launch takes options that no kernel has as parameters.
 from __future__ import annotations
 
 import triton
@@ -123,6 +125,7 @@ def _write(
         # The sum is zero, or NaN where a number is not finite: tl.max alone would not tell.
         scale = tl.div_rn(tl.max(tl.abs(wide), 1), 127.0) + tl.sum(wide * 0.0, 1)
         steps = tl.div_rn(wide, tl.broadcast_to(tl.where(scale == 0.0, 1.0, scale)[:, None], wide.shape))
+        steps = tl.where(steps == steps, steps, 0.0)  # the code of a NaN is of no importance: its scale is one
         steps = tl.clamp(steps, -127.0, 127.0) + TO_INTEGER - TO_INTEGER
         x = steps.to(tl.int8)
         tl.store(scales + place, scale, head < HKV)

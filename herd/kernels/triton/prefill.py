@@ -5,6 +5,8 @@ group, and a key is read once for all of them. Which tile belongs to which span 
 host. A row's result depends on its own keys only: a tile's other rows, and keys it may not see, change none of its bits.
 """
 
+# pyright: reportCallIssue=false, reportAssignmentType=false
+# A launch takes options that no kernel has as parameters.
 from __future__ import annotations
 
 import math
@@ -14,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from herd.kernels.triton.attention import LOG2_E
-from herd.kernels.triton.launch import device_of, power
+from herd.kernels.triton.launch import device_of, hopper, power
 
 __all__ = ["paged_attention", "span_attention_out", "span_kernel"]
 
@@ -148,11 +150,14 @@ def _keys(
     return largest, total, sums
 
 
-def tile_of(width: int, element_size: int) -> tuple[int, int, int, int]:
-    """(rows, keys, warps, stages) of a tile."""
+def tile_of(width: int, element_size: int, *, hopper: bool = True) -> tuple[int, int, int, int]:
+    """(rows, keys, warps, stages) of a tile. `hopper`: compute capability 9 and later, whose matrix units read shared memory;
+    earlier ones keep queries and sums in registers, and a large tile would not fit there."""
     if element_size == 4:  # float32 has no matrix units here: it is for tests
         return 32, 32, 4, 1
-    return (128, 64, 8, 3) if width <= 128 else (64, 32, 4, 2)
+    if width > 128:
+        return 64, 32, 4, 2
+    return (128, 64, 8, 3) if hopper else (64, 64, 4, 2)
 
 
 def span_attention_out(
@@ -175,7 +180,7 @@ def span_attention_out(
     assert v_cache.is_contiguous()
     assert spans.is_contiguous()
     assert tables.stride(1) == 1
-    tile_rows, keys, warps, stages = tile_of(width, q.element_size())
+    tile_rows, keys, warps, stages = tile_of(width, q.element_size(), hopper=hopper(q))
     with device_of(q):
         span_kernel[(rows * group // tile_rows + count, kv_heads)](
             q,

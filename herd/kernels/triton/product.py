@@ -8,6 +8,8 @@ Columns are read in pieces; where a kind has two nibbles a byte, the low and the
 number has to change place. See `herd.kernels.packed` for the kinds.
 """
 
+# pyright: reportCallIssue=false, reportAssignmentType=false
+# A launch takes options that no kernel has as parameters.
 from __future__ import annotations
 
 import torch
@@ -16,11 +18,12 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import linear
 
+from herd.kernels import grouped
 from herd.kernels.packed import Packed
 from herd.kernels.triton.launch import device_of, power
 from herd.kernels.triton.tiles import DEQUANTIZE_FROM, RowTile, Tile, row_tile, tile
 
-__all__ = ["expert_product_out", "product_out", "row_kernel", "sum_kernel", "tile_kernel"]
+__all__ = ["expert_product_out", "grouped_linear", "product_out", "row_kernel", "sum_kernel", "tile_kernel"]
 
 
 @triton.jit
@@ -294,6 +297,16 @@ def expert_product_out(
     each = max(1, x.shape[0] // experts)  # rows of an expert, when all have the same
     chosen = tile(kind, each, n, x.shape[1], x.element_size(), fixed=fixed, experts=True)
     launch_tiles(x, kind, codes, (scale, sub, minimum, sub_minimum), counts, out, chosen)
+
+
+def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """See herd.kernels.grouped: the same with plain weights. The host does not wait for `counts`."""
+    if x.element_size() != 2:  # no matrix units for these: torch's own products, one expert after the other
+        return grouped.grouped_linear.__wrapped__(x, weight, counts)  # type: ignore[attr-defined]
+    out = x.new_zeros(x.shape[0], weight.shape[1])
+    codes = weight.contiguous()  # the transposed weight of a gradient is copied
+    expert_product_out(x.contiguous(), "plain", codes, None, None, None, None, counts, False, out)
+    return out
 
 
 def _bytes(codes: Tensor) -> Tensor:
