@@ -55,16 +55,23 @@ def row_of(sequence: Sequence) -> Row:
 
 
 def choose(
-    sampler: Sampler, chunks: Seq[Chunk], logits: Seq[Tensor | Exception], speculation: Speculation | None
+    sampler: Sampler,
+    chunks: Seq[Chunk],
+    logits: Seq[Tensor | Exception],
+    speculation: Speculation | None,
+    *,
+    deterministic: bool = False,
 ) -> list[Found | Exception]:
     """What `logits` [chunk.logits, V] of every chunk give, or an error for those that have none.
 
-    On a GPU all rows are sampled in one call; where that fails, and on a CPU, each alone, so that nobody meets another's error.
+    On a GPU all rows are sampled in one call; where that fails, each alone, so that nobody meets another's error. A CPU takes
+    them one by one: of 16 rows of 128,256 logits, on one core, in 10 instead of 305 ms with top-p, 0.7 instead of 14 greedily. So
+    does `deterministic`, since a GPU may add a row in another order when there are more.
     """
     together: dict[int, Sampled] = {}
     alone = [i for i, one in enumerate(logits) if isinstance(one, Tensor) and chunks[i].sample and not chunks[i].drafts]
     rows = [one for i in alone if isinstance(one := logits[i], Tensor)]
-    if len(rows) > 1 and not rows[0].is_cpu:
+    if len(rows) > 1 and not rows[0].is_cpu and not deterministic:
         try:
             states = [row_of(chunks[i].sequence).sampling for i in alone]
             found = sampler.sample(torch.stack([row[-1] for row in rows]), states)

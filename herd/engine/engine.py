@@ -288,8 +288,13 @@ class Engine:
         except Exception:  # row by row, to find out whose fault it is
             outcomes = None
         if outcomes is None:
-            outcomes = choose(self.sampler, plan.rows, self._forward(plan), self.speculation)
+            outcomes = self._choose(plan)
         return self._commit(plan, outcomes)
+
+    def _choose(self, plan: StepPlan) -> list[Found | Exception]:
+        """Compute a plan and choose on the host."""
+        deterministic = self.config.deterministic
+        return choose(self.sampler, plan.rows, self._forward(plan), self.speculation, deterministic=deterministic)
 
     def _begin_ahead(self, plan: StepPlan) -> bool:
         """Begin a step and leave it to the next call to read its tokens, where steps may overlap."""
@@ -324,7 +329,7 @@ class Engine:
                 if following is not None and next_plan is not None:
                     self._flying = next_plan, following
             except Exception:  # what was begun after it has tokens of nobody
-                outcomes = choose(self.sampler, plan.rows, self._forward(plan), self.speculation)
+                outcomes = self._choose(plan)
             events = self._commit(plan, outcomes)
             done = True
         finally:

@@ -53,10 +53,10 @@ class LLM:
     how one is loaded (see `herd.load`); `format` names a prompt format instead of the model's own. `kv` is the dtype of keys
     and values, `memory` their bytes (or a text such as "4 GiB"; default: a part of what is free, see `budget`), `max_len` the
     most tokens of one request, `max_seqs` the most replies that grow at once, `step_tokens` the most tokens computed in one
-    step (512; on a GPU 2,048). `deterministic`: a request's tokens and numbers are the same bits alone and in any company. `seed` is where requests
-    without one get theirs; None draws fresh ones. `draft` guesses tokens ahead, which changes the speed and no distribution:
-    "lookup" looks in the text so far, any other name is a smaller model of the same vocabulary, or it is a drafter
-    (`herd.engine.speculate`). `tick(done, total)` hears of the bytes read.
+    step (512; on a GPU 2,048). `deterministic`: a request's tokens and numbers are the same bits alone and in any company.
+    `seed` is where requests without one get theirs; None draws fresh ones. `draft` guesses tokens ahead, which changes the
+    speed and no distribution: "lookup" looks in the text so far, any other name is a smaller model of the same vocabulary, or
+    it is a drafter (`herd.engine.speculate`). `tick(done, total)` hears of the bytes read.
 
     On a GPU decode steps are recorded when they are first needed, or by `warm_up`, and replayed; `graphs=False` runs every step
     as it is (docs/gpu.md).
