@@ -7,7 +7,7 @@ namespace herd::HERD_ISA {
 // Piece and strip `i` (ACT_GROUP columns) of silu(x @ w1^T) * (x @ w3^T), for rows that begin at row `at` of `to` and `floats`:
 // quantized for w2 as soon as it is complete, or left as floats [.., hidden] where w2 is plain.
 inline void gate_strip(const Matrix& w1, const Matrix& w3, bool bytes, int64_t i, const Inputs& all, int64_t rows, int64_t at, const Acts& to, float* floats, float* spare) {
-    const int64_t size = piece_rows(all.acts), strips = strips_of(w1), first = i / strips * size;
+    const int64_t size = piece_rows(all.acts, rows), strips = strips_of(w1), first = i / strips * size;
     const int64_t begin = i % strips * ACT_GROUP, n = w1.rows - begin < ACT_GROUP ? w1.rows - begin : ACT_GROUP;
     const int64_t count = rows - first < size ? rows - first : size;
     const Inputs in = all.from(first);

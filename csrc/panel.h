@@ -6,6 +6,10 @@
 #include <cstring>
 #include "scratch.h"
 
+// The parts of a tile share its registers: as functions of their own, which is what a compiler may make of so many of them, they
+// would pass everything through memory.
+#define HERD_INLINE __attribute__((always_inline)) inline
+
 namespace herd::HERD_ISA {
 
 using F = V::F;
@@ -83,7 +87,7 @@ inline F float_at(const uint8_t* p) { float x; std::memcpy(&x, p, 4); return V::
 
 // acc += steps k to END (4 columns each) of one group, for T tokens.
 template <int FORMAT, int T, int CHAINS, int k, int END>
-inline void steps(const uint8_t* g, int part, const uint8_t* const* x, int64_t at, I (&acc)[T][CHAINS]) {
+HERD_INLINE void steps(const uint8_t* g, int part, const uint8_t* const* x, int64_t at, I (&acc)[T][CHAINS]) {
     if constexpr (k < END) {
         const I w = Fmt<FORMAT>::template numbers<k>(g, part);
         for (int t = 0; t < T; ++t) acc[t][k % CHAINS] = V::dot(acc[t][k % CHAINS], w, four(x[t] + at + 4 * k));
@@ -93,11 +97,11 @@ inline void steps(const uint8_t* g, int part, const uint8_t* const* x, int64_t a
 
 // run += one group, for T tokens; x + at is their record of it.
 template <int FORMAT, int T>
-inline void add_group(const uint8_t* head, const uint8_t* g, int part, const uint8_t* const* x, int64_t at, F (&run)[T]) {
+HERD_INLINE void add_group(const uint8_t* head, const uint8_t* g, int part, const uint8_t* const* x, int64_t at, F (&run)[T]) {
     using Form = Fmt<FORMAT>;
     constexpr int CHAINS = T <= 2 ? 2 : 1;  // few tokens: two chains, so that one product does not wait for the other
     constexpr int STEPS = 8 / Form::SCALES;
-    auto part_of = [&]<int HALF>() {
+    auto part_of = [&]<int HALF>() __attribute__((always_inline)) {
         I acc[T][CHAINS];
         for (int t = 0; t < T; ++t) {
             acc[t][0] = Form::ZERO ? V::ints(four(x[t] + at + (Form::SCALES == 2 ? REC_32 + 4 * HALF : Form::ZERO == 8 ? REC_8 : REC_128))) : V::ints(0);
@@ -115,6 +119,21 @@ inline void add_group(const uint8_t* head, const uint8_t* g, int part, const uin
     }
 }
 
+// run += groups i to END, for T tokens, written out: the processor then runs on from one group into the next.
+template <int FORMAT, int T, int i, int END>
+HERD_INLINE void add_groups(const uint8_t* head, const uint8_t* g, int part, const uint8_t* const* x, int64_t at, F (&run)[T]) {
+    if constexpr (i < END) {
+        constexpr int body = layout(FORMAT).body;
+        // A few lines at a time: asked for all at once, they hold up the activations, which lie nearer. With one token or two,
+        // memory is the limit and the processor's own prefetching does it.
+        if constexpr (T > 2)
+            for (int j = 0; j < body; j += 64) __builtin_prefetch(g + i * body + AHEAD + j);
+        add_group<FORMAT, T>(head, g + i * body, part, x, at + i * RECORD, run);
+        asm volatile("" : : : "memory");  // or the compiler mixes the groups and runs out of registers
+        add_groups<FORMAT, T, i + 1, END>(head, g, part, x, at, run);
+    }
+}
+
 // One panel for T tokens from `first` on.
 template <int FORMAT, int T>
 void tile(const uint8_t* w, const Acts& a, int64_t first, float* y, int64_t stride) {
@@ -129,13 +148,8 @@ void tile(const uint8_t* w, const Acts& a, int64_t first, float* y, int64_t stri
         for (int p = 0; p < PARTS; ++p) {
             F run[T];
             for (int t = 0; t < T; ++t) run[t] = V::zero();
-            for (int i = 0; i < n; ++i) {
-                // A few lines at a time: asked for all at once, they hold up the activations, which lie nearer. With one token or
-                // two, memory is the limit and the processor's own prefetching does it.
-                if constexpr (T > 2)
-                    for (int j = 0; j < l.body; j += 64) __builtin_prefetch(g + i * l.body + AHEAD + j);
-                add_group<FORMAT, T>(head, g + i * l.body, p, x, at + i * RECORD, run);
-            }
+            if (V::LANES > 1 && n == ACT_GROUP / GROUP) add_groups<FORMAT, T, 0, ACT_GROUP / GROUP>(head, g, p, x, at, run);
+            else for (int i = 0; i < n; ++i) add_groups<FORMAT, T, 0, 1>(head, g + i * l.body, p, x, at + i * RECORD, run);
             for (int t = 0; t < T; ++t) {
                 float* to = total[t] + p * V::LANES;
                 V::store(to, V::fma(run[t], float_at(x[t] + at + REC_SCALE), V::load(to)));
@@ -143,7 +157,7 @@ void tile(const uint8_t* w, const Acts& a, int64_t first, float* y, int64_t stri
         }
         // The totals belong in memory: with them, and the sums of a group and of a block, there are more values than registers,
         // and left to itself the compiler moves those of the innermost loop out.
-        asm volatile("" : : "r"(total) : "memory");
+        if constexpr (T > 8 || PARTS > 1) asm volatile("" : : "r"(total) : "memory");
         g += n * l.body;
         if (l.head && (column + ACT_GROUP) % l.columns == 0) {
             head = g;
@@ -158,8 +172,8 @@ template <int FORMAT>
 void panel(const uint8_t* w, const Acts& a, int64_t rows, float* y, int64_t stride) {
     constexpr int MOST = V::LANES == 8 ? 4 : 12;  // AVX2 has 16 registers, the others 32
     int64_t t = 0;
-    for (; rows - t >= MOST; t += MOST) tile<FORMAT, MOST>(w, a, t, y, stride);
-    if constexpr (MOST > 8) if (rows - t >= 8) { tile<FORMAT, 8>(w, a, t, y, stride); t += 8; }
+    for (; rows - t >= MOST && (MOST <= 8 || rows - t != 16); t += MOST) tile<FORMAT, MOST>(w, a, t, y, stride);
+    if constexpr (MOST > 8) for (; rows - t >= 8; t += 8) tile<FORMAT, 8>(w, a, t, y, stride);
     if (rows - t >= 4) { tile<FORMAT, 4>(w, a, t, y, stride); t += 4; }
     if (rows - t >= 2) { tile<FORMAT, 2>(w, a, t, y, stride); t += 2; }
     if (rows - t >= 1) tile<FORMAT, 1>(w, a, t, y, stride);

@@ -29,12 +29,16 @@ inline void panel_of(int64_t format, const uint8_t* w, const Acts& a, int64_t ro
     }
 }
 
-inline int64_t piece_rows(const Acts& a) {
-    const int64_t n = PIECE / a.stride / MIN_PIECE * MIN_PIECE;
-    return n < MIN_PIECE ? MIN_PIECE : n > MAX_PIECE ? MAX_PIECE : n;
+inline int64_t pieces(const Acts& a, int64_t rows) {
+    const int64_t n = PIECE / a.stride / MIN_PIECE * MIN_PIECE, most = n < MIN_PIECE ? MIN_PIECE : n > MAX_PIECE ? MAX_PIECE : n;
+    return (rows + most - 1) / most;
 }
 
-inline int64_t pieces(const Acts& a, int64_t rows) { return (rows + piece_rows(a) - 1) / piece_rows(a); }
+// Pieces are of one size but for a few rows: threads that take the same number of them are done at the same time.
+inline int64_t piece_rows(const Acts& a, int64_t rows) {
+    const int64_t n = pieces(a, rows);
+    return n ? ((rows + n - 1) / n + PIECE_STEP - 1) / PIECE_STEP * PIECE_STEP : PIECE_STEP;
+}
 
 // Panel `p` of inputs @ m^T, its 16 columns at y [rows, stride]. Where m ends inside the panel, the columns behind are written
 // too if there is room for them, and otherwise go by way of `spare` [rows, PANEL].
@@ -49,7 +53,7 @@ inline void product(const Matrix& m, int64_t p, const Inputs& in, int64_t rows, 
 
 // Piece and panel `i` of y [rows, m.rows] = inputs @ m^T; there are pieces(in.acts, rows) * panels(m).
 inline void product_piece(const Matrix& m, int64_t i, const Inputs& in, int64_t rows, float* y, float* spare) {
-    const int64_t size = piece_rows(in.acts), first = i / panels(m) * size, p = i % panels(m);
+    const int64_t size = piece_rows(in.acts, rows), first = i / panels(m) * size, p = i % panels(m);
     const int64_t n = rows - first < size ? rows - first : size;
     product(m, p, in.from(first), n, y + first * m.rows + p * PANEL, m.rows, spare);
 }

@@ -13,9 +13,9 @@ constexpr int TILE = 64;          // keys that are scored together
 constexpr int MAX_QUERIES = 64;   // query rows x heads of a group that are answered together
 
 // Rows of a product are taken in pieces whose inputs stay in the second-level cache, while weights, which are read once per
-// piece, stream past. Both are multiples of every tile.
+// piece, stream past. All are multiples of PIECE_STEP.
 constexpr int64_t PIECE = 640 << 10;  // bytes
-constexpr int64_t MIN_PIECE = 24, MAX_PIECE = 240;  // rows
+constexpr int64_t MIN_PIECE = 24, MAX_PIECE = 240, PIECE_STEP = 4;  // rows
 
 // Rows of activations, quantized. A row is a record of RECORD bytes per GROUP of columns: the bytes, and what the products need
 // of them beside: sums times what each format's numbers are offset by, the sum itself, and the scale of the ACT_GROUP.

@@ -17,7 +17,7 @@ EPS = 2.0**-24
 
 SHAPES = {"Q4_0": ((48, 512), (37, 32), (1, 96), (130, 160)), "Q8_0": ((48, 512), (37, 32), (1, 96), (130, 160))}
 LARGE = ((16, 256), (37, 512), (1, 768), (130, 256))
-COUNTS = (1, 2, 3, 7, 12, 29)
+COUNTS = (1, 2, 3, 7, 12, 16, 29)
 PLAIN = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -57,7 +57,7 @@ def test_a_row_has_the_same_bits_alone(isa: str, kind: str) -> None:
     q = blocks(kind, 37, 512)
     weight, x = native.pack(q.type.id, q.blocks, 512), torch.randn(29, 512)
     together = native.matmul(weight, x)
-    for count in (1, 2, 5, 12, 28):
+    for count in (1, 2, 5, 12, 16, 28):
         assert torch.equal(torch.cat([native.matmul(weight, part) for part in x.split(count)]), together)
 
 
