@@ -157,7 +157,7 @@ def tile_of(width: int, element_size: int, *, hopper: bool = True) -> tuple[int,
         return 32, 32, 4, 1
     if width > 128:
         return 64, 32, 4, 2
-    return (128, 64, 8, 3) if hopper else (64, 64, 4, 2)
+    return (128, 64, 8, 3) if hopper else (64, 32, 8, 3)
 
 
 def span_attention_out(
