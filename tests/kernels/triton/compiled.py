@@ -54,6 +54,10 @@ def jobs(arch: int) -> Iterator[Job]:
         extra = {"SPANS": 16, "ROWS": m, "KEYS": n, "CHUNKED": width == 64}
         types |= {"spans": "*i64", "n_spans": "i32"}
         yield f"spans {width} {kv}", span_kernel, types, shared | extra, warps, stages
+        if kv == "bf16":  # a launch makes constants of integers that are 1
+            ones = {"n_spans": 1, "table_stride": 1, "chunk": 1, "SPANS": 1}
+            less = {name: type_ for name, type_ in types.items() if name not in ones}
+            yield f"spans {width} of one", span_kernel, less, shared | extra | ones, warps, stages
     types = {"partial": "*fp32", "weights": "*fp32", "out": "*bf16", "out_stride": "i32"}
     yield "merge", merge_kernel, types, {"H": 32, "DH": 128, "DH_BLOCK": 128, "SPLITS": 16, "SPLIT_BLOCK": 16}, 4, 3
     for placement in PLACEMENTS:
@@ -84,6 +88,10 @@ def jobs(arch: int) -> Iterator[Job]:
             constants |= {"TOKENS": t.tokens, "ROWS": t.rows, "COLUMNS": t.columns, "SPLITS": t.splits}
             name = f"tile {kind} {t.tokens}{' fixed' if fixed else ''}{' experts' if experts else ''}"
             yield name, tile_kernel, types, constants, t.warps, t.stages
+            if kind == "plain" and m < 64:  # a launch makes constants of integers that are 1
+                ones = {"M": 1, "x_stride": 1, "out_stride": 1}
+                less = {name: type_ for name, type_ in types.items() if name not in ones}
+                yield f"{name} of one", tile_kernel, less, constants | ones, t.warps, t.stages
     types = {"parts": "*fp32", "out": "*bf16", "M": "i32", "N": "i32", "out_stride": "i32"}
     yield "sum", sum_kernel, types, {"SPLITS": 2, "BLOCK": 1024}, 4, 3
 
@@ -95,9 +103,8 @@ def compiled(job: Job, arch: int) -> dict[str, Any]:
     missing = set(names) - set(types) - set(constants)
     assert not missing, (name, missing)
     signature = {n: types.get(n, "constexpr") for n in names}
-    aligned = {
-        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*" or n.endswith("_stride")
-    }
+    given = [(i, n) for i, n in enumerate(names) if n in types]
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in given if types[n][0] == "*" or n.endswith("_stride")}
     source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, aligned)
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     result = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
