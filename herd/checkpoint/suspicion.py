@@ -142,7 +142,14 @@ def _dtypes(store: TensorStore, infos: Mapping[str, TensorInfo]) -> Iterator[Fin
     kinds = Counter(info.stored for info in infos.values())
     if "F16" in kinds and store.kind != "gguf" and store.config.rope_theta >= 500_000:
         yield Finding("float16", "stored as float16, released in bfloat16: numbers above 65,504 became infinite")
-    if store.kind == "gguf":
+    form = getattr(store, "form", None)
+    if form is not None:
+        yield Finding(
+            "quantized", f"quantized as {form}; what herd holds exactly is in docs/formats/quantized-checkpoints.md"
+        )
+        for note in getattr(store, "notes", ()):
+            yield Finding("quantized", note)
+    if store.kind == "gguf" or form is not None:
         return
     said = store.metadata().get("torch_dtype", store.metadata().get("dtype"))
     main = max(kinds, key=lambda kind: sum(i.nbytes for i in infos.values() if i.stored == kind))

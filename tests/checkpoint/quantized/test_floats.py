@@ -16,6 +16,7 @@ from herd.checkpoint.fill import fill
 from herd.checkpoint.hf import HFStore
 from herd.checkpoint.names import homes, shapes
 from herd.checkpoint.open import open_store
+from herd.model.llama import Llama
 from herd.quant.apply import dequantize, held
 from tests.build import build, tiny, tokens
 from tests.checkpoint.folders import write_hf
@@ -156,30 +157,35 @@ def split_experts(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-@pytest.mark.parametrize("form", ["compressed", "fbgemm"])
-def test_experts(form: str, tmp_path: Path) -> None:
-    """Llama 4 in FP8: experts one by one (Maverick on the hub), or fused with a scale per output (transformers' fbgemm)."""
-    config = tiny("llama-4-maverick")
-    model = build(config)
-    write_hf(tmp_path, model)
-    state, out, wanted = load_file(tmp_path / "model.safetensors"), {}, {}
-    for name, tensor in (split_experts(state) if form == "compressed" else state).items():
+def write_experts(folder: Path, model: Llama, *, fused: bool = False) -> dict[str, Tensor]:
+    """A folder of Llama 4 with routed experts in FP8; returns their values one by one, as [out, in]."""
+    write_hf(folder, model)
+    out: dict[str, Tensor] = {}
+    wanted: dict[str, Tensor] = {}
+    state = load_file(folder / "model.safetensors")
+    for name, tensor in (state if fused else split_experts(state)).items():
         if ".experts." not in name:
             out[name] = tensor.bfloat16()
-        elif form == "compressed":
-            parts, wanted[name] = packers.fp8(tensor)
-            out |= {f"{name.removesuffix('.weight')}.{part}": value.contiguous() for part, value in parts.items()}
-        else:
+        elif fused:
             scales = tensor.abs().amax(1, keepdim=True) / 448
             small = (tensor / scales).to(torch.float8_e4m3fn)
             out |= {name: small, f"{name}_scale": scales if "gate_up" in name else scales.transpose(1, 2).contiguous()}
             wanted[name] = small.float() * scales
-    if form == "fbgemm":
-        wanted = split_experts(wanted)
-    save_file(out, tmp_path / "model.safetensors")
-    data = json.loads((tmp_path / "config.json").read_text())
-    said = compressed(strategy="channel") if form == "compressed" else {"quant_method": "fbgemm_fp8"}
-    (tmp_path / "config.json").write_text(json.dumps(data | {"quantization_config": said}))
+        else:
+            parts, wanted[name] = packers.fp8(tensor)
+            out |= {f"{name.removesuffix('.weight')}.{part}": value.contiguous() for part, value in parts.items()}
+    save_file(out, folder / "model.safetensors")
+    data = json.loads((folder / "config.json").read_text())
+    said = {"quant_method": "fbgemm_fp8"} if fused else compressed(strategy="channel")
+    (folder / "config.json").write_text(json.dumps(data | {"quantization_config": said}))
+    return split_experts(wanted) if fused else wanted
+
+
+@pytest.mark.parametrize("form", ["compressed", "fbgemm"])
+def test_experts(form: str, tmp_path: Path) -> None:
+    """Llama 4 in FP8: experts one by one (Maverick on the hub), or fused with a scale per output (transformers' fbgemm)."""
+    config = tiny("llama-4-maverick")
+    wanted = write_experts(tmp_path, build(config), fused=form == "fbgemm")
     store = open_store(tmp_path)
     experts = [name for name in shapes(config) if ".experts." in name]
     assert len(experts) == 6
