@@ -7,6 +7,7 @@ Letters: T rows, R rows whose logits are wanted, V vocabulary.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from herd.engine import cuda
 from herd.engine.cuda import Places, Span
-from herd.engine.graphs import Capture, CudaCapture, DecodeRow, Flight, Steps
+from herd.engine.graphs import Capture, CaptureError, CudaCapture, DecodeRow, Flight, Steps
 from herd.engine.pack import RaggedBatch
 from herd.engine.paged import Layer, PagedCache
 from herd.engine.runtime import Runtime
@@ -71,7 +72,10 @@ class CudaRunner:
             known = tuple((a, b, c, d) for a, b, c, d in batch.spans.tolist())
         steps = self.steps(cache) if _single(known) == len(known) == len(batch.logit_rows) else None
         if steps is not None and len(known) <= steps.rows:
-            return steps.forward(batch).clone()
+            try:
+                return steps.forward(batch).clone()
+            except CaptureError as error:
+                self._give_up(error)
         mix = _Ragged.of(batch, known, cache.layers, self.model.config.norm_eps)
         states = self.runtime.hidden(batch.tokens, batch.positions, mix)
         return self.runtime.logits(states[batch.logit_rows])
@@ -94,12 +98,27 @@ class CudaRunner:
     def launch(self, rows: Sequence[DecodeRow], kind: Kind, cache: PagedCache) -> Flight | None:
         """A recorded step with its sampling, begun; None where it cannot be recorded."""
         steps = self.steps(cache)
-        return None if steps is None or len(rows) > steps.rows else steps.launch(rows, kind)
+        if steps is None or len(rows) > steps.rows:
+            return None
+        try:
+            return steps.launch(rows, kind)
+        except CaptureError as error:
+            self._give_up(error)
+            return None
 
     def warm_up(self, cache: PagedCache, tell: Callable[[int, int], None] = lambda done, total: None) -> float:
         """Record all decode steps now; seconds it took."""
         steps = self.steps(cache)
-        return 0.0 if steps is None else steps.warm_up(tell)
+        try:
+            return 0.0 if steps is None else steps.warm_up(tell)
+        except CaptureError as error:
+            self._give_up(error)
+            return 0.0
+
+    def _give_up(self, error: CaptureError) -> None:
+        """From now on every step runs as it is."""
+        self._capture = self._steps = None
+        warnings.warn(f"GPU steps are not recorded, which makes them slower: {error}", stacklevel=2)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ from herd.engine.runtime import Runtime
 from herd.engine.static_sample import Kind
 from herd.model.config import LayerSpec
 
-__all__ = ["Capture", "CudaCapture", "DecodeRow", "Flight", "Steps", "buckets"]
+__all__ = ["Capture", "CaptureError", "CudaCapture", "DecodeRow", "Flight", "Steps", "buckets"]
 
 COLUMNS = 9
 """Numbers of a row, 8 bytes each: token, position, slot, source; uniform, temperature, top_k, top_p, min_p."""
@@ -42,6 +42,10 @@ class Capture(Protocol):
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
         """Something that does the same again, to the same tensors, however often it is called. `run` may be called before."""
         ...
+
+
+class CaptureError(Exception):
+    """A step could not be recorded. The runner goes on without recordings; nobody else sees it."""
 
 
 class CudaCapture:
@@ -182,7 +186,12 @@ class Steps:
 
     def _recorded(self, run: Callable[[], None]) -> Callable[[], None]:
         self.recorded += 1
-        return run if self._capture is None else self._capture(run)
+        if self._capture is None:
+            return run
+        try:
+            return self._capture(run)
+        except Exception as error:
+            raise CaptureError(f"{type(error).__name__}: {error}") from error
 
     def _fill(self, rows: Sequence[DecodeRow]) -> tuple[int, int]:
         """The numbers of `rows` into the buffers; the bucket and the width of tables it needs."""

@@ -54,8 +54,9 @@ class Runtime:
         self._output = _output(model)
         self._temper = None if config.temper is None else Temperature(config.temper)
         self._marks = self._where()
+        asks = any(isinstance(layer.feed, MoE) for layer in self._layers)
         experts = any(isinstance(module, QuantExperts) for module in model.modules())
-        self.capturable = not experts or cuda.kernels_for(model.norm.weight)
+        self.capturable = not asks and (not experts or cuda.kernels_for(model.norm.weight))
         """Whether steps can be recorded: without kernels, quantized experts ask the host how many rows each has."""
 
     @property

@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -292,6 +293,28 @@ def test_other_weights() -> None:
     expected = replies(engine(fill(Llama(tiny("llama-3")), seed=7).eval(), None), wanted)
     tokens = [{key: [e.token for e in events] for key, events in one.items()} for one in (before, again, expected)]
     assert tokens[1] == tokens[2] != tokens[0]
+
+
+class Refuses(Tape):
+    """A device whose third recording fails."""
+
+    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
+        if self.made == 2:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return super().__call__(run)
+
+
+def test_a_step_that_cannot_be_recorded_is_run_as_it_is() -> None:
+    """It is said once, recordings end, and replies are the same."""
+    wanted = requests(tiny("llama-2").vocab_size)
+    expected = replies(engine(build("llama-2"), None), wanted)
+    own = engine(build("llama-2"), Refuses())
+    with pytest.warns(UserWarning, match="not permitted") as said:
+        found = replies(own, wanted)
+    assert len(said) == 1
+    assert {key: [e.token for e in events] for key, events in found.items()} == {
+        key: [e.token for e in events] for key, events in expected.items()
+    }
 
 
 def test_a_cpu_imports_nothing_of_it() -> None:
