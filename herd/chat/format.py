@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from herd.chat.messages import Message, StopReason, ToolCall
 
-__all__ = ["ChatFormat", "Delta", "Rendered", "StreamParser", "ToolSpec"]
+__all__ = ["CallPart", "ChatFormat", "Delta", "Rendered", "StreamParser", "ToolSpec"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +40,25 @@ class Rendered:
 
 
 @dataclass(frozen=True, slots=True)
+class CallPart:
+    """More of a tool call that is not finished, the reply's `number`-th: its name first, then its arguments (JSON) in pieces."""
+
+    number: int
+    name: str | None = None
+    arguments: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
-    """One step of a reply: more text, a finished tool call, or the end. Exactly one field is set."""
+    """One step of a reply: more text, a finished tool call, or the end. Exactly one field is set.
+
+    `part` comes only of replies that a grammar holds to calls (`herd.chat.promised`), before the finished call itself.
+    """
 
     text: str | None = None
     tool_call: ToolCall | None = None
     stop_reason: StopReason | None = None
+    part: CallPart | None = None
 
 
 class StreamParser(Protocol):

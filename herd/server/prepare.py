@@ -18,6 +18,7 @@ from herd.chat.formats import format_named
 from herd.chat.infill import Infill
 from herd.chat.messages import Image, Message
 from herd.chat.params import Constraint, SamplingParams
+from herd.chat.promised import PromisedCalls
 from herd.chat.render import messages_from
 from herd.chat.reply import ReplyParser
 from herd.chat.toolspec import check_tools, tools_from
@@ -120,10 +121,11 @@ class Preparer:
         tools = () if chat.tool_choice == "none" else tools_from(chat.tools)
         rendered_ids, notes, truncated = self._rendered(format, messages, tools, chat, sampling)
         rules = self._rules(format, tools, chat, sampling)
+        form = chat.tool_choice == "auto" and any(sampling.get(name) for name in _FORMS)
         return _Prompt(
             rendered_ids,
             format.stop_ids,
-            lambda: _parser(format, tools, bool(rules)),
+            lambda: _parser(format, self._model.tokenizer, tools, rules, form),
             rules,
             notes,
             truncated,
@@ -234,11 +236,15 @@ def _strict(tool: Mapping[str, Any]) -> bool:
     return isinstance(function, Mapping) and function.get("strict") is True
 
 
-def _parser(format: ChatFormat, tools: Sequence[ToolSpec], ruled: bool) -> StreamParser:
+def _parser(
+    format: ChatFormat, tokenizer: Tokenizer, tools: Sequence[ToolSpec], rules: Mapping[str, Any], form: bool
+) -> StreamParser:
     """A parser of a reply, whose calls stand at its beginning when a grammar says so."""
     parser = format.parser(tools)
-    if ruled and isinstance(parser, ReplyParser):
+    if rules and isinstance(parser, ReplyParser):
         parser.leading_calls_only()
+        if not form:  # what begins like a call is one
+            return PromisedCalls(parser, tokenizer, [tool.name for tool in tools])
     return parser
 
 

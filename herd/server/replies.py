@@ -1,37 +1,53 @@
-"""Deltas of a reply as the pieces that are sent. No torch."""
+"""Deltas of a choice as the pieces that are sent. No torch."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import secrets
+from collections.abc import Sequence
 
 from herd.chat.format import Delta
 from herd.server.protocol import Piece, TokenInfo, ToolPiece
 
-__all__ = ["pieces_of"]
+__all__ = ["Teller"]
 
 
-def pieces_of(
-    call: str,
-    index: int,
-    deltas: Sequence[Delta],
-    tokens: tuple[TokenInfo, ...],
-    number: int,
-    new_id: Callable[[], str],
-) -> list[Piece]:
-    """What a step of choice `index` says; `number` tool calls were there before. The first piece tells the tokens."""
-    out: list[Piece] = []
-    for delta in deltas:
-        told, tokens = tokens, ()
-        if delta.text:
-            out.append(Piece(call, index, delta.text, None, told))
-        elif delta.tool_call is not None:
-            arguments = json.dumps(dict(delta.tool_call.arguments), ensure_ascii=False)
-            out.append(Piece(call, index, "", ToolPiece(number, new_id(), delta.tool_call.name), told))
-            out.append(Piece(call, index, "", ToolPiece(number, arguments=arguments)))
-            number += 1
-        else:
-            tokens = told
-    if tokens:
-        out.append(Piece(call, index, tokens=tokens))
-    return out
+class Teller:
+    """Makes pieces of the deltas of choice `index` of `call`. `calls` are its finished tool calls."""
+
+    def __init__(self, call: str, index: int) -> None:
+        self.calls = 0
+        self._call, self._index = call, index
+        self._told: dict[int, bool] = {}
+        """Numbers of calls whose name was told -> whether their arguments were, too."""
+
+    def pieces(self, deltas: Sequence[Delta], tokens: tuple[TokenInfo, ...]) -> list[Piece]:
+        """What a step says. The first piece tells the tokens."""
+        tools: list[tuple[str, ToolPiece | None]] = []
+        for delta in deltas:
+            if delta.text:
+                tools.append((delta.text, None))
+            elif delta.part is not None:
+                tools += self._part(delta.part.number, delta.part.name, delta.part.arguments)
+            elif delta.tool_call is not None:
+                number, self.calls = self.calls, self.calls + 1
+                if number not in self._told:
+                    tools += self._part(number, delta.tool_call.name, "")
+                if not self._told[number]:
+                    arguments = json.dumps(dict(delta.tool_call.arguments), ensure_ascii=False)
+                    tools += self._part(number, None, arguments)
+        if not tools:
+            return [Piece(self._call, self._index, tokens=tokens)] if tokens else []
+        text, tool = tools[0]
+        first = Piece(self._call, self._index, text, tool, tokens)
+        return [first, *(Piece(self._call, self._index, text, tool) for text, tool in tools[1:])]
+
+    def _part(self, number: int, name: str | None, arguments: str) -> list[tuple[str, ToolPiece | None]]:
+        out: list[tuple[str, ToolPiece | None]] = []
+        if name is not None:
+            self._told[number] = False
+            out.append(("", ToolPiece(number, f"call_{secrets.token_hex(12)}", name)))
+        if arguments:
+            self._told[number] = True
+            out.append(("", ToolPiece(number, arguments=arguments)))
+        return out

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
-import secrets
 import signal
 import socket
 import sys
@@ -50,7 +49,7 @@ from herd.server.protocol import (
     TokenInfo,
     Usage,
 )
-from herd.server.replies import pieces_of
+from herd.server.replies import Teller
 from herd.server.wire import HEADER, frame, split_header
 
 if TYPE_CHECKING:
@@ -209,7 +208,7 @@ class _Reading:
         self._lock = threading.Lock()
         self._tokenizer: Tokenizer | None = None
         self._prompt: tuple[int, ...] = ()
-        self._calls: dict[int, int] = {}
+        self._tellers: dict[int, Teller] = {}
 
     def begin(self, prepared: Prepared, tokenizer: Tokenizer) -> None:
         """What the events to come are about."""
@@ -234,10 +233,9 @@ class _Reading:
         """As `ChoiceReader.step`."""
         index = step.index
         if not self._only_prompt:
-            tokens = tuple(map(self._info, step.tokens))
-            for piece in pieces_of(self.call, index, step.deltas, tokens, self._calls.get(index, 0), _call_id):
+            teller = self._tellers.setdefault(index, Teller(self.call, index))
+            for piece in teller.pieces(step.deltas, tuple(map(self._info, step.tokens))):
                 self._say(piece)
-            self._calls[index] = self._calls.get(index, 0) + sum(d.tool_call is not None for d in step.deltas)
         if step.finish is not None:
             self._say(self._ended(step))
 
@@ -263,7 +261,7 @@ class _Reading:
             reason, detail = "length", "context_full"
         elif reason == "abort":
             reason, detail = "stop", "abort"
-        elif reason == "stop" and self._calls.get(step.index):
+        elif reason == "stop" and step.index in self._tellers and self._tellers[step.index].calls:
             reason = "tool_calls"
         assert reason in ("stop", "length", "tool_calls")
         return Ended(self.call, step.index, reason, detail, step.made)
@@ -294,10 +292,6 @@ def _behind() -> None:
     if sys.platform == "linux":  # where a thread has a priority of its own
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
-
-
-def _call_id() -> str:
-    return f"call_{secrets.token_hex(12)}"
 
 
 def _failure(call: str, error: BaseException) -> Failed:

@@ -70,7 +70,7 @@ def serving(settings: ServerSettings) -> Iterator[Live]:
         yield Live(url_of(listening), server._state, loop)
     finally:
         loop.call_soon_threadsafe(server.drain)
-        thread.join(30)
+        thread.join(LOADING_SECONDS)
         listening.close()
         assert not thread.is_alive(), "the server does not end"
         loop.close()
