@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="triton is for Linux")
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
 """Bytes of shared memory that a program may have, by compute capability (CUDA programming guide, technical specifications)."""
 
-SPILLED = {80: 512, 90: 0}
+SPILLED = {80: 64, 90: 0}
 """Bytes a thread may keep outside registers. Older devices have matrix units that read registers, and the tiles are sized for
 later ones: a spilled number is slower there, not wrong."""
 
