@@ -72,6 +72,11 @@ class Engine:
         self.runner = _runner(model, config) if runner is None else runner
         self._adapted = AdapterRunner(self.runner, self.adapters, deterministic=config.deterministic)
         self.sampler = Sampler()
+        if config.deterministic and not getattr(drafter, "same_tokens", True):
+            raise ConfigError(
+                "a draft model that follows the standard rule changes which reply a seed gives, and deterministic promises "
+                "that nothing does: make it with ModelDrafter(..., same_tokens=True)"
+            )
         self.speculation = None if drafter is None else Speculation(drafter, model.config)
         self.device = model.norm.weight.device
         self.cache = PagedCache(

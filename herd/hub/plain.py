@@ -19,8 +19,7 @@ from herd.errors import CheckpointError, HubError
 from herd.files import safe_join
 from herd.hub.cache import RepoCache
 from herd.hub.listing import Body, Digest, Listing, RemoteFile, digest_of
-from herd.hub.remote import body_from
-from herd.hub.web import Web
+from herd.hub.remote import WebSource, body_from
 
 __all__ = ["CHUNK", "FolderSource", "StaticSource", "manifest"]
 
@@ -31,16 +30,8 @@ CHUNK = 4 << 20
 _LINE = re.compile(r"(?P<digest>[0-9a-fA-F]{32}|[0-9a-fA-F]{64}) [ *](?P<name>.+)")
 
 
-class StaticSource:
+class StaticSource(WebSource):
     """A folder tree behind a web server: no listing, no commits, only files. A `herd.hub.listing.Source`."""
-
-    def __init__(self, endpoint: str, web: Web) -> None:
-        self._endpoint, self._web = endpoint, web
-
-    @property
-    def where(self) -> str:
-        """The mirror's address."""
-        return self._endpoint
 
     def listing(self, repo: str, revision: str) -> Listing:
         """The files of the mirror's manifest."""

@@ -18,22 +18,26 @@ from herd.hub.cache import COMMIT
 from herd.hub.listing import Body, Listing, RemoteFile, digest_of
 from herd.hub.web import Web
 
-__all__ = ["SEGMENT", "HubSource", "body_from"]
+__all__ = ["SEGMENT", "HubSource", "WebSource", "body_from"]
 
 SEGMENT = 32 << 30
 """Bytes asked for at once; an answer ends at a multiple of it. Content networks give one plain request no more than 50 GB."""
 
 
-class HubSource:
-    """A `herd.hub.listing.Source` over HTTP(S)."""
+class WebSource:
+    """What sources behind an address share."""
 
     def __init__(self, endpoint: str, web: Web) -> None:
         self._endpoint, self._web = endpoint, web
 
     @property
     def where(self) -> str:
-        """The hub's address."""
+        """The address of the hub or mirror."""
         return self._endpoint
+
+
+class HubSource(WebSource):
+    """A `herd.hub.listing.Source` over HTTP(S)."""
 
     def listing(self, repo: str, revision: str) -> Listing:
         """What the hub lists. HubError with the cause "mirror" when the answer is not a hub's."""

@@ -315,3 +315,11 @@ def test_pieces_must_be_the_same() -> None:
     ):
         with pytest.raises(ConfigError, match=why):
             check_vocabularies(ours, other)  # type: ignore[arg-type]
+
+
+def test_deterministic_refuses_guesses_that_change_replies() -> None:
+    config = EngineConfig(blocks=16, max_len=64, deterministic=True)
+    with pytest.raises(ConfigError, match="same_tokens=True"):
+        Engine(build("llama-3"), config, drafter=ModelDrafter(build("llama-3")))
+    for drafter in (ModelDrafter(build("llama-3"), same_tokens=True), NgramDrafter()):
+        Engine(build("llama-3"), config, drafter=drafter)
