@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -436,3 +438,13 @@ def test_random_lives() -> None:
 @pytest.mark.slow
 def test_two_thousand_random_lives() -> None:
     _lives(40, 2000)
+
+
+def test_starting_imports_no_compiler() -> None:
+    """torch's compiler and sympy are a second and 80 MB of every start, and nothing on a CPU needs them."""
+    code = (
+        "import sys, herd.engine.llm, herd.checkpoint.load, herd.cli.run; "
+        "sys.exit(', '.join(sorted({'torch._dynamo', 'sympy', 'triton'} & set(sys.modules))) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
