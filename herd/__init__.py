@@ -32,8 +32,8 @@ _HOME = {
     "load": "herd.checkpoint.load",
     "load_tokenizer": "herd.checkpoint.vocabulary",
     "plan": "herd.planning.plan",
-    "quantize": "herd.convert.quantize",
     "pull": "herd.hub.pull",
+    "quantize": "herd.convert.quantize",
     "render": "herd.chat.render",
     "verify": "herd.convert.verify",
 }

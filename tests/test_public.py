@@ -10,7 +10,7 @@ import pytest
 
 import herd
 
-TORCH_FREE = sorted(set(herd.__all__) - {"LLM", "Llama", "generate", "load", "verify"})
+TORCH_FREE = sorted(set(herd.__all__) - {"LLM", "Llama", "generate", "load", "quantize", "verify"})
 
 
 def test_the_list_is_what_it_was_meant_to_be() -> None:
@@ -39,6 +39,7 @@ def test_the_list_is_what_it_was_meant_to_be() -> None:
         "load_tokenizer",
         "plan",
         "pull",
+        "quantize",
         "render",
         "verify",
     ]
