@@ -5,9 +5,9 @@
 namespace herd::HERD_ISA {
 
 // Piece and strip `i` (ACT_GROUP columns) of silu(x @ w1^T) * (x @ w3^T), for rows that begin at row `at` of `to` and `floats`:
-// quantized for w2 as soon as it is complete, or left as floats [.., hidden] where w2 is plain.
-inline void gate_strip(const Matrix& w1, const Matrix& w3, bool bytes, int64_t i, const Inputs& all, int64_t rows, int64_t at, const Acts& to, float* floats, float* spare) {
-    const int64_t size = piece_rows(all.acts, rows), strips = strips_of(w1), first = i / strips * size;
+// put into the form that w2 reads as soon as it is complete, or left as floats [.., hidden].
+inline void gate_strip(const Matrix& w1, const Matrix& w3, Form form, int64_t i, const Inputs& all, int64_t rows, int64_t at, const Acts& to, float* floats, float* spare) {
+    const int64_t size = piece_rows(all, rows), strips = strips_of(w1), first = i / strips * size;
     const int64_t begin = i % strips * ACT_GROUP, n = w1.rows - begin < ACT_GROUP ? w1.rows - begin : ACT_GROUP;
     const int64_t count = rows - first < size ? rows - first : size;
     const Inputs in = all.from(first);
@@ -19,26 +19,26 @@ inline void gate_strip(const Matrix& w1, const Matrix& w3, bool bytes, int64_t i
     for (int64_t r = 0; r < count; ++r) {
         float* x = a + r * ACT_GROUP;
         gate(x, b + r * ACT_GROUP, n);
-        if (bytes) quantize(x, to, at + first + r, begin, n);
+        if (form != FLOATS) take_row(form, x, to, at + first + r, begin, n);
         else std::memcpy(floats + (at + first + r) * w1.rows + begin, x, n * sizeof(float));
     }
 }
 
 // b.out [rows, dim] = w2(gate(in))
 inline void feed_dense(const Layer& l, const Buffers& b, const Inputs& in, int64_t rows, float* spare) {
-    const Inputs gated{b.gated, shaped(b.wide, l.w1.rows)};
-    const bool bytes = quantized(l.w2);
+    const Inputs gated{b.gated, shaped(b.wide, l.w1.rows), form_of(l.w2)};
     #pragma omp for schedule(static)
-    for (int64_t i = 0; i < pieces(in.acts, rows) * strips_of(l.w1); ++i)
-        gate_strip(l.w1, l.w3, bytes, i, in, rows, 0, gated.acts, b.gated, spare);
+    for (int64_t i = 0; i < pieces(in, rows) * strips_of(l.w1); ++i)
+        gate_strip(l.w1, l.w3, gated.form, i, in, rows, 0, gated.acts, b.gated, spare);
     #pragma omp for schedule(static)
-    for (int64_t i = 0; i < pieces(gated.acts, rows) * panels(l.w2); ++i) product_piece(l.w2, i, gated, rows, b.out, spare);
+    for (int64_t i = 0; i < pieces(gated, rows) * panels(l.w2); ++i) product_piece(l.w2, i, gated, rows, b.out, spare);
 }
 
 // b.out [rows, dim] += the routed experts' outputs: inputs are scaled by their scores, gathered by expert, and put back.
 inline void feed_experts(const Layer& l, const Buffers& b, int64_t rows, int64_t dim, float* spare) {
     const int64_t k = l.top_k, hidden = l.experts[0].rows;
-    const Inputs scaled{b.scaled, shaped(b.narrow, dim)}, gated{b.gated, shaped(b.wide, hidden)};
+    const Inputs scaled{b.scaled, shaped(b.narrow, dim), form_of(l.experts[0], l.experts[2])};
+    const Inputs gated{b.gated, shaped(b.wide, hidden), form_of(l.experts[1])};
     #pragma omp for schedule(static)
     for (int64_t r = 0; r < rows; ++r) {
         float* logits = b.logits + r * l.n_experts;
@@ -46,20 +46,20 @@ inline void feed_experts(const Layer& l, const Buffers& b, int64_t rows, int64_t
         choose(logits, l.n_experts, k, b.chosen + r * k, b.score + r * k);
     }
     #pragma omp single
-    sort_rows(b, rows, l, scaled.acts, gated.acts);
+    sort_rows(b, rows, l, scaled, gated);
     #pragma omp for schedule(static)
     for (int64_t i = 0; i < rows * k; ++i) {
         float* x = b.scaled + b.place[i] * dim;
         const float* from = b.normed + i / k * dim;
         for (int64_t j = 0; j < dim; ++j) x[j] = from[j] * b.score[i];
-        if (quantized(l.experts[0]) || quantized(l.experts[2])) quantize(x, scaled.acts, b.place[i], 0, dim);
+        take_row(scaled.form, x, scaled.acts, b.place[i], 0, dim);
     }
     #pragma omp for schedule(dynamic)
     for (int64_t j = 0; j < *b.n_up; ++j) {
         const Job job = b.up[j];
         const int64_t at = b.begin[job.expert], n = b.begin[job.expert + 1] - at;
         const Matrix* w = l.experts + 3 * job.expert;
-        gate_strip(w[0], w[2], quantized(w[1]), job.part, scaled.from(at), n, at, gated.acts, b.gated, spare);
+        gate_strip(w[0], w[2], gated.form, job.part, scaled.from(at), n, at, gated.acts, b.gated, spare);
     }
     #pragma omp for schedule(dynamic, 4)
     for (int64_t j = 0; j < *b.n_down; ++j) {

@@ -33,8 +33,8 @@ template <typename Call> inline void by_kind(int64_t kind, const Call& f) {
 inline void self_attention(const Model& m, const Layer& l, const Step& s, const Buffers& b, int64_t index, float* spare) {
     const int64_t T = s.rows, D = m.dim, Q = m.n_heads * m.head_dim, KV = m.n_kv_heads * m.head_dim, group = m.n_heads / m.n_kv_heads;
     float* scales[2] = {s.k_scale ? s.k_scale[index] : nullptr, s.v_scale ? s.v_scale[index] : nullptr};
-    const Inputs in{b.normed, shaped(b.narrow, D)};
-    const int64_t n = pieces(in.acts, T), nq = n * panels(l.wq), nk = n * panels(l.wk), nv = n * panels(l.wv);
+    const Inputs in{b.normed, shaped(b.narrow, D), form_of(l.wq, l.wk, l.wv)};
+    const int64_t n = pieces(in, T), nq = n * panels(l.wq), nk = n * panels(l.wk), nv = n * panels(l.wv);
     #pragma omp for schedule(static)
     for (int64_t i = 0; i < nq + nk + nv; ++i) {
         if (i < nq) product_piece(l.wq, i, in, T, b.q, spare);
@@ -69,17 +69,17 @@ inline void self_attention(const Model& m, const Layer& l, const Step& s, const 
             head, heads, b.q + at, b.normed + at, Q, t.rows, group, t.position, l.chunk, 1.0f / root(float(m.head_dim))};
         by_kind(s.kv_kind, [&]<int KIND>() { attend<KIND>(asked, spare); });
     }
-    const Inputs seen{b.normed, shaped(b.narrow, Q)};
-    if (quantized(l.wo)) {
+    const Inputs seen{b.normed, shaped(b.narrow, Q), form_of(l.wo)};
+    if (seen.form != FLOATS) {
         #pragma omp for schedule(static)
-        for (int64_t r = 0; r < T; ++r) quantize(b.normed + r * Q, seen.acts, r, 0, Q);
+        for (int64_t r = 0; r < T; ++r) take_row(seen.form, b.normed + r * Q, seen.acts, r, 0, Q);
     }
     #pragma omp for schedule(static)
-    for (int64_t i = 0; i < pieces(seen.acts, T) * panels(l.wo); ++i) product_piece(l.wo, i, seen, T, b.out, spare);
+    for (int64_t i = 0; i < pieces(seen, T) * panels(l.wo); ++i) product_piece(l.wo, i, seen, T, b.out, spare);
 }
 
-// x += b.out where there is something to add; then the normalised rows, quantized where one of their readers is.
-inline void norm_rows(const Model& m, const Step& s, const Buffers& b, bool add, const float* weight, bool bytes) {
+// x += b.out where there is something to add; then the normalised rows, also in the form that their readers want.
+inline void norm_rows(const Model& m, const Step& s, const Buffers& b, bool add, const float* weight, Form form) {
     const Acts acts = shaped(b.narrow, m.dim);
     #pragma omp for schedule(static)
     for (int64_t r = 0; r < s.rows; ++r) {
@@ -87,7 +87,7 @@ inline void norm_rows(const Model& m, const Step& s, const Buffers& b, bool add,
         if (add)
             for (int64_t i = 0; i < m.dim; ++i) x[i] += b.out[r * m.dim + i];
         rms_norm(x, weight, m.dim, float(m.norm_eps), y);
-        if (bytes) quantize(y, acts, r, 0, m.dim);
+        take_row(form, y, acts, r, 0, m.dim);
     }
 }
 
@@ -97,10 +97,10 @@ inline void forward(const Model& m, const Step& s, const Buffers& b) {
         float* spare = b.spare + thread_number() * b.spare_floats;
         for (int64_t index = s.first_layer; index < s.last_layer; ++index) {
             const Layer& l = m.layers[index];
-            norm_rows(m, s, b, index > s.first_layer, l.attention_norm, quantized(l.wq) || quantized(l.wk) || quantized(l.wv));
+            norm_rows(m, s, b, index > s.first_layer, l.attention_norm, form_of(l.wq, l.wk, l.wv));
             self_attention(m, l, s, b, index, spare);
-            norm_rows(m, s, b, true, l.ffn_norm, quantized(l.w1) || quantized(l.w3));
-            feed_dense(l, b, {b.normed, shaped(b.narrow, m.dim)}, s.rows, spare);
+            norm_rows(m, s, b, true, l.ffn_norm, form_of(l.w1, l.w3));
+            feed_dense(l, b, {b.normed, shaped(b.narrow, m.dim), form_of(l.w1, l.w3)}, s.rows, spare);
             if (l.n_experts) feed_experts(l, b, s.rows, m.dim, spare);
         }
         #pragma omp for schedule(static)

@@ -19,6 +19,7 @@ namespace scalar { extern const Api api; }
 #if defined(__x86_64__)
 namespace avx2 { extern const Api api; }
 namespace avx512 { extern const Api api; }
+namespace avx512bf16 { extern const Api api; }
 #elif defined(__aarch64__)
 namespace neon { extern const Api api; }
 #endif
@@ -43,8 +44,10 @@ const Api* offered(const char* name) {
     __builtin_cpu_init();
     if (!std::strcmp(name, "avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
         return &avx2::api;
-    if (!std::strcmp(name, "avx512") && __builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512vnni"))
-        return &avx512::api;
+    if (__builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512vnni")) {
+        if (!std::strcmp(name, "avx512")) return &avx512::api;
+        if (!std::strcmp(name, "avx512bf16") && __builtin_cpu_supports("avx512bf16")) return &avx512bf16::api;
+    }
 #elif defined(__aarch64__)
     if (!std::strcmp(name, "neon") && has_dot_products()) return &neon::api;
 #endif

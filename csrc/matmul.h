@@ -7,16 +7,17 @@ namespace herd::HERD_ISA {
 // y [rows, m.rows] = x [rows, m.cols] @ m^T
 inline void matmul(const Matrix& m, const float* x, int64_t rows, float* y, const MatmulBuffers& b) {
     const Acts acts = shaped(b.acts, m.cols);
-    const Inputs in{x, acts};
+    const Form form = form_of(m);
+    const Inputs in{x, acts, form};
     #pragma omp parallel num_threads(b.threads)
     {
         float* spare = b.spare + thread_number() * b.spare_floats;
-        if (quantized(m)) {
+        if (form != FLOATS) {
             #pragma omp for schedule(static)
-            for (int64_t r = 0; r < rows; ++r) quantize(x + r * m.cols, acts, r, 0, m.cols);
+            for (int64_t r = 0; r < rows; ++r) take_row(form, x + r * m.cols, acts, r, 0, m.cols);
         }
         #pragma omp for schedule(static)
-        for (int64_t i = 0; i < pieces(acts, rows) * panels(m); ++i) product_piece(m, i, in, rows, y, spare);
+        for (int64_t i = 0; i < pieces(in, rows) * panels(m); ++i) product_piece(m, i, in, rows, y, spare);
     }
 }
 

@@ -6,18 +6,37 @@ namespace herd::HERD_ISA {
 
 inline bool quantized(const Matrix& m) { return m.format != F32 && m.format != F16 && m.format != BF16; }
 
+// Rows that several matrices read are in one form beside floats: bytes if any is quantized, and then bfloat16 reads the floats.
+template <typename... M> inline Form form_of(const M&... m) {
+    if ((quantized(m) || ...)) return BYTES;
+#ifdef HERD_BRAINS
+    if (((m.format == BF16) || ...)) return BRAINS;
+#endif
+    return FLOATS;
+}
+
 inline int64_t panels(const Matrix& m) { return (m.rows + PANEL - 1) / PANEL; }
 
 inline Acts shaped(const Acts& storage, int64_t columns) { return {storage.data, columns, record_stride(columns)}; }
 
-// Rows that a product reads, in both forms; `acts` is filled only where a matrix that reads them is quantized.
+// Rows that a product reads: floats (filled unless BRAINS is what the only reader wants), and `acts` in `form`.
 struct Inputs {
     const float* x;
     Acts acts;
+    Form form;
     Inputs from(int64_t row) const {
-        return {x + row * acts.columns, {acts.data + row * acts.stride, acts.columns, acts.stride}};
+        return {x + row * acts.columns, {acts.data + row * acts.stride, acts.columns, acts.stride}, form};
     }
 };
+
+// Rows [first, last) of a plain m: y [rows, stride], the first of them at y.
+inline void plain(const Matrix& m, int64_t first, int64_t last, const Inputs& in, int64_t rows, float* y, int64_t stride) {
+#ifdef HERD_BRAINS
+    if (m.format == BF16 && in.form == BRAINS)
+        return plain_rows_of<Paired>(m, first, last, in.acts.data, in.acts.stride, rows, y, stride);
+#endif
+    plain_rows(m, first, last, in.x, rows, y, stride);
+}
 
 inline void panel_of(int64_t format, const uint8_t* w, const Acts& a, int64_t rows, float* y, int64_t stride) {
     switch (format) {
@@ -29,14 +48,16 @@ inline void panel_of(int64_t format, const uint8_t* w, const Acts& a, int64_t ro
     }
 }
 
-inline int64_t pieces(const Acts& a, int64_t rows) {
-    const int64_t n = PIECE / a.stride / MIN_PIECE * MIN_PIECE, most = n < MIN_PIECE ? MIN_PIECE : n > MAX_PIECE ? MAX_PIECE : n;
+// Plain weights meet inputs in tiles so large that these may come from the third-level cache.
+inline int64_t pieces(const Inputs& in, int64_t rows) {
+    const int64_t n = in.form == BYTES ? PIECE / in.acts.stride / MIN_PIECE * MIN_PIECE : MAX_PIECE;
+    const int64_t most = n < MIN_PIECE ? MIN_PIECE : n > MAX_PIECE ? MAX_PIECE : n;
     return (rows + most - 1) / most;
 }
 
 // Pieces are of one size but for a few rows: threads that take the same number of them are done at the same time.
-inline int64_t piece_rows(const Acts& a, int64_t rows) {
-    const int64_t n = pieces(a, rows);
+inline int64_t piece_rows(const Inputs& in, int64_t rows) {
+    const int64_t n = pieces(in, rows);
     return n ? ((rows + n - 1) / n + PIECE_STEP - 1) / PIECE_STEP * PIECE_STEP : PIECE_STEP;
 }
 
@@ -44,16 +65,16 @@ inline int64_t piece_rows(const Acts& a, int64_t rows) {
 // too if there is room for them, and otherwise go by way of `spare` [rows, PANEL].
 inline void product(const Matrix& m, int64_t p, const Inputs& in, int64_t rows, float* y, int64_t stride, float* spare) {
     const int64_t first = p * PANEL, n = m.rows - first < PANEL ? m.rows - first : PANEL;
-    if (!quantized(m)) return plain_rows(m, first, first + n, in.x, rows, y, stride);
+    if (!quantized(m)) return plain(m, first, first + n, in, rows, y, stride);
     const uint8_t* w = m.data + p * panel_bytes(int(m.format), m.cols);
     if (n == PANEL || !spare) return panel_of(m.format, w, in.acts, rows, y, stride);
     panel_of(m.format, w, in.acts, rows, spare, PANEL);
     for (int64_t r = 0; r < rows; ++r) std::memcpy(y + r * stride, spare + r * PANEL, n * sizeof(float));
 }
 
-// Piece and panel `i` of y [rows, m.rows] = inputs @ m^T; there are pieces(in.acts, rows) * panels(m).
+// Piece and panel `i` of y [rows, m.rows] = inputs @ m^T; there are pieces(in, rows) * panels(m).
 inline void product_piece(const Matrix& m, int64_t i, const Inputs& in, int64_t rows, float* y, float* spare) {
-    const int64_t size = piece_rows(in.acts, rows), first = i / panels(m) * size, p = i % panels(m);
+    const int64_t size = piece_rows(in, rows), first = i / panels(m) * size, p = i % panels(m);
     const int64_t n = rows - first < size ? rows - first : size;
     product(m, p, in.from(first), n, y + first * m.rows + p * PANEL, m.rows, spare);
 }

@@ -24,7 +24,7 @@ inline void choose(const float* logits, int64_t experts, int64_t k, int64_t* cho
 inline int64_t strips_of(const Matrix& m) { return (m.rows + ACT_GROUP - 1) / ACT_GROUP; }
 
 // Places of rows x k in the order of their experts, and the work that follows: strips of w1 and w3, panels of w2, in pieces.
-inline void sort_rows(const Buffers& b, int64_t rows, const Layer& l, const Acts& in, const Acts& gated) {
+inline void sort_rows(const Buffers& b, int64_t rows, const Layer& l, const Inputs& in, const Inputs& gated) {
     const int64_t experts = l.n_experts, k = l.top_k;
     for (int64_t e = 0; e <= experts; ++e) b.begin[e] = 0;
     for (int64_t i = 0; i < rows * k; ++i) ++b.begin[b.chosen[i] + 1];

@@ -90,6 +90,26 @@ inline void quantize(const float* x, const Acts& a, int64_t row, int64_t begin, 
     }
 }
 
+// The same columns as bfloat16, in the place of records, which are as long; zeros to the end of the last one.
+inline void round_row(const float* x, const Acts& a, int64_t row, int64_t begin, int64_t n) {
+    uint16_t* to = reinterpret_cast<uint16_t*>(a.data + row * a.stride) + begin;
+    int64_t i = 0;
+    for (; i + L <= n; i += L) V::store_brains(to + i, V::load(x + i));
+    if (i == n && n % GROUP == 0) return;
+    float rest[GROUP] = {};
+    std::memcpy(rest, x + i, (n - i) * sizeof(float));
+    for (int64_t j = 0; j < (n + GROUP - 1) / GROUP * GROUP - i; j += L) V::store_brains(to + i + j, V::load(rest + j));
+}
+
+// What a matrix reads its inputs as.
+enum Form { FLOATS, BYTES, BRAINS };
+
+// Columns [begin, begin + n) of a row in the form that its readers want, beside the floats themselves.
+inline void take_row(Form form, const float* x, const Acts& a, int64_t row, int64_t begin, int64_t n) {
+    if (form == BYTES) quantize(x, a, row, begin, n);
+    if (form == BRAINS) round_row(x, a, row, begin, n);
+}
+
 // a = silu(a) * b
 inline void gate(float* a, const float* b, int64_t n) {
     int64_t i = 0;

@@ -93,7 +93,7 @@ int64_t lay_out(const Matrix& m, int64_t rows, int threads, uint8_t* base, Matmu
     Arena arena(base);
     b.threads = threads;
     b.normed = arena.take<float>(head ? rows * m.cols : 0);
-    b.acts = take_acts(arena, plain(m) ? 0 : rows, m.cols);
+    b.acts = take_acts(arena, m.format == F32 || m.format == F16 ? 0 : rows, m.cols);
     b.spare_floats = std::min(rows, MAX_PIECE) * PANEL;
     b.spare = arena.take<float>(threads * b.spare_floats);
     return arena.used();

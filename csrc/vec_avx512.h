@@ -1,4 +1,4 @@
-// AVX-512 with VNNI: 16 lanes.
+// AVX-512 with VNNI: 16 lanes; with BF16 also products of bfloat16.
 #pragma once
 #include <immintrin.h>
 #include <cstdint>
@@ -64,6 +64,11 @@ struct V {
     static I plus(I a, I b) { return _mm512_add_epi32(a, b); }
     static I flip(I a) { return a; }
     static I dot(I acc, I w, int32_t x) { return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(x)); }
+#ifdef HERD_BRAINS
+    using B = __m512bh;
+    static B pairs(const uint8_t* p) { return B(_mm512_loadu_si512(p)); }
+    static F dot_pairs(F acc, B a, B b) { return _mm512_dpbf16_ps(acc, a, b); }
+#endif
     static void round8(const float* x, float inverse, int8_t* q) {
         const __m512i n = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x), _mm512_set1_ps(inverse)));
         _mm_storeu_si128(reinterpret_cast<__m128i*>(q), _mm512_cvtsepi32_epi8(n));
