@@ -7,14 +7,13 @@ namespace herd::HERD_ISA {
 // y [rows, m.rows] = x [rows, m.cols] @ m^T
 inline void matmul(const Matrix& m, const float* x, int64_t rows, float* y, const MatmulBuffers& b) {
     const Acts acts = shaped(b.acts, m.cols);
-    const Form form = form_of(m);
-    const Inputs in{x, acts, form};
+    const Inputs in{x, acts, form_of(m)};
     #pragma omp parallel num_threads(b.threads)
     {
         float* spare = b.spare + thread_number() * b.spare_floats;
-        if (form != FLOATS) {
+        if (in.form != FLOATS) {
             #pragma omp for schedule(static)
-            for (int64_t r = 0; r < rows; ++r) take_row(form, x + r * m.cols, acts, r, 0, m.cols);
+            for (int64_t r = 0; r < rows; ++r) take_row(in.form, x + r * m.cols, acts, r, 0, m.cols);
         }
         #pragma omp for schedule(static)
         for (int64_t i = 0; i < pieces(in, rows) * panels(m); ++i) product_piece(m, i, in, rows, y, spare);
@@ -25,7 +24,7 @@ inline void matmul(const Matrix& m, const float* x, int64_t rows, float* y, cons
 inline void head(const Head& h, const float* x, const int64_t* index, int64_t rows, float* y, const MatmulBuffers& b) {
     const Matrix& m = h.output;
     const Acts acts = shaped(b.acts, m.cols);
-    const Inputs in{b.normed, acts};
+    const Inputs in{b.normed, acts, form_of(m)};
     #pragma omp parallel num_threads(b.threads)
     {
         float* spare = b.spare + thread_number() * b.spare_floats;
@@ -33,10 +32,10 @@ inline void head(const Head& h, const float* x, const int64_t* index, int64_t ro
         for (int64_t r = 0; r < rows; ++r) {
             float* row = b.normed + r * m.cols;
             rms_norm(x + index[r] * m.cols, h.norm, m.cols, float(h.norm_eps), row);
-            if (quantized(m)) quantize(row, acts, r, 0, m.cols);
+            take_row(in.form, row, acts, r, 0, m.cols);
         }
         #pragma omp for schedule(static)
-        for (int64_t i = 0; i < pieces(acts, rows) * panels(m); ++i) product_piece(m, i, in, rows, y, spare);
+        for (int64_t i = 0; i < pieces(in, rows) * panels(m); ++i) product_piece(m, i, in, rows, y, spare);
     }
 }
 

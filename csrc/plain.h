@@ -42,7 +42,6 @@ struct Paired {
     static X input(const uint8_t* p) { return V::pairs(p); }
     static F add(F a, W w, X x) { return V::dot_pairs(a, w, x); }
     static float rest(float sum, const uint8_t* w, const uint8_t* x, int64_t from, int64_t n) {
-        if (from == n) return sum;
         alignas(64) uint8_t last[STEP * WIDTH] = {};
         std::memcpy(last, w + from * WIDTH, (n - from) * WIDTH);
         return sum + V::sum(add(V::zero(), weight(last), input(x + from * INPUT)));
@@ -50,12 +49,11 @@ struct Paired {
 };
 #endif
 
-// R rows of weights from w, T rows of inputs from x. AHEAD: the next R rows are fetched meanwhile, line by line as they lie in
-// memory; the processor's own prefetching stops at every page, which is a row.
-template <typename P, int R, int T, bool AHEAD>
-void plain_tile(const uint8_t* w, int64_t n, const uint8_t* x, int64_t x_stride, float* y, int64_t stride) {
+// R rows of weights from w, T rows of inputs from x. Meanwhile FETCH rows of later weights at `later` are fetched, line by line as
+// they lie in memory: the processor's own prefetching stops at every page, which is a row.
+template <typename P, int R, int T, int FETCH>
+void plain_tile(const uint8_t* w, const uint8_t* later, int64_t n, const uint8_t* x, int64_t x_stride, float* y, int64_t stride) {
     const int64_t w_stride = n * P::WIDTH;
-    const uint8_t* next = w + R * w_stride;
     constexpr int N = R * T, WHOLE = (N + L - 1) / L * L;
     F a[WHOLE];
     for (int j = 0; j < WHOLE; ++j) a[j] = V::zero();
@@ -63,10 +61,10 @@ void plain_tile(const uint8_t* w, int64_t n, const uint8_t* x, int64_t x_stride,
     for (; i + P::STEP <= n; i += P::STEP) {
         typename P::W e[R];
         for (int r = 0; r < R; ++r) e[r] = P::weight(w + r * w_stride + i * P::WIDTH);
-        if constexpr (AHEAD) {
-            constexpr int BYTES = R * P::STEP * P::WIDTH;
-            for (int b = 0; b < (BYTES < 64 ? 64 : BYTES); b += 64) __builtin_prefetch(next + b, 0, 2);
-            next += BYTES;
+        if constexpr (FETCH > 0) {
+            constexpr int BYTES = FETCH * P::STEP * P::WIDTH;
+            for (int b = 0; b < (BYTES < 64 ? 64 : BYTES); b += 64) __builtin_prefetch(later + b, 0, 2);
+            later += BYTES;
         }
         for (int t = 0; t < T; ++t) {
             const typename P::X f = P::input(x + t * x_stride + i * P::INPUT);
@@ -75,25 +73,37 @@ void plain_tile(const uint8_t* w, int64_t n, const uint8_t* x, int64_t x_stride,
     }
     alignas(64) float sum[WHOLE];
     for (int j = 0; j < WHOLE; j += L) V::store(sum + j, V::sums(a + j));
-    for (int j = 0; j < N; ++j) y[j / R * stride + j % R] = P::rest(sum[j], w + j % R * w_stride, x + j / R * x_stride, i, n);
+    if (i < n)
+        for (int j = 0; j < N; ++j) sum[j] = P::rest(sum[j], w + j % R * w_stride, x + j / R * x_stride, i, n);
+    for (int t = 0; t < T; ++t) std::memcpy(y + t * stride, sum + t * R, R * sizeof(float));
 }
 
-// R rows of weights for tokens [0, rows), as many as registers hold at a time. Later tiles find the weights in the cache.
-template <typename P, int R, int T, bool AHEAD = true>
-void plain_tokens(const uint8_t* w, int64_t n, const uint8_t* x, int64_t x_stride, int64_t rows, float* y, int64_t stride) {
-    if (rows >= T) {
-        plain_tile<P, R, T, AHEAD>(w, n, x, x_stride, y, stride);
-        for (rows -= T; rows >= T; rows -= T) {
-            x += T * x_stride;
-            y += T * stride;
-            plain_tile<P, R, T, false>(w, n, x, x_stride, y, stride);
-        }
-        x += T * x_stride;
-        y += T * stride;
-        if constexpr (T > 1) plain_tokens<P, R, T - 1, false>(w, n, x, x_stride, rows, y, stride);
-    } else if constexpr (T > 1) {
-        plain_tokens<P, R, T - 1, AHEAD>(w, n, x, x_stride, rows, y, stride);
+// R rows of weights for the last tokens, fewer than T.
+template <typename P, int R, int T, int FETCH>
+void plain_last(const uint8_t* w, const uint8_t* later, int64_t n, const uint8_t* x, int64_t x_stride, int64_t rows, float* y, int64_t stride) {
+    if constexpr (T > 1) {
+        if (rows == T - 1) return plain_tile<P, R, T - 1, FETCH>(w, later, n, x, x_stride, y, stride);
+        plain_last<P, R, T - 1, FETCH>(w, later, n, x, x_stride, rows, y, stride);
     }
+}
+
+// R rows of weights for tokens [0, rows), T at a time, who find them in the cache from the second time on. The next R rows are fetched
+// during the first tile, or, where there are many, a row during each: too many requests at once would hold up what is needed now.
+template <typename P, int R, int T>
+void plain_tokens(const uint8_t* w, int64_t n, const uint8_t* x, int64_t x_stride, int64_t rows, float* y, int64_t stride) {
+    const int64_t row = n * P::WIDTH;
+    const uint8_t* later = w + R * row;
+    if (rows < T) return plain_last<P, R, T, R>(w, later, n, x, x_stride, rows, y, stride);
+    int64_t t = 0;
+    if (rows < R * T) {
+        plain_tile<P, R, T, R>(w, later, n, x, x_stride, y, stride);
+        t = T;
+    } else {
+        for (int r = 0; r < R; ++r, t += T)
+            plain_tile<P, R, T, 1>(w, later + r * row, n, x + t * x_stride, x_stride, y + t * stride, stride);
+    }
+    for (; rows - t >= T; t += T) plain_tile<P, R, T, 0>(w, w, n, x + t * x_stride, x_stride, y + t * stride, stride);
+    plain_last<P, R, T, 0>(w, w, n, x + t * x_stride, x_stride, rows - t, y + t * stride, stride);
 }
 
 template <typename P>
@@ -105,7 +115,7 @@ void plain_rows_of(const Matrix& m, int64_t first, int64_t last, const uint8_t* 
     auto go = [&]<int N, int M>() {
         for (; last - r >= N; r += N, w += N * row, y += N) plain_tokens<P, N, M>(w, m.cols, x, x_stride, rows, y, stride);
     };
-    if (rows == 1) go.template operator()<4, 1>();
+    if (rows == 1) go.template operator()<4, 1>();  // one row at a time would wait for its own additions
     go.template operator()<R, T>();
     go.template operator()<1, T>();
 }

@@ -29,11 +29,11 @@ from herd.quant.linear import QuantExperts, QuantLinear
 
 __all__ = ["MANY_ROWS", "NativeRunner", "StepwiseRunner", "runner_for", "unsupported"]
 
-MANY_ROWS = {torch.float32: 32, torch.bfloat16: 8}
-"""Rows of a step from which on torch (oneDNN) multiplies plain weights of this dtype faster than the library, which reads them
-row by row. In float16 it never does. Measured on one core with AVX512-BF16, a matrix of 8192 x 2048, library against torch:
-float32 24 against 22 ms at 24 rows, 55 against 39 at 64; bfloat16 9.4 against 3.8 at 8 rows; float16 8.7 against 13 at 8 rows,
-102 against 185 at 128."""
+MANY_ROWS = 8
+"""Rows of a step from which on torch multiplies bfloat16 weights on a processor with AMX, whose tiles the library does not use
+(by their rates on paper, not measured). On others nothing is gained: a prompt of 512 through Llama 3.2 1B in bfloat16 takes
+3.02 s in the library and 2.93 s in torch on two cores with AVX512-BF16; in float32 products take the same time within a tenth,
+and in float16 torch needs four times as long."""
 
 _PLAIN = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -135,17 +135,22 @@ class StepwiseRunner:
 def runner_for(model: Llama, *, deterministic: bool = False) -> Runner:
     """The fastest runner for `model`: native on a CPU where the library can run it, torch otherwise.
 
-    With quantized matrices every step is native, and the same tokens give the same bits in any batch and any split. With plain
-    float32 or bfloat16 weights torch reads prompts faster, so steps of MANY_ROWS go there, and results differ with the batch: in
-    the last bits of float32, or of bfloat16, in which torch then computes (`StepwiseRunner`). `deterministic` uses the native
-    kernels alone, where there are any.
+    Native steps give the same tokens the same bits in any batch and any split. Only on a processor with AMX do steps of MANY_ROWS
+    with plain bfloat16 weights go through torch, and results differ in the last bits with the batch (`StepwiseRunner`);
+    `deterministic` uses the native kernels alone there, too.
     """
     if unsupported(model) is not None:
         return TorchRunner(model)
     runner = NativeRunner(model)
+    if deterministic or not _torch_has_tiles() or kind_of(model) is not None:
+        return runner
     first = model.get_submodule("layers.0.attention.wq")
-    many = MANY_ROWS.get(first.weight.dtype) if isinstance(first, nn.Linear) and kind_of(model) is None else None
-    return runner if deterministic or many is None else StepwiseRunner(runner, TorchRunner(model), many)
+    brains = isinstance(first, nn.Linear) and first.weight.dtype == torch.bfloat16
+    return StepwiseRunner(runner, TorchRunner(model), MANY_ROWS) if brains else runner
+
+
+def _torch_has_tiles() -> bool:
+    return torch.cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]
 
 
 def unsupported(model: Llama) -> str | None:

@@ -10,7 +10,7 @@ import torch
 
 from herd.chat.params import SamplingParams
 from herd.checkpoint.load import load
-from herd.engine.native import NativeRunner, StepwiseRunner
+from herd.engine.native import NativeRunner
 from herd.engine.paged_session import PagedSession, session_for
 from herd.engine.runner import TorchRunner
 from herd.engine.session import Session
@@ -47,7 +47,7 @@ def test_fifty_greedy_replies_of_nano(beginning: str, ending: str) -> None:
     model, tokenizer = nano()
     prompt = tokenizer.encode(beginning + ending, bos=True)
     fast, slow = PagedSession(model), Session(model)
-    assert isinstance(fast.runner, StepwiseRunner)
+    assert isinstance(fast.runner, NativeRunner)
     ours = list(fast.generate(prompt, GREEDY))
     theirs = list(slow.generate(prompt, GREEDY))
     if ours != theirs:

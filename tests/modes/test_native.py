@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from herd.engine.native import MANY_ROWS, NativeRunner, StepwiseRunner, runner_for, unsupported
+from herd.engine.native import NativeRunner, StepwiseRunner, runner_for, unsupported
 from herd.engine.pack import RaggedBatch
 from herd.engine.paged import PagedCache
 from herd.engine.runner import TorchRunner
@@ -33,6 +33,9 @@ Measured = Callable[[str, str, float], None]
 
 PLAIN_BOUND = 2e-5
 """float32 logits of order one; sums in another order, and an exponential of its own (relative error 2e-7)."""
+BRAINS_BOUND = 0.75
+"""The error of rounding activations before products alone, by that of torch's forward, which rounds everywhere (root mean
+squares; measured: at most 0.52)."""
 SAME_ROWS = 0.2
 """Share of rows that must agree to PLAIN_BOUND. Sums in another order (1e-6) move an activation now and then over a rounding step
 of its 8 bits, and what follows in that row moves others: about half of the rows of such a small model meet none."""
@@ -78,17 +81,28 @@ def worst(one: list[Tensor], other: list[Tensor]) -> float:
 )
 @pytest.mark.parametrize("name", TINY)
 def test_plain_weights(name: str, dtype: torch.dtype, measured: Measured) -> None:
-    """Activations are float32 whatever the weights are, so the twin is the same values in float32."""
+    """Activations are float32 whatever the weights are, so the twin is the same values in float32. Where the processor multiplies
+    bfloat16 itself, products with such weights see rounded activations, as all of torch's bfloat16 forward does."""
     model = build(name).to(dtype)
-    found = worst(alone(model, name), forward(build(name).to(dtype).float(), name))
+    expected = forward(build(name).to(dtype).float(), name)
+    ours = alone(model, name)
+    found = worst(ours, expected)
     measured("native, plain weights, against the float32 forward, max abs difference", f"{name}, {dtype}", found)
-    assert found <= PLAIN_BOUND
+    if dtype == torch.bfloat16 and native.isa() == "avx512bf16":
+        exact, got, other = (torch.cat(rows).float() for rows in (expected, ours, forward(model, name)))
+        assert (got - exact).pow(2).mean() <= BRAINS_BOUND**2 * (other - exact).pow(2).mean()
+    else:
+        assert found <= PLAIN_BOUND
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_plain_weights_in_any_company(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, torch.float32) for name in TINY), ("llama-3.2", torch.bfloat16), ("llama-4-scout", torch.bfloat16)],
+    ids=str,
+)
+def test_plain_weights_in_any_company(name: str, dtype: torch.dtype) -> None:
     """Bitwise: chunks, other sequences, prefix hits, preemption and drafts leave no trace."""
-    model = build(name)
+    model = build(name).to(dtype)
     seen = run(name, alone(model, name), model=model, runner=NativeRunner(model), seed=3)
     assert seen.worst == 0
     assert seen.mixed
@@ -133,23 +147,23 @@ def test_quantized_weights(name: str, weights: str, measured: Measured) -> None:
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_steps_of_many_rows_go_through_torch(name: str) -> None:
+def test_steps_of_many_rows_through_torch(name: str) -> None:
     """Both runners over one cache; the difference is that of two float32 forwards."""
     model = build(name)
     expected = forward(model, name)
-    runner = runner_for(model)
-    assert isinstance(runner, StepwiseRunner)
+    runner = StepwiseRunner(NativeRunner(model), TorchRunner(model), 32)
     assert run(name, expected, model=model, runner=runner, seed=6).worst <= PLAIN_BOUND
-    assert isinstance(runner_for(model, deterministic=True), NativeRunner)
-    assert isinstance(runner_for(quantized(name, "int8")), NativeRunner)
 
 
-def test_which_runner() -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        runner = runner_for(build("llama-2").to(dtype))
-        assert isinstance(runner, StepwiseRunner)
-        assert runner.rows == MANY_ROWS[dtype]
-    assert isinstance(runner_for(build("llama-2").half()), NativeRunner)
+@pytest.mark.parametrize("tiles", [False, True], ids=["plain", "amx"])
+def test_which_runner(tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: tiles)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        model = build("llama-2").to(dtype)
+        stepwise = tiles and dtype == torch.bfloat16
+        assert type(runner_for(model)) is (StepwiseRunner if stepwise else NativeRunner)
+        assert isinstance(runner_for(model, deterministic=True), NativeRunner)
+    assert isinstance(runner_for(quantized("llama-2", "int8")), NativeRunner)
 
 
 def test_what_the_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
