@@ -145,6 +145,26 @@ def test_streamed_calls_name_the_function_first(client: openai.OpenAI) -> None:
     assert json.loads("".join(piece.function.arguments or "" for piece in pieces if piece.function))["city"] is not None
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strict", [True, False])
+def test_python_calls_and_strict_ones(client: openai.OpenAI, strict: bool) -> None:
+    """The other dialect, and tools that are strict with tool_choice auto: text, or calls that follow the schema."""
+    tool: Any = {"type": "function", "function": {**WEATHER["function"], "strict": True}} if strict else WEATHER
+    for seed in range(4):
+        made = client.chat.completions.create(
+            model="python", messages=[{"role": "user", "content": "Rain?"}], tools=[tool], seed=seed, temperature=1,
+            tool_choice="auto" if strict else "required", parallel_tool_calls=seed % 2 == 0, max_tokens=300,
+            logit_bias={str(ord("[")): 20} if strict else {},
+        )  # fmt: skip
+        calls = made.choices[0].message.tool_calls or []
+        assert calls
+        assert made.choices[0].finish_reason in ("tool_calls", "length")
+        if made.choices[0].finish_reason == "tool_calls":
+            assert len(calls) == 1 or seed % 2 == 0
+            for call in calls:
+                assert set(json.loads(call.function.arguments)) == {"city", "days"}
+
+
 def test_a_schema_is_kept(client: openai.OpenAI) -> None:
     schema = {
         "type": "object",
