@@ -45,7 +45,7 @@ def test_streamed_greedy_tokens_are_the_sessions(name: str, tmp_path: Path) -> N
 def test_one_layer_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref[torch.nn.Module]] = []
     most = 0
-    plain = Streamed._block
+    plain = Streamed.block
 
     def watched(self: Streamed, layer: int) -> torch.nn.Module:
         nonlocal most
@@ -54,7 +54,7 @@ def test_one_layer_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
         most = max(most, sum(one() is not None for one in alive))
         return block
 
-    monkeypatch.setattr(stream.Streamed, "_block", watched)
+    monkeypatch.setattr(stream.Streamed, "block", watched)
     logits(of_store(open_store(FORMATS["hugging-face"](tmp_path, "llama-4-scout"))), [[1, 2, 3]])
     assert len(alive) == 4
     assert most == 1
