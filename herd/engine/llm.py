@@ -8,7 +8,7 @@ import queue
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -19,10 +19,11 @@ from herd.chat.model import Score
 from herd.chat.params import Constraint, SamplingParams
 from herd.chat.toolspec import tools_from
 from herd.checkpoint.load import Checkpoint
-from herd.engine.adapters import LoadedAdapter
+from herd.engine.adapters import LoadedAdapter, Rows
 from herd.engine.budget import Budget, budget_for, free_on
 from herd.engine.completion import Collector, Completion
 from herd.engine.config import EngineConfig
+from herd.engine.embed import Pooling, embed, shortened
 from herd.engine.engine import Engine, Stats
 from herd.engine.grammar import Grammars
 from herd.engine.intake import Conversation, Intake, Prompt, is_conversation
@@ -35,7 +36,7 @@ from herd.engine.searches import Searches
 from herd.engine.sinks import CompletionSink, ReplySink
 from herd.engine.speculate import Drafter
 from herd.engine.streams import AsyncReplyStream, Pending, ReplyStream
-from herd.errors import HerdError
+from herd.errors import ConfigError, ContextFullError, HerdError
 from herd.model.llama import Llama
 from herd.quant.apply import held
 from herd.tokenizer.tokenizer import Tokenizer
@@ -313,6 +314,49 @@ class LLM:
                 self._abort(chosen)
                 raise
         return [score_of(one) for one in _checked([found[i] for i in range(len(pairs))], "raise")]
+
+    def embed(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        *,
+        pooling: Pooling = "mean",
+        dimensions: int | None = None,
+        normalize: bool = True,
+        adapter: str | None = None,
+    ) -> torch.Tensor:
+        """A vector for each text (or list of ids): the final states, pooled, [len(prompts), dim] float32 on the CPU.
+
+        They have length 1 unless `normalize` is False; `dimensions` keeps the first ones only. Forwards come between the steps of
+        requests that run. Raises ContextFullError or PromptError naming the prompt, ConfigError for what cannot be done.
+        """
+        if pooling not in get_args(Pooling):
+            raise ConfigError(f"pooling is {pooling!r}: choose one of {', '.join(get_args(Pooling))}")
+        if dimensions is not None and not 1 <= dimensions <= self.model.config.dim:
+            raise ConfigError(f"dimensions is {dimensions:,}: this model's vectors have {self.model.config.dim:,}")
+        if adapter is not None:
+            self._engine.adapters.check(adapter)
+        every = [list(self._intake.base.complete(p).tokens) if isinstance(p, str) else list(p) for p in prompts]
+        for i, ids in enumerate(every):
+            if len(ids) > self.max_len:
+                raise ContextFullError(
+                    f"prompt {i} has {len(ids):,} tokens, and the context holds {self.max_len:,}",
+                    needed=len(ids),
+                    available=self.max_len,
+                )
+
+        def run(task: Callable[[Llama], Any]) -> Any:
+            return self._loop.between(lambda: self._with(adapter, task))
+
+        found = embed(every, run, pooling=pooling, alone=self._engine.config.deterministic)
+        return shortened(found, dimensions, normalize=normalize)
+
+    def _with(self, adapter: str | None, task: Callable[[Llama], Any]) -> Any:
+        """What `task` makes of the model, with an adapter in every row. In the engine's thread."""
+        if adapter is None:
+            return task(self.model)
+        self._engine.adapters.check(adapter)  # again: it may have been unloaded
+        with self._engine.adapters.bound(Rows(((adapter, None),)), Rows()) as model:
+            return task(model)
 
     loglikelihood = score
     """The name of `herd.chat.model.Scorer`."""

@@ -5,12 +5,14 @@ A function takes the `herd.LLM` and keyword arguments of plain JSON, and returns
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from herd.chat.base import BaseFormat
 from herd.chat.render import messages_from
 from herd.chat.toolspec import tools_from
+from herd.errors import PromptError
 
 if TYPE_CHECKING:
     from herd.engine.llm import LLM
@@ -49,9 +51,29 @@ def tokenize(
 
 
 @ask
-def detokenize(llm: LLM, tokens: Sequence[int]) -> str:
-    """The text of ids, special ones left out."""
-    return llm.tokenizer.decode(list(tokens))
+def detokenize(llm: LLM, tokens: Sequence[int], special: bool = False) -> str:
+    """The text of ids; special ones are left out unless `special`. Raises PromptError for ids that the model does not have."""
+    size = llm.model.config.vocab_size
+    if wrong := next((i for i in tokens if not 0 <= i < size), None):
+        raise PromptError(f"{wrong:,} is no id of this model: ids are 0 to {size - 1:,}")
+    return llm.tokenizer.decode(list(tokens), skip_special=not special)
+
+
+@ask
+def embed(
+    llm: LLM,
+    prompts: Sequence[Any],
+    pooling: Any = "mean",
+    dimensions: int | None = None,
+    normalize: bool = True,
+    adapter: str | None = None,
+) -> dict[str, Any]:
+    """Vectors of texts or id lists: float32, little-endian, in base64, one for each; and how many tokens they had."""
+    base = BaseFormat(llm.tokenizer)
+    ids = [list(base.complete(one).tokens) if isinstance(one, str) else list(one) for one in prompts]
+    found = llm.embed(ids, pooling=pooling, dimensions=dimensions, normalize=normalize, adapter=adapter)
+    data = [b64encode(row.numpy().astype("<f4").tobytes()).decode("ascii") for row in found]
+    return {"vectors": data, "tokens": [len(one) for one in ids]}
 
 
 @ask

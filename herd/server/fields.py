@@ -27,6 +27,7 @@ LIMITS = {
     "messages": 2048,
     "tools": 128,
     "prompts": 128,
+    "inputs": 2048,
     "metadata": 16,
 }
 """Most of each in one request (reliability before all: what is beyond is refused before any work)."""

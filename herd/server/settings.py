@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from herd.chat.formats import FORMATS
 from herd.errors import ConfigError
@@ -88,6 +88,8 @@ class ServerSettings:
     ping_seconds: float = 15.0
     api_keys: tuple[str, ...] = ()
     root_path: str = ""
+    pooling: Literal["mean", "last"] = "mean"
+    """What embeddings make of a text's states: their average, or the last one."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:

@@ -9,6 +9,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import replace
+from typing import Any
 
 from starlette.requests import Request
 
@@ -40,17 +41,7 @@ class State:
         or the queue is full, UnknownModelError, and WorkerError for what is wrong with the call or the model; before Began, or
         later.
         """
-        if self.draining:
-            raise ApiError(503, "the server is shutting down: try another one", code="shutting_down", retry_after=5)
-        slot, _ = self.models.find(name)
-        most = self.settings.max_queue + (slot.about.seqs if slot.about is not None else slot.spec.options.max_seqs)
-        if slot.users >= most:
-            raise ApiError(
-                429,
-                f"{slot.users} requests are running or waiting for {slot.spec.name}, which is all that may: try again later",
-                code="queue_full",
-                retry_after=self._retry_after(slot.users),
-            )
+        self._admit(name)
         running = Running(name, call)
         self.running.add(running)
         try:
@@ -63,6 +54,15 @@ class State:
         finally:
             self.running.discard(running)
 
+    async def ask(self, name: str, what: str, *, adapted: bool = False, **args: Any) -> Any:
+        """The answer of the model that clients call `name` to a question of `herd.server.asks`. Raises as `run`.
+
+        `adapted`: the question has an argument `adapter`, which is the one that `name` means.
+        """
+        self._admit(name)
+        async with self.models.use(name) as (_, process, adapter):
+            return await process.ask(what, **({**args, "adapter": adapter} if adapted else args))
+
     async def about(self, name: str) -> Ready:
         """Facts of a model, which is loaded for that. Raises as `run`."""
         async with self.models.use(name) as (_, process, _):
@@ -72,6 +72,20 @@ class State:
         """End every call with an error: the server does not wait for them any more."""
         for running in list(self.running):
             running.stop(why)
+
+    def _admit(self, name: str) -> None:
+        """Raise why nothing more is taken for the model `name`."""
+        if self.draining:
+            raise ApiError(503, "the server is shutting down: try another one", code="shutting_down", retry_after=5)
+        slot, _ = self.models.find(name)
+        most = self.settings.max_queue + (slot.about.seqs if slot.about is not None else slot.spec.options.max_seqs)
+        if slot.users >= most:
+            raise ApiError(
+                429,
+                f"{slot.users} requests are running or waiting for {slot.spec.name}, which is all that may: try again later",
+                code="queue_full",
+                retry_after=self._retry_after(slot.users),
+            )
 
     def _retry_after(self, waiting: int) -> float:
         return min(60.0, 1.0 + waiting / 16)

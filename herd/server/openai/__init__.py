@@ -1,1 +1,12 @@
 """OpenAI's API: a module for each path."""
+
+from collections.abc import Sequence
+
+from fastapi import APIRouter
+
+from herd.server.openai import embeddings, tokenize
+
+__all__ = ["ROUTERS"]
+
+ROUTERS: Sequence[APIRouter] = (embeddings.router, tokenize.router)
+"""What there is beside models, chats and completions."""

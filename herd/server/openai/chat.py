@@ -21,7 +21,7 @@ from herd.server.protocol import Began, Call, Chat, Ended, Event, Finished, Piec
 from herd.server.sse import DONE, EventStream, event, until_gone
 from herd.server.state import State, begun, new_id, state_of
 
-__all__ = ["ChatBody", "call_of", "router"]
+__all__ = ["ChatBody", "call_of", "check_work", "message_of", "router"]
 
 router = APIRouter(tags=["openai"])
 FunctionName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
@@ -243,7 +243,7 @@ def call_of(body: ChatBody, state: State) -> Call:
             raise ApiError(400, "response_format: a reply can be held to one form only", param="response_format")
         sampling |= {"json_object": True} if form.json_schema is None else {"schema": form.json_schema.schema_}
     check_sampling(sampling, max_tokens="max_tokens" if body.max_completion_tokens is None else "max_completion_tokens")
-    messages = tuple(_message(m, i) for i, m in enumerate(body.messages))
+    messages = tuple(message_of(m, i) for i, m in enumerate(body.messages))
     characters = sum(len(str(m["content"])) for m in messages)
     check_work(state, body.n or 1, characters, "messages")
     named = body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else None
@@ -275,7 +275,7 @@ def check_work(state: State, count: int, size: int, param: str) -> None:
         )
 
 
-def _message(message: ChatMessage, index: int) -> dict[str, Any]:
+def message_of(message: ChatMessage, index: int) -> dict[str, Any]:
     """A message as the worker reads it."""
     content: Any = message.content
     if isinstance(content, list):
