@@ -27,7 +27,7 @@ def to_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
     top = x.abs().amax(-1, keepdim=True)
     good = top.isfinite()
     top = torch.where(good, top.clamp_min(_LEAST), torch.nan)
-    inverse = 127.0 / top
+    inverse = torch.full_like(top, 127.0) / top  # a number over a tensor would be its reciprocal times the number
     numbers = torch.where(good, (x * inverse).round(), 0.0).to(torch.int8)
     return numbers, top / 127.0
 

@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 
 from herd.errors import ConfigError
 from herd.kernels import native
-from herd.quant.activations import eight_bits
+from herd.kernels.reference import rounded
 from herd.quant.panels import PANEL, unpack
 from herd.quant.scheme import BlockType, QuantTensor
 
@@ -78,7 +78,7 @@ class Matrix:
         if self.panels is not None and x.is_cpu and x.dtype in _NATIVE_INPUTS and not wanted:
             return native.matmul(self.panels, x.float()).to(x.dtype)
         if self.activations is not None and not wanted:
-            return linear(eight_bits(x), self.dequantize()).to(x.dtype)
+            return linear(rounded(x.float()), self.dequantize()).to(x.dtype)
         return linear(x, self.dequantize(x.dtype))
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:

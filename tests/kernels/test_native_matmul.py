@@ -17,7 +17,7 @@ EPS = 2.0**-24
 
 SHAPES = {"Q4_0": ((48, 512), (37, 32), (1, 96), (130, 160)), "Q8_0": ((48, 512), (37, 32), (1, 96), (130, 160))}
 LARGE = ((16, 256), (37, 512), (1, 768), (130, 256))
-COUNTS = (1, 2, 3, 7, 12, 16, 29)
+COUNTS = (1, 2, 3, 4, 5, 6, 7, 12, 16, 29)
 PLAIN_COUNTS = (
     *range(1, 8),
     12,
@@ -129,6 +129,17 @@ def test_very_small_and_very_large_activations(isa: str, size: float) -> None:
     assert (
         close | (~got.isfinite() & (bound(values, x) > 1e30))
     ).all()  # sums may overflow on the way, to what shows it
+
+
+def test_activations_are_rounded_as_the_reference_does_at_the_borders() -> None:
+    """Values that fall between two numbers up to a unit in the last place: one rounding more or less would show."""
+    q = blocks("Q8_0", 16, 128)
+    values, weight = q.dequantize(), native.pack(q.type.id, q.blocks, 128)
+    top = torch.rand(4000, 1) * 10 + 0.01
+    halves = torch.randint(-126, 126, (4000, 127)) + 0.5
+    x = torch.cat([top, halves * top / 127 * (1 + EPS * torch.randint(-3, 4, (4000, 127)))], 1)
+    wanted, got = reference.product(values, x, quantized=True), native.matmul(weight, x)
+    assert ((got - wanted).abs() <= bound(values, x)).all()
 
 
 def test_rounding_loses_at_most_half_a_step() -> None:

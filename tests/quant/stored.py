@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from herd.quant.activations import eight_bits
 from herd.quant.encode import encode
 from herd.quant.scheme import QuantTensor
 
-__all__ = ["PANELS", "eight_bits", "stored"]
+__all__ = ["PANELS", "stored"]
 
 PANELS = ("Q4_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 """Types that the native library multiplies with."""

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from herd.kernels import native
-from herd.quant.activations import GROUP, eight_bits
+from herd.kernels.reference import ACTIVATION_GROUP as GROUP
+from herd.kernels.reference import rounded
 from herd.quant.apply import dequantize, quantize
 from herd.quant.encode import encode
 from herd.quant.matrix import Matrix
@@ -26,7 +27,7 @@ def test_numbers_by_hand() -> None:
     x = torch.zeros(2, GROUP + 3)
     x[0, :4] = torch.tensor([127.0, 0.5, 1.5, -64.4])
     x[0, GROUP:] = torch.tensor([1.0, -0.5, 0.0])
-    out = eight_bits(x)
+    out = rounded(x)
     assert out[0, :4].tolist() == [127.0, 0.0, 2.0, -64.0], "to nearest, halves to even"
     assert torch.allclose(out[0, GROUP:], torch.tensor([127.0, -64.0, 0.0]) / 127), "a scale of its own"
     assert not out[1].any()
@@ -38,7 +39,7 @@ def test_integer_arithmetic_gives_the_same() -> None:
     matrix = Matrix(made, activations=8)
     x = torch.randn(5, 2 * GROUP, generator=torch.Generator().manual_seed(1))
     top = x.view(5, 2, GROUP).abs().amax(-1)
-    q = (x.view(5, 2, GROUP) * (127 / top).unsqueeze(-1)).round().long().view(5, 8, 32)
+    q = (x.view(5, 2, GROUP) * (torch.full_like(top, 127) / top).unsqueeze(-1)).round().long().view(5, 8, 32)
     blocks = made.blocks.view(24, 8, 34)
     scale = blocks[..., :2].contiguous().view(torch.float16).double().squeeze(-1)
     w = blocks[..., 2:].contiguous().view(torch.int8).long()
