@@ -32,7 +32,7 @@ class PackedMatrix(Matrix):
     def nbytes(self) -> int:
         return self.packed.nbytes
 
-    def pack(self) -> bool:
+    def pack(self, panels: Tensor | None = None) -> bool:
         return False
 
     def drop(self) -> None:
