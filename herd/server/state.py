@@ -18,6 +18,7 @@ from herd.server.models import Models
 from herd.server.process import WorkerError
 from herd.server.protocol import Began, Call, Event, Ready
 from herd.server.settings import ServerSettings
+from herd.server.stored import Stored
 
 __all__ = ["Running", "State", "begun", "new_id", "state_of"]
 
@@ -30,6 +31,7 @@ class State:
     def __init__(self, settings: ServerSettings, models: Models) -> None:
         self.settings, self.models = settings, models
         self.started = time.time()
+        self.stored = Stored()
         self.draining = False
         self.running: set[Running] = set()
         """Calls that have not ended."""
