@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 
 from herd import __version__
 from herd.errors import HerdError
-from herd.server import health, openai
+from herd.server import engine, health, openai, pages
 from herd.server.errors import ApiError, api_error, error_response, shape_of
 from herd.server.models import Launch, Models
 from herd.server.openai import chat, completions
@@ -27,7 +27,15 @@ __all__ = ["ROUTERS", "create_app"]
 
 log = logging.getLogger("herd.server")
 
-ROUTERS: Sequence[APIRouter] = (health.router, model_list.router, chat.router, completions.router, *openai.ROUTERS)
+ROUTERS: Sequence[APIRouter] = (
+    health.router,
+    engine.router,
+    pages.router,
+    model_list.router,
+    chat.router,
+    completions.router,
+    *openai.ROUTERS,
+)
 """Every router of the server, in the order of its documentation."""
 
 

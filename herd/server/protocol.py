@@ -236,7 +236,8 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The model is loaded. `format` is its prompt format, None for a base model; `budget` says what memory it got."""
+    """The model is loaded. `format` is its prompt format, None for a base model; `budget` says what memory it got.
+    `defaults` are the checkpoint's own sampling defaults, those that pages show."""
 
     source: str
     path: str
@@ -252,6 +253,7 @@ class Ready:
     fingerprint: str
     family: str
     adapters: tuple[str, ...] = ()
+    defaults: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

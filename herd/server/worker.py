@@ -62,6 +62,7 @@ THREADS = 4
 """Calls that are prepared and questions that are answered at once."""
 NICE = 5
 BEAT_SECONDS = 1.0
+SHOWN_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens")
 SWITCH_SECONDS = 0.0005
 """How long a thread may keep Python to itself while others wait: the engine's must not wait long for one that reads a prompt."""
 
@@ -344,6 +345,7 @@ def _ready(load: Load, llm: LLM) -> Ready:
         fingerprint=f"fp_{sha256(told.encode()).hexdigest()[:12]}",
         family=llm.tokenizer.family,
         adapters=tuple(one.name for one in llm.adapters),
+        defaults={name: getattr(llm.params(), name) for name in SHOWN_DEFAULTS},
     )
 
 
