@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 
 from herd import __version__
 from herd.errors import HerdError
-from herd.server import engine, health, openai, pages
+from herd.server import batches, engine, health, openai, pages
 from herd.server.errors import ApiError, api_error, error_response, shape_of
 from herd.server.models import Launch, Models
 from herd.server.openai import chat, completions
@@ -47,7 +47,8 @@ def create_app(settings: ServerSettings, *, launch: Launch = Process) -> FastAPI
         state: State = app.state.herd
         await state.models.start()
         try:
-            yield
+            async with batches.running(app):
+                yield
         finally:
             state.draining = True
             state.stop_all("the server is shutting down")

@@ -88,6 +88,11 @@ class ServerSettings:
     ping_seconds: float = 15.0
     api_keys: tuple[str, ...] = ()
     root_path: str = ""
+    state_dir: str | None = None
+    """Where files and batches are kept; None: there are none."""
+    max_file: int = 200 << 20
+    max_files: int = 10 << 30
+    """Bytes of one file that is uploaded, and of all together."""
     pooling: Literal["mean", "last"] = "mean"
     """What embeddings make of a text's states: their average, or the last one."""
 

@@ -1,12 +1,21 @@
 """OpenAI's API: a module for each path."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from fastapi import APIRouter
 
-from herd.server.openai import embeddings, responses, tokenize
+from herd.server.batches import Handler
+from herd.server.openai import batches, chat, completions, embeddings, files, responses, tokenize
 
-__all__ = ["ROUTERS"]
+__all__ = ["HANDLERS", "ROUTERS"]
 
-ROUTERS: Sequence[APIRouter] = (responses.router, embeddings.router, tokenize.router)
+ROUTERS: Sequence[APIRouter] = (responses.router, embeddings.router, files.router, batches.router, tokenize.router)
 """What there is beside models, chats and completions."""
+
+HANDLERS: Mapping[str, Handler] = {
+    "/v1/chat/completions": chat.chat_completions,
+    "/v1/completions": completions.completions,
+    "/v1/embeddings": embeddings.embeddings,
+    "/v1/responses": responses.create,
+}
+"""What batches can ask for."""
