@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,21 @@ from herd.checkpoint.write.hf import write_hf
 from herd.checkpoint.write.inventory import planned
 from herd.checkpoint.write.planned import Planned
 from herd.checkpoint.write.source import Source
+from herd.tokenizer.bytelevel import to_alphabet
 
 __all__ = ["RandomStore", "cache_folder", "gguf_file", "hf_folder", "step_bytes"]
 
-RECIPE = 1
+RECIPE = 2
 """Counts up when the weights or the files change, so that old files are not taken for new ones."""
+
+CONTROL = (
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eom_id|>",
+    "<|eot_id|>",
+)
 
 Tell = Callable[[int, int], None]
 """(bytes written, bytes in all)."""
@@ -159,14 +170,22 @@ def _stem(subject: Subject) -> str:
 
 
 def _placeholders(rows: int) -> dict[str, Any]:
-    """A vocabulary that llama.cpp opens and nobody reads."""
-    tokens = [f"t{i}" for i in range(rows)]
+    """A vocabulary that programs open, servers too: bytes, pairs and triples of letters, and control tokens in the last rows."""
+    plain, control = (rows - 256, 256) if rows >= 1024 else (rows, 0)
+    letters = to_alphabet([bytes([i]) for i in range(256)])
+    ascii = to_alphabet([bytes([i]) for i in range(33, 127)])  # so that replies are text at every token
+    pairs = [(a, b) for a in ascii for b in ascii]
+    # A triple is its first pair and a byte: with bytes in rising order, the first pair is also the one that merges first.
+    rising = (a + b for i, a in enumerate(ascii) for b in ascii[i + 1 :])
+    merges = list(islice(chain(pairs, ((pair, c) for pair in rising for c in ascii)), max(0, plain - 256)))
+    tokens = [*letters[:plain], *(left + right for left, right in merges), *CONTROL[:control]]
+    tokens += [f"<|reserved_special_token_{i}|>" for i in range(rows - len(tokens))]
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "llama-bpe",
         "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [1] * rows,
-        "tokenizer.ggml.merges": ["t 0"],
-        "tokenizer.ggml.bos_token_id": 0,
-        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.token_type": [1] * plain + [3] * control,
+        "tokenizer.ggml.merges": [f"{left} {right}" for left, right in merges] or ["t 0"],
+        "tokenizer.ggml.bos_token_id": plain if control else 0,
+        "tokenizer.ggml.eos_token_id": plain + 1 if control else 1,
     }

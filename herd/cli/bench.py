@@ -30,6 +30,7 @@ Examples:
   herd bench decode --device cuda --model 8b --weights bf16,fp8,int8,int4
   herd bench decode --json --plot decode.png > decode.json
   herd bench tokenizer                                  text to tokens
+  herd bench serve --model nano --concurrency 1,8,64    a server under load; herd bench serve --help
 """
 
 TASKS = ("decode", "prefill", "batch", "cold-start", "tokenizer")
@@ -51,8 +52,21 @@ class Numbers(click.ParamType):
         return tuple(dict.fromkeys(map(int, words)))
 
 
-@click.command(epilog=EPILOG)
-@click.argument("task", type=click.Choice(TASKS))
+class _Bench(click.Command):
+    """`herd bench serve` is a command of its own: it measures servers and shares no option with the others."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        if args[:1] == ["serve"]:
+            from herd.cli.bench_serve import command as serve
+
+            return serve.make_context(f"{info_name} serve", args[1:], parent, **extra)
+        return super().make_context(info_name, args, parent, **extra)
+
+
+@click.command(cls=_Bench, epilog=EPILOG)
+@click.argument("task", type=click.Choice(TASKS), metavar="[decode|prefill|batch|cold-start|tokenizer|serve]")
 @click.option(
     "--model", metavar="SHAPE|PATH", help="Catalog name (random weights) or checkpoint (default: llama3.2:1b)."
 )
@@ -75,7 +89,7 @@ class Numbers(click.ParamType):
 @click.option("--shared", type=click.Path(file_okay=False, path_type=Path), help="Folder with texts, for `tokenizer`.")
 @click.pass_context
 def command(ctx: click.Context, task: str, runs: int | None, as_json: bool, **given: Any) -> None:
-    """Measure speed: decode, prefill, batch, cold-start or tokenizer.
+    """Measure speed: decode, prefill, batch, cold-start, tokenizer or serve.
 
     Every figure comes with what the machine can do in the same run (read bandwidth, matrix products), with the spread and with
     what else was running. Peers run in processes of their own, on the same weights, threads and prompts, in turn with herd.
