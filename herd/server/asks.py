@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from herd.chat.base import BaseFormat
+from herd.chat.guard import GuardFormat
 from herd.chat.render import messages_from
 from herd.chat.toolspec import tools_from
-from herd.errors import PromptError
+from herd.errors import ConfigError, PromptError
 
 if TYPE_CHECKING:
     from herd.engine.llm import LLM
@@ -74,6 +75,17 @@ def embed(
     found = llm.embed(ids, pooling=pooling, dimensions=dimensions, normalize=normalize, adapter=adapter)
     data = [b64encode(row.numpy().astype("<f4").tobytes()).decode("ascii") for row in found]
     return {"vectors": data, "tokens": [len(one) for one in ids]}
+
+
+@ask
+def guard(llm: LLM) -> dict[str, Any]:
+    """What reading a Guard's verdicts takes: its categories (code to name), and the ids of safe and unsafe. Raises ConfigError."""
+    format = llm.format
+    if not isinstance(format, GuardFormat):
+        raise ConfigError(f"this model's prompt format is {format.name}: only a Llama Guard judges")
+    safe, unsafe = format.score_ids
+    names = {code: text.removesuffix(".") for code, text in format.categories.items()}
+    return {"safe": safe, "unsafe": unsafe, "categories": names}
 
 
 @ask

@@ -88,6 +88,8 @@ class ServerSettings:
     ping_seconds: float = 15.0
     api_keys: tuple[str, ...] = ()
     root_path: str = ""
+    guard: str | None = None
+    """The name of the model, one of `models`, that moderates; None: there is none."""
     state_dir: str | None = None
     """Where files and batches are kept; None: there are none."""
     max_file: int = 200 << 20
@@ -108,6 +110,8 @@ class ServerSettings:
         names = [
             name for model in self.models for name in (model.name, *model.aliases, *(a for a, _ in model.adapters))
         ]
+        if self.guard is not None and self.guard not in names:
+            raise ConfigError(f"guard is {self.guard!r}, which is not one of the models")
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ConfigError(
                 f"two models are called {twice!r}: give them different names (--served-model-name, NAME=MODEL)"

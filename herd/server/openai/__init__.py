@@ -5,11 +5,18 @@ from collections.abc import Mapping, Sequence
 from fastapi import APIRouter
 
 from herd.server.batches import Handler
-from herd.server.openai import batches, chat, completions, embeddings, files, responses, tokenize
+from herd.server.openai import batches, chat, completions, embeddings, files, moderations, responses, tokenize
 
 __all__ = ["HANDLERS", "ROUTERS"]
 
-ROUTERS: Sequence[APIRouter] = (responses.router, embeddings.router, files.router, batches.router, tokenize.router)
+ROUTERS: Sequence[APIRouter] = (
+    responses.router,
+    embeddings.router,
+    moderations.router,
+    files.router,
+    batches.router,
+    tokenize.router,
+)
 """What there is beside models, chats and completions."""
 
 HANDLERS: Mapping[str, Handler] = {
@@ -17,5 +24,6 @@ HANDLERS: Mapping[str, Handler] = {
     "/v1/completions": completions.completions,
     "/v1/embeddings": embeddings.embeddings,
     "/v1/responses": responses.create,
+    "/v1/moderations": moderations.moderations,
 }
 """What batches can ask for."""

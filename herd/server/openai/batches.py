@@ -17,7 +17,7 @@ __all__ = ["router"]
 
 router = APIRouter(tags=["openai"])
 Endpoint = Literal[
-    "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"
+    "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/moderations"
 ]  # those of `herd.server.openai.HANDLERS`
 
 
