@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 
 from herd import __version__
 from herd.errors import HerdError
-from herd.server import batches, engine, health, openai, pages
+from herd.server import anthropic, batches, engine, health, ollama, openai, pages
 from herd.server.errors import ApiError, api_error, error_response, shape_of
 from herd.server.models import Launch, Models
 from herd.server.openai import chat, completions
@@ -35,6 +35,8 @@ ROUTERS: Sequence[APIRouter] = (
     chat.router,
     completions.router,
     *openai.ROUTERS,
+    *anthropic.ROUTERS,
+    *ollama.ROUTERS,
 )
 """Every router of the server, in the order of its documentation."""
 

@@ -14,6 +14,8 @@ from herd.chat.guard import GuardFormat
 from herd.chat.render import messages_from
 from herd.chat.toolspec import tools_from
 from herd.errors import ConfigError, PromptError
+from herd.server.prepare import Preparer
+from herd.server.protocol import Chat
 
 if TYPE_CHECKING:
     from herd.engine.llm import LLM
@@ -49,6 +51,12 @@ def tokenize(
     if pieces:
         out["pieces"] = [llm.tokenizer.piece(i) for i in ids]
     return out
+
+
+@ask
+def count(llm: LLM, chat: dict[str, Any]) -> dict[str, Any]:
+    """Tokens of the conversation `chat` (the fields of `protocol.Chat`) as a prompt."""
+    return {"count": Preparer(llm).count(Chat(**chat)), "context": llm.max_len}
 
 
 @ask

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from herd.errors import UnknownModelError
 from herd.server.errors import ApiError
+from herd.server.here import here, spec_of
 from herd.server.process import Process, WorkerError
 from herd.server.protocol import Call, Event, Progress, Ready
 from herd.server.settings import ModelSpec, ServerSettings
@@ -24,6 +25,8 @@ __all__ = ["Launched", "Models", "Slot"]
 
 log = logging.getLogger("herd.server")
 IDLE_LOOK_SECONDS = 1.0
+LISTED = 1000
+"""Characters of names in a refusal."""
 RETRY_SECONDS = 10.0
 """A model that could not be loaded is not tried again before."""
 
@@ -70,7 +73,9 @@ class Slot:
     loaded_at: float | None = None
     failed_at: float = 0.0
     keep_alive: float | None = None
-    """Idle seconds after which it is unloaded; None: never."""
+    """Idle seconds after which it is unloaded; None: never. Requests of Ollama's API change it until it is unloaded."""
+    let_go: bool = False
+    """Whether it was unloaded because nobody needs it now."""
     created: int = 0
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -131,19 +136,35 @@ class Models:
 
     def find(self, name: str) -> tuple[Slot, str | None]:
         """The model that a client means and its adapter. Raises UnknownModelError listing what there is."""
+        for spelled in (name, *_tags(name)):
+            if (found := self._known(spelled)) is not None:
+                return found
+        base, at, adapter = name.rpartition("@")
+        if at and (found := self._known(base)) is not None and adapter in found[0].adapters:
+            return found[0], adapter
+        if self.settings.any_model and (spec := spec_of(name, self.settings)) is not None:
+            slot = self._same(spec) or self.add(spec)
+            if name not in (slot.spec.name, *slot.spec.aliases, *_tags(slot.spec.name)):
+                slot.spec = replace(slot.spec, aliases=(*slot.spec.aliases, name))
+            return slot, slot.spec.own
+        known = ", ".join(dict.fromkeys(self._all_names())) or "none"
+        hint = f" (herd pull {name} downloads one)" if self.settings.any_model and name.isprintable() else ""
+        raise UnknownModelError(f"there is no model {_shown(name)} here; those are {known[:LISTED]}{hint}")
+
+    def _known(self, name: str) -> tuple[Slot, str | None] | None:
         for known, slot, adapter in self.names():
             if name == known:
-                return slot, adapter
-        base, at, adapter = name.rpartition("@")
-        if at:
-            for known, slot, _ in self.names():
-                if base == known and adapter in slot.adapters:
-                    return slot, adapter
-        if self.settings.any_model and (found := _on_this_machine(name)) is not None:
-            spec = ModelSpec(source=found, name=name, options=self.settings.engine, keep_alive=self.settings.keep_alive)
-            return self.add(spec), None
-        known = ", ".join(name for name, _, _ in self.names()[:20]) or "none"
-        raise UnknownModelError(f"there is no model {_shown(name)} here; those are {known}")
+                return slot, adapter or slot.spec.own
+        return None
+
+    def _same(self, spec: ModelSpec) -> Slot | None:
+        """The slot that has what `spec` means already, under another name."""
+        same = (slot for slot in self.slots.values() if replace(slot.spec, name=spec.name, aliases=()) == spec)
+        return next(same, None)
+
+    def _all_names(self) -> list[str]:
+        names = [name for name, _, _ in self.names()]
+        return names + [one.name for one in here()] if self.settings.any_model else names
 
     @contextlib.asynccontextmanager
     async def use(self, name: str) -> AsyncIterator[tuple[Slot, Launched, str | None]]:
@@ -165,10 +186,28 @@ class Models:
         """End a model's process; whether there was one."""
         slot, _ = self.find(name)
         process, slot.process, slot.loaded_at = slot.process, None, None
+        slot.keep_alive, slot.let_go = slot.spec.keep_alive, True
         if process is None:
             return False
         await process.stop(why)
         return True
+
+    async def forget(self, name: str) -> None:
+        """Unload a model and know it no more."""
+        with contextlib.suppress(UnknownModelError):
+            slot, _ = self.find(name)
+            await self.unload(slot.spec.name)
+            self.slots.pop(slot.spec.name, None)
+
+    async def release(self, name: str) -> bool:
+        """Unload a model as soon as nobody uses it, now if nobody does; whether it was loaded."""
+        slot, _ = self.find(name)
+        if slot.process is None:
+            return False
+        if slot.users or slot.state == "loading":
+            slot.keep_alive = 0.0
+            return True
+        return await self.unload(name)
 
     def rows(self) -> list[dict[str, Any]]:
         """The models that take memory now, for `ps`: measured bytes, seconds until they are unloaded (None: never)."""
@@ -185,6 +224,8 @@ class Models:
                     "state": slot.state,
                     "source": slot.spec.source,
                     "memory": slot.process.memory(),
+                    "device": None if about is None else about.device,
+                    "device_memory": slot.process.stats.get("device_memory"),
                     "context": None if about is None else about.context,
                     "parameters": None if about is None else about.parameters,
                     "kind": None if about is None else about.kind,
@@ -216,10 +257,7 @@ class Models:
         if slot.process is not None:
             return True
         return (
-            slot.loaded_at is None
-            and not self.settings.lazy
-            and slot.keep_alive is None
-            and slot.spec in self.settings.models
+            not slot.let_go and not self.settings.lazy and slot.keep_alive is None and slot.spec in self.settings.models
         )
 
     async def _loaded(self, slot: Slot) -> Launched:
@@ -244,7 +282,7 @@ class Models:
             if process.about is not None:
                 raise error
             raise WorkerError(f"{slot.spec.name} cannot be loaded: {error}", kind="NotLoaded")
-        slot.failed_at = 0.0
+        slot.failed_at, slot.let_go = 0.0, False
         if slot.loaded_at is None:
             slot.loaded_at = slot.used = time.monotonic()
         return process
@@ -309,11 +347,9 @@ def _shown(name: str) -> str:
     return ascii(name[:80])
 
 
-def _on_this_machine(name: str) -> str | None:
-    """What opens the model called `name` if it is one of those on this machine. Names only: a client never says a path."""
-    if name in ("nano", "herd-nano"):
-        return name
-    from herd.hub.found import found
-    from herd.hub.settings import hub_cache
-
-    return next((str(model.path) for model in found(hub_cache()) if model.name == name and model.problem is None), None)
+def _tags(name: str) -> tuple[str, ...]:
+    """The same name in Ollama's other spelling: `:latest` is what a name without a tag means."""
+    base, colon, tag = name.rpartition(":")
+    if not colon:
+        return (f"{name}:latest",)
+    return (base,) if tag == "latest" else ()

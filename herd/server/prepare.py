@@ -94,6 +94,11 @@ class Preparer:
         text = self._model.tokenizer.decode(list(found.ids)) if call.echo else None
         return Prepared(request, builders, found.notes, found.truncated, text)
 
+    def count(self, chat: Chat) -> int:
+        """Tokens of a conversation as a prompt. Raises as `prepared`."""
+        tools = () if chat.tool_choice == "none" else tools_from(chat.tools)
+        return len(self._render(self._model.format, messages_from(chat.messages), tools, chat).tokens)
+
     def _prompt(self, call: Call) -> _Prompt:
         match call.prompt:
             case Chat():

@@ -98,7 +98,7 @@ class Process:
         finally:
             theirs.close()
         reader, self._writer = await asyncio.open_connection(sock=ours)
-        self._send(Load(self.spec.source, self.spec.options.arguments(), self.spec.adapters))
+        self._send(Load(self.spec.source, self.spec.options.arguments(), self.spec.loras))
         for work in (self._listen(reader), self._hear(), self._watch()):
             task = asyncio.create_task(work)
             self._tasks.add(task)

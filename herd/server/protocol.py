@@ -253,6 +253,7 @@ class Ready:
     fingerprint: str
     family: str
     adapters: tuple[str, ...] = ()
+    device: str = "cpu"
     defaults: dict[str, Any] = field(default_factory=dict)
 
 

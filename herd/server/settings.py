@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from herd.chat.formats import FORMATS
 from herd.errors import ConfigError
+from herd.server.protocol import Chat
 
 __all__ = ["EngineOptions", "ModelSpec", "ServerSettings"]
 
@@ -44,7 +45,9 @@ class ModelSpec:
     """A model that can be asked for: `source` is what is opened (a name, folder or file), `name` what clients call it.
 
     `adapters` are (name, path): each is a model of its own for clients, called `name` or `base@name`. `keep_alive` is after how
-    many idle seconds it is unloaded; None: never.
+    many idle seconds it is unloaded; None: never. What `herd create` said of it: `lora` is an adapter that always lies on top,
+    conversations that bring no system prompt get `system`, and all begin with `beginning` (role, text). `provider` is the
+    address of another server that runs it, `source` then its name there.
     """
 
     source: str
@@ -53,6 +56,30 @@ class ModelSpec:
     adapters: tuple[tuple[str, str], ...] = ()
     options: EngineOptions = EngineOptions()
     keep_alive: float | None = None
+    lora: str | None = None
+    system: str = ""
+    beginning: tuple[tuple[str, str], ...] = ()
+    provider: str | None = None
+
+    @property
+    def loras(self) -> tuple[tuple[str, str], ...]:
+        """Every adapter that is loaded with it: its own is called `own`, which no client can say."""
+        return ((self.own, self.lora), *self.adapters) if self.lora is not None and self.own else self.adapters
+
+    @property
+    def own(self) -> str | None:
+        """What the adapter that always lies on top is called in the worker."""
+        return None if self.lora is None else f"@{self.name}"
+
+    def opened(self, chat: Chat) -> Chat:
+        """The conversation with what the model was created with before it."""
+        if not self.system and not self.beginning:
+            return chat
+        given = list(chat.messages)
+        head = next((i for i, m in enumerate(given) if m["role"] not in ("system", "developer")), len(given))
+        system = given[:head] or ([{"role": "system", "content": self.system}] if self.system else [])
+        turns = [{"role": role, "content": text} for role, text in self.beginning]
+        return replace(chat, messages=(*system, *turns, *given[head:]))
 
     def __post_init__(self) -> None:
         for name in (self.name, *self.aliases, *(name for name, _ in self.adapters)):

@@ -16,7 +16,7 @@ from starlette.requests import Request
 from herd.server.errors import ApiError
 from herd.server.models import Models
 from herd.server.process import WorkerError
-from herd.server.protocol import Began, Call, Event, Ready
+from herd.server.protocol import Began, Call, Chat, Event, Ready
 from herd.server.settings import ServerSettings
 from herd.server.stored import Stored
 
@@ -47,9 +47,11 @@ class State:
         running = Running(name, call)
         self.running.add(running)
         try:
-            async with self.models.use(name) as (_, process, adapter):
+            async with self.models.use(name) as (slot, process, adapter):
                 if adapter is not None:
                     call = replace(call, adapter=adapter)
+                if isinstance(call.prompt, Chat):
+                    call = replace(call, prompt=slot.spec.opened(call.prompt))
                 async with contextlib.aclosing(process.run(call)) as events:
                     async for event in _until(events, running):
                         yield event

@@ -130,7 +130,7 @@ class Worker:
         while True:
             time.sleep(BEAT_SECONDS)
             assert self._llm is not None
-            self.send(Beat(asdict(self._llm.stats())))
+            self.send(Beat(asdict(self._llm.stats()) | {"device_memory": _device_memory(self._llm)}))
 
     def _opened(self, load: Load) -> Ready:
         self.send(Progress("starting"))
@@ -307,6 +307,14 @@ def _said(error: BaseException) -> str:
     return str(error) if isinstance(error, HerdError) else f"{type(error).__name__}: {error}"
 
 
+def _device_memory(llm: LLM) -> int | None:
+    """Bytes that this process holds on a GPU; None where there is none."""
+    import torch
+
+    device = llm.model.norm.weight.device
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else None
+
+
 def _ready(load: Load, llm: LLM) -> Ready:
     from importlib.util import find_spec
 
@@ -344,7 +352,8 @@ def _ready(load: Load, llm: LLM) -> Ready:
         budget=llm.budget.sentence(),
         fingerprint=f"fp_{sha256(told.encode()).hexdigest()[:12]}",
         family=llm.tokenizer.family,
-        adapters=tuple(one.name for one in llm.adapters),
+        adapters=tuple(one.name for one in llm.adapters if not one.name.startswith("@")),
+        device=str(weight.device),
         defaults={name: getattr(llm.params(), name) for name in SHOWN_DEFAULTS},
     )
 
