@@ -115,6 +115,8 @@ class ServerSettings:
     ping_seconds: float = 15.0
     api_keys: tuple[str, ...] = ()
     root_path: str = ""
+    adapter_dir: str | None = None
+    """Adapters below this folder may be loaded by clients; None: none are."""
     guard: str | None = None
     """The name of the model, one of `models`, that moderates; None: there is none."""
     state_dir: str | None = None

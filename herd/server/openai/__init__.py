@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from fastapi import APIRouter
 
 from herd.server.batches import Handler
-from herd.server.openai import batches, chat, completions, embeddings, files, moderations, responses, tokenize
+from herd.server.openai import adapters, batches, chat, completions, embeddings, files, moderations, responses, tokenize
 
 __all__ = ["HANDLERS", "ROUTERS"]
 
@@ -16,6 +16,7 @@ ROUTERS: Sequence[APIRouter] = (
     files.router,
     batches.router,
     tokenize.router,
+    adapters.router,
 )
 """What there is beside models, chats and completions."""
 
