@@ -1,7 +1,8 @@
 """A LoRA adapter as data: for some matrices of a model the two thin factors of a change, W + scale * B A.
 
-Names and layout are canonical (Meta's: RoPE rows interleaved), so an adapter does not depend on the format of its file or of
-its base. Source: Hu et al. 2021; rank-stabilised scaling: Kalajdzievski 2023.
+With a magnitude it is DoRA: each output keeps a trained length, and the factors only turn it. Names and layout are canonical
+(Meta's: RoPE rows interleaved), so an adapter does not depend on the format of its file or of its base.
+Sources: Hu et al. 2021; rank-stabilised scaling: Kalajdzievski 2023; DoRA: Liu et al. 2024.
 """
 
 from __future__ import annotations
@@ -16,16 +17,24 @@ from torch import Tensor
 
 from herd.errors import CheckpointError
 
-__all__ = ["Factors", "LoraAdapter"]
+__all__ = ["EMBEDDING", "Factors", "LoraAdapter", "changed", "lengths"]
+
+EMBEDDING = "tok_embeddings.weight"
+"""The one matrix whose outputs are its columns: rows are looked up."""
 
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """The change of one matrix [out, in]: `a` [r, in], `b` [out, r], any float dtype; the scale follows from `alpha`."""
+    """The change of one matrix [out, in]: `a` [r, in], `b` [out, r], any float dtype; the scale follows from `alpha`.
+
+    `magnitude` makes it DoRA: the length that every output of the changed matrix gets, [out]; [in] for an embedding, whose
+    outputs are columns.
+    """
 
     a: Tensor
     b: Tensor
     alpha: float
+    magnitude: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -39,7 +48,7 @@ class LoraAdapter:
 
     `rank` and `alpha` are the adapter's usual ones; single matrices may have their own. With `rslora` the scale is alpha /
     sqrt(r) instead of alpha / r. `base` is the name of the model it was trained on, when the file says it. An embedding has
-    factors like any matrix: a [r, dim], b [vocab, r]. DoRA's magnitudes are not held: readers refuse them.
+    factors like any matrix: a [r, dim], b [vocab, r]. Either all factors have a magnitude (DoRA) or none has.
 
     Raises CheckpointError when the factors of a matrix do not fit together, or a scale is not a finite number.
     """
@@ -58,6 +67,18 @@ class LoraAdapter:
                 raise CheckpointError(f"its factors {shapes[0]} and {shapes[1]} do not fit together", tensor=name)
             if not math.isfinite(pair.alpha):
                 raise CheckpointError(f"alpha is {pair.alpha}", tensor=name)
+            outputs = pair.a.shape[1] if name == EMBEDDING else pair.b.shape[0]
+            if pair.magnitude is not None and tuple(pair.magnitude.shape) != (outputs,):
+                found = tuple(pair.magnitude.shape)
+                raise CheckpointError(f"has a magnitude of shape {found} for {outputs} outputs", tensor=name)
+        bare = [name for name, pair in self.factors.items() if pair.magnitude is None]
+        if bare and len(bare) < len(self.factors):
+            raise CheckpointError("has no magnitude, and other matrices of the adapter have one", tensor=bare[0])
+
+    @property
+    def dora(self) -> bool:
+        """Whether the factors have magnitudes."""
+        return any(pair.magnitude is not None for pair in self.factors.values())
 
     def scale(self, name: str) -> float:
         """What B A is multiplied with."""
@@ -65,9 +86,16 @@ class LoraAdapter:
         return pair.alpha / (math.sqrt(pair.rank) if self.rslora else pair.rank)
 
     def delta(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """scale * B A, the change of the parameter `name` [out, in], computed in `dtype`."""
+        """scale * B A for the parameter `name` [out, in], computed in `dtype`: LoRA's whole change, the first part of DoRA's."""
         pair = self.factors[name]
         return (pair.b.to(dtype) @ pair.a.to(dtype)) * self.scale(name)
+
+    def merged(self, name: str, weight: Tensor) -> Tensor:
+        """What the parameter `name` [out, in] becomes, float32: `weight` changed, or the tensor that replaces it."""
+        if name not in self.factors:
+            return self.whole[name].float() if name in self.whole else weight.float()
+        start = self.whole.get(name, weight)
+        return changed(name, start, self.factors[name], self.scale(name))
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], path: str | os.PathLike[str] | None = None) -> None:
         """Hold every part against the parameter shapes of a base model; `path` is the file they came from.
@@ -87,3 +115,26 @@ class LoraAdapter:
             if shapes.get(name) != tuple(tensor.shape):
                 found = tuple(tensor.shape)
                 raise CheckpointError(f"has shape {found}, the base model {shapes.get(name)}", path=path, tensor=name)
+
+
+def changed(name: str, weight: Tensor, pair: Factors, scale: float) -> Tensor:
+    """W + scale * B A in float32, with DoRA's magnitude put on its outputs. `name` tells an embedding from other matrices."""
+    total = torch.addmm(weight.float(), pair.b.float(), pair.a.float(), alpha=scale)
+    if pair.magnitude is None:
+        return total
+    axis = 0 if name == EMBEDDING else 1
+    return total * (pair.magnitude.float() / torch.linalg.vector_norm(total, dim=axis)).unsqueeze(axis)
+
+
+def lengths(name: str, weight: Tensor, a: Tensor, b: Tensor, scale: float, squares: Tensor | None = None) -> Tensor:
+    """The length of every output of W + scale * B A, [outputs] float32, without making that matrix.
+
+    `squares` are those of W's outputs, when they are known: |w + c|^2 = |w|^2 + 2 w c + |c|^2.
+    """
+    w, a, b = weight.float(), a.float(), b.float()
+    if name == EMBEDDING:  # the same sums with columns for rows
+        w, a, b = w.T, b.T, a.T
+    squares = w.square().sum(1) if squares is None else squares
+    crossed = (torch.nn.functional.linear(w, a) * b).sum(1)
+    own = ((b @ (a @ a.T)) * b).sum(1)
+    return (squares + 2 * scale * crossed + scale * scale * own).clamp_min(0).sqrt()

@@ -28,6 +28,7 @@ from herd.model.rope import Rope
 from herd.quant.apply import put
 from herd.quant.encode import encode
 from herd.quant.fp8 import FP8, Fp8Tensor, encode_fp8
+from herd.quant.nf4 import NF4, Nf4Tensor, encode_nf4
 from herd.quant.scheme import BlockType, QuantTensor, block_type
 
 __all__ = ["FLOATS", "check_store", "fill", "read_as", "stored_dtype"]
@@ -97,7 +98,7 @@ def _fill_one(
 
 def _in_form(
     store: TensorStore, name: str, kind: BlockType, device: torch.device
-) -> tuple[QuantTensor | Fp8Tensor, bool]:
+) -> tuple[QuantTensor | Fp8Tensor | Nf4Tensor, bool]:
     """The tensor `name` as blocks of `kind`, and whether they are memory of their own."""
     info = store.info(name)
     packed = packed_of(store, name)
@@ -111,6 +112,9 @@ def _in_form(
         dtype = torch.float32 if _decoded(store, name) or info.dtype == torch.float64 else info.dtype
         made = encode_fp8(read_as(store, name, dtype, torch.device("cpu")), name=name)
         return Fp8Tensor(made.weight.to(device), made.scale.to(device)), True
+    if kind is NF4:
+        dtype = torch.float32 if _decoded(store, name) or info.dtype == torch.float64 else info.dtype
+        return encode_nf4(read_as(store, name, dtype, torch.device("cpu")).to(device), name=name), True
     if info.stored == kind.name and isinstance(store, KeepsBlocks):
         raw = store.raw(name)
         blocks = raw.blocks if isinstance(raw, QuantTensor) else _bytes(raw)

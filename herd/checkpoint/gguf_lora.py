@@ -87,12 +87,15 @@ def write_gguf_lora(
 ) -> None:
     """Write the file `path`. Tensors keep their dtype; where `one_scale` is None the scales are put into B, in float32.
 
-    Raises CheckpointError for what GGUF adapters cannot hold: whole weights, experts, the output of a tied model.
+    Raises CheckpointError for what GGUF adapters cannot hold: whole weights, DoRA, experts, the output of a tied model.
     """
     adapter.check(shapes(base))
     if adapter.whole:
         why = "is replaced as a whole, and a GGUF adapter holds LoRA factors only: merge the adapter into the model instead"
         raise CheckpointError(why, tensor=next(iter(adapter.whole)))
+    if adapter.dora:
+        why = "has a magnitude (DoRA), and a GGUF adapter holds LoRA factors only: merge the adapter into the model instead"
+        raise CheckpointError(why, tensor=next(iter(adapter.factors)))
     found = homes(base, "gguf")
     alpha = one_scale(adapter)
     planned: list[Planned] = []

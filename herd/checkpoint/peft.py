@@ -20,7 +20,7 @@ from typing import Any
 import regex
 from torch import Tensor
 
-from herd.adapters.lora import Factors, LoraAdapter
+from herd.adapters.lora import EMBEDDING, Factors, LoraAdapter
 from herd.checkpoint.fields import Fields
 from herd.checkpoint.layout import Interleave
 from herd.checkpoint.names import Column, Home, homes, shapes
@@ -34,17 +34,25 @@ from herd.errors import CheckpointError
 from herd.files import read_json, short
 from herd.model.config import ModelConfig
 
-__all__ = ["CONFIG", "hf_column", "plain_rows", "read_peft", "write_peft"]
+__all__ = ["CONFIG", "WEIGHTS", "hf_column", "open_weights", "plain_rows", "read_peft", "write_peft"]
 
 CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 _PART = re.compile(
-    r"(?P<module>.+?)\.(?:(?P<low>lora_(?:embedding_)?[AB])(?:\.(?!weight$)\w+)?(?:\.weight)?"
+    r"(?P<module>.+?)\.(?:(?P<low>lora_(?:(?:embedding_)?[AB]|magnitude_vector))(?:\.(?!weight$)\w+)?(?:\.weight)?"
     r"|(?:modules_to_save\.(?:\w+\.)?|base_layer\.)?weight)"
 )
-_EMBEDDING = "tok_embeddings.weight"
 
-_READ = {"peft_type", "r", "lora_alpha", "use_rslora", "alpha_pattern", "rank_pattern", "base_model_name_or_path"}
+_READ = {
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "alpha_pattern",
+    "rank_pattern",
+    "base_model_name_or_path",
+    "use_dora",
+}
 _HARMLESS = {
     # what the tensor file says by itself, training, and bookkeeping
     "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "lora_dropout",
@@ -54,7 +62,6 @@ _HARMLESS = {
 _NEUTRAL = {
     "bias": "none",
     "fan_in_fan_out": False,
-    "use_dora": False,
     "lora_bias": False,
     "use_qalora": False,
     "use_bdlora": None,
@@ -70,22 +77,27 @@ def read_peft(path: str | os.PathLike[str], base: ModelConfig) -> LoraAdapter:
     """The adapter in the folder `path`, for a base of config `base`; its tensors are views of the file.
 
     Raises CheckpointError or ConfigError: damage, a tensor that fits no parameter of the base, and every setting that would
-    change the result and that herd does not do (DoRA, biases, transposed layers, ...), by name.
+    change the result and that herd does not do (biases, transposed layers, ...), by name.
     """
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     data = read_json(folder / CONFIG)
     fields = Fields(data, str(folder / CONFIG))
     _check_config(data, fields)
-    file = _open_weights(folder)
+    file = open_weights(folder)
     parts = _parts(file, base)
     rank, alpha, rslora = fields.whole("r"), fields.number("lora_alpha"), fields.flag("use_rslora", False)
+    dora = fields.flag("use_dora", False)
     alphas, ranks = _patterns(fields, "alpha_pattern"), _patterns(fields, "rank_pattern")
     factors = {}
     for canonical, (module, low) in parts.low.items():
         missing = [word for word in ("A", "B") if word not in low]
         if missing:
             raise CheckpointError(f"has no lora_{missing[0]}", path=file.path, tensor=module)
-        pair = Factors(low["A"], low["B"], float(_by_pattern(alphas, module, alpha, fields, "alpha_pattern")))
+        if ("magnitude" in low) != dora:
+            told = "has no magnitude" if dora else "has a magnitude"
+            raise CheckpointError(f"{told}, and {CONFIG} says use_dora {dora}", path=file.path, tensor=module)
+        alpha_here = float(_by_pattern(alphas, module, alpha, fields, "alpha_pattern"))
+        pair = Factors(low["A"], low["B"], alpha_here, low.get("magnitude"))
         expected = _by_pattern(ranks, module, rank, fields, "rank_pattern")
         if pair.rank != expected:
             why = f"has rank {pair.rank}, {CONFIG} says {expected:g}"
@@ -110,7 +122,7 @@ def write_peft(adapter: LoraAdapter, folder: str | os.PathLike[str], base: Model
     for name, pair in adapter.factors.items():
         home = found[name]
         modules[name] = module = home.name.removesuffix(".weight")
-        if name == _EMBEDDING:
+        if name == EMBEDDING:
             planned += [
                 _plan(f"{PREFIX}{module}.lora_embedding_A", pair.b.T),
                 _plan(f"{PREFIX}{module}.lora_embedding_B", pair.a.T),
@@ -120,6 +132,9 @@ def write_peft(adapter: LoraAdapter, folder: str | os.PathLike[str], base: Model
                 _plan(f"{PREFIX}{module}.lora_A.weight", pair.a),
                 _plan(f"{PREFIX}{module}.lora_B.weight", _rows(home, pair.b, base, write=True)),
             ]
+        if pair.magnitude is not None:
+            lengths = pair.magnitude if name == EMBEDDING else _rows(home, pair.magnitude[:, None], base, write=True)
+            planned.append(_plan(f"{PREFIX}{module}.lora_magnitude_vector", lengths.flatten()))
     for name, tensor in adapter.whole.items():
         home = found[name]
         module = home.name.removesuffix(".weight")
@@ -156,10 +171,7 @@ def _parts(file: TensorFile, base: ModelConfig) -> _Parts:
     for foreign in file.names():
         match = _PART.fullmatch(foreign)
         if match is None:
-            why = "is neither a LoRA factor nor a whole weight"
-            if "magnitude" in foreign:
-                why = "is a magnitude of DoRA, which herd does not do yet"
-            raise CheckpointError(why, path=file.path, tensor=foreign[:200])
+            raise CheckpointError("is neither a LoRA factor nor a whole weight", path=file.path, tensor=foreign[:200])
         module = match["module"].removeprefix(PREFIX)
         home = canonical.get(_inner(module) + ".weight")
         if home is None or not plain_rows(home):
@@ -171,7 +183,16 @@ def _parts(file: TensorFile, base: ModelConfig) -> _Parts:
             parts.whole[home.canonical] = _rows(home, tensor, base, write=False, path=file.path)
             continue
         _, pair = parts.low.setdefault(home.canonical, (module, {}))
-        if (home.canonical == _EMBEDDING) != ("embedding" in low) or tensor.ndim != 2:
+        if "magnitude" in low:
+            if tensor.ndim != 1:
+                why = f"is a magnitude of shape {tuple(tensor.shape)}"
+                raise CheckpointError(why, path=file.path, tensor=foreign[:200])
+            embeds = home.canonical == EMBEDDING
+            column = tensor[:, None]
+            turned = column if embeds else _rows(home, column, base, write=False, path=file.path)
+            pair["magnitude"] = turned.flatten()
+            continue
+        if (home.canonical == EMBEDDING) != ("embedding" in low) or tensor.ndim != 2:
             raise CheckpointError(f"is a {low} of shape {tuple(tensor.shape)}", path=file.path, tensor=foreign[:200])
         word = low[-1]
         if "embedding" in low:
@@ -208,7 +229,8 @@ def _rows(home: Home, tensor: Tensor, base: ModelConfig, *, write: bool, path: P
     return tensor
 
 
-def _open_weights(folder: Path) -> TensorFile:
+def open_weights(folder: Path) -> TensorFile:
+    """The tensor file of a PEFT folder, the newer one first. Raises CheckpointError when there is none."""
     if (folder / WEIGHTS).is_file():
         return SafetensorsFile(folder / WEIGHTS)
     if (folder / OLD_WEIGHTS).is_file():
@@ -219,7 +241,9 @@ def _open_weights(folder: Path) -> TensorFile:
 def _check_config(data: Mapping[str, Any], fields: Fields) -> None:
     kind = data.get("peft_type", "LORA")
     if kind != "LORA":
-        fields.fail("peft_type", f"is {short(kind)}: herd reads LORA adapters")
+        virtual = kind in ("PREFIX_TUNING", "PROMPT_TUNING")
+        told = "virtual tokens train and score (herd.checkpoint.peft_virtual), they are neither served nor merged"
+        fields.fail("peft_type", f"is {short(kind)}: {told if virtual else 'herd reads LORA adapters'}")
     start = data.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
         fields.fail(
@@ -279,7 +303,7 @@ def _config(
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
-        "use_dora": False,
+        "use_dora": adapter.dora,
         "inference_mode": True,
     }
 

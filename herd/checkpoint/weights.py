@@ -12,9 +12,11 @@
 |                     | native kernels do anyway, and torch does in float32 where there are none                            |
 | `fp8`               | float8_e4m3fn with a float32 scale per row for the layers' matrices; embedding, output, routers and |
 |                     | norms plain. Activations float (on a CPU: dequantized for each product, for trying, not for speed)  |
+| `nf4`               | what QLoRA trains on (`herd.quant.nf4`): NF4 with double quantization for the layers' matrices, Q8_0 |
+|                     | for embedding and output. Dequantized for each product: the least memory that trains, not speed     |
 | `q4_k_m`, `q8_0`, … | llama.cpp's mixes (`herd.quant.mix`)                                                                |
 
-The last five quantize while loading, whatever the file holds; blocks that already have the wanted type stay as they are.
+The last six quantize while loading, whatever the file holds; blocks that already have the wanted type stay as they are.
 Matrices whose rows are not whole blocks get another form, and `Plan.notes` says which.
 
 With `auto`, blocks of a type that the kernels do not multiply with (Q5_0, Q3_K, ...) become bfloat16.
@@ -40,6 +42,7 @@ from herd.kernels import native
 from herd.model.llama import Llama
 from herd.quant.apply import WEIGHTS, held, rule_named
 from herd.quant.fp8 import FP8
+from herd.quant.nf4 import NF4
 from herd.quant.numbers import torch_dtype
 from herd.quant.scheme import BlockType, block_type
 
@@ -51,6 +54,7 @@ __all__ = ["FLOATS", "FORMS", "Plan", "changed", "is_quantized", "meaningless", 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 _WORDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_OF_HERD = {FP8.name: FP8, NF4.name: NF4}
 
 FORMS: tuple[str, ...] = ("auto", "plain", "stored", *WEIGHTS)
 """What `weights` may be."""
@@ -96,12 +100,12 @@ def plan_weights(
         rule = rule_named(weights)
     except ConfigError as error:
         raise ConfigError(f"no weights are called {weights[:40]!r}: choose one of {', '.join(FORMS)}") from error
-    runs_native = cpu and native.isa() is not None and rule.base != FP8.name
+    runs_native = cpu and native.isa() is not None and rule.base not in (FP8.name, NF4.name)
     wide = torch.float32 if dtype is None and runs_native else usual
     kinds, notes = {}, []
     for name, shape in shapes(store.config).items():
         choice = rule.kind(name, shape, store.config)
-        kind = FP8 if choice.kind == FP8.name else _known(choice.kind)
+        kind = _OF_HERD.get(choice.kind) or _known(choice.kind)
         if choice.note is not None:
             stays = "" if kind.dtype is None else f" (here: {str(wide).removeprefix('torch.')})"
             notes.append(f"{name}: {choice.note}{stays}")

@@ -84,6 +84,8 @@ def compare_adapters(a: OpenedAdapter, path: Path, kind: Kind, *, notes: tuple[s
         for part, x, y in (("lora_a", left.a, right.a), ("lora_b", left.b, right.b)):
             expected = x.float() * (one.scale(name) / other.scale(name)) if moved and part == "lora_b" else x
             tensors.append(_compare(f"{name}.{part}", x, expected, y, moved=expected is not x))
+        if left.magnitude is not None or right.magnitude is not None:
+            tensors.append(_magnitudes(name, left.magnitude, right.magnitude))
         change, found = one.delta(name, torch.float64), other.delta(name, torch.float64)
         size = float(change.abs().max())
         error = float((change - found).abs().max()) / size if size else float(found.abs().max())
@@ -103,6 +105,13 @@ def compare_adapters(a: OpenedAdapter, path: Path, kind: Kind, *, notes: tuple[s
     ]
     title = f"convert adapter to {kind}"
     return Report(title, _side(a), _side(b, shown_as), tuple(tensors), tuple(checks), notes, versions=versions())
+
+
+def _magnitudes(name: str, x: Tensor | None, y: Tensor | None) -> TensorResult:
+    if x is None or y is None:
+        why = "is missing in B" if y is None else "is in B, but not in A"
+        return TensorResult(f"{name}.magnitude", (), "-", "-", "failed", math.inf, why=why)
+    return _compare(f"{name}.magnitude", x, x, y, moved=False)
 
 
 def _compare(name: str, x: Tensor, expected: Tensor, y: Tensor, *, moved: bool) -> TensorResult:
@@ -142,7 +151,8 @@ def _named_base(path: Path, kind: Kind) -> str:
 
 
 def _side(opened: OpenedAdapter, shown_as: str | None = None) -> Side:
-    tensors = [t for pair in opened.adapter.factors.values() for t in (pair.a, pair.b)]
+    pairs = opened.adapter.factors.values()
+    tensors = [t for pair in pairs for t in (pair.a, pair.b, pair.magnitude) if t is not None]
     tensors += opened.adapter.whole.values()
     stored: dict[str, int] = {}
     for tensor in tensors:

@@ -2,7 +2,8 @@
 
 The base model is not touched. Its twin shares every weight, and has a `LoraLinear` where some adapter changes a matrix: for the
 rows of adapter a, y += scale * B_a (A_a x). Which rows those are stands in a `Rows` that the modules were handed when they were
-made, and that `AdapterRunner` fills before each forward.
+made, and that `AdapterRunner` fills before each forward. With DoRA outputs also get a gain, magnitude over length of the changed
+row: y = gain * (y + scale * B_a (A_a x)), made once when the adapter is loaded.
 
 Letters: T rows, R rows whose logits are wanted, r rank.
 """
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from herd.adapters.lora import LoraAdapter
+from herd.adapters.lora import LoraAdapter, lengths
 from herd.checkpoint.adapter import read_adapter
 from herd.checkpoint.names import shapes
 from herd.engine.pack import RaggedBatch
@@ -42,7 +43,8 @@ MAX_RANK = 1024
 class LoadedAdapter:
     """An adapter that requests can choose. `rank` is the largest, `matrices` how many it changes, `nbytes` what it takes.
 
-    `change` is the Frobenius norm of all its changes scale * B A together: 0 for one that was never trained. `base` is the model
+    `change` is the Frobenius norm of all its changes scale * B A together (of DoRA without its lengths): 0 for one that was never
+    trained. `base` is the model
     it says it was made for.
     """
 
@@ -62,12 +64,12 @@ class Rows:
 
 
 class _Factors:
-    """A [r, in] and scale * B [out, r] in float32, and how they are multiplied."""
+    """A [r, in], scale * B [out, r] and the gain [outputs] in float32, and how they are applied."""
 
-    __slots__ = ("a", "b", "native_a", "native_b")
+    __slots__ = ("a", "b", "gain", "native_a", "native_b")
 
-    def __init__(self, a: Tensor, b: Tensor) -> None:
-        self.a, self.b = a, b
+    def __init__(self, a: Tensor, b: Tensor, gain: Tensor | None = None) -> None:
+        self.a, self.b, self.gain = a, b, gain
         on_cpu = a.device.type == "cpu" and native.isa() is not None
         # The library's products do not depend on how many rows there are.
         self.native_a = native.plain(a) if on_cpu else None
@@ -75,7 +77,13 @@ class _Factors:
 
     @property
     def nbytes(self) -> int:
-        return self.a.nbytes + self.b.nbytes
+        return self.a.nbytes + self.b.nbytes + (0 if self.gain is None else self.gain.nbytes)
+
+    def put_on(self, y: Tensor, change: Tensor) -> Tensor:
+        """The base's outputs y [n, outputs] with `change` float32, in y's dtype."""
+        if self.gain is None:
+            return y + change.to(y.dtype)
+        return ((y.float() + change) * self.gain).to(y.dtype)
 
     def change(self, x: Tensor) -> Tensor:
         """x [n, in] -> [n, out] float32."""
@@ -100,9 +108,9 @@ class LoraLinear(nn.Module):
             if factors is None:
                 continue
             if rows is None:
-                y = y + factors.change(x).to(y.dtype)
+                y = factors.put_on(y, factors.change(x))
             else:
-                y[rows] += factors.change(x[rows]).to(y.dtype)
+                y[rows] = factors.put_on(y[rows], factors.change(x[rows]))
         return y
 
 
@@ -122,11 +130,11 @@ class LoraEmbedding(nn.Module):
                 continue
             chosen = tokens if rows is None else tokens[rows]
             # A row of its own for every token: the sum does not depend on how many there are.
-            change = (factors.b[chosen][:, :, None] * factors.a).sum(1).to(y.dtype)
+            change = (factors.b[chosen][:, :, None] * factors.a).sum(1)
             if rows is None:
-                y = y + change
+                y = factors.put_on(y, change)
             else:
-                y[rows] += change
+                y[rows] = factors.put_on(y[rows], change)
         return y
 
 
@@ -178,7 +186,13 @@ class AdapterSet:
             b = (pair.b.to(device, torch.float32) * adapter.scale(parameter)).contiguous()
             if not (a.isfinite().all() and b.isfinite().all()):
                 raise CheckpointError("holds numbers that are not finite", path=path, tensor=parameter)
-            factors[parameter] = _Factors(a, b)
+            gain = None
+            if pair.magnitude is not None:
+                weight = _values(self.base, parameter)
+                gain = pair.magnitude.to(device, torch.float32) / lengths(parameter, weight, a, b, 1.0)
+                if not gain.isfinite().all():
+                    raise CheckpointError("has a magnitude that is not finite here", path=path, tensor=parameter)
+            factors[parameter] = _Factors(a, b, gain)
         loaded = LoadedAdapter(
             name,
             max(pair.rank for pair in adapter.factors.values()),
@@ -384,6 +398,15 @@ def _module(model: Llama, parameter: str) -> nn.Module | None:
         return model.get_submodule(parameter.removesuffix(".weight"))
     except AttributeError:
         return None
+
+
+def _values(model: Llama, parameter: str) -> Tensor:
+    """A matrix of the base in plain numbers, float32."""
+    module = _module(model, parameter)
+    if isinstance(module, QuantLinear | QuantEmbedding):
+        return module.matrix.dequantize()
+    assert isinstance(module, nn.Linear | nn.Embedding)
+    return module.weight.detach().float()
 
 
 def _square(factors: _Factors) -> Tensor:

@@ -16,7 +16,8 @@ from herd.quant.encode import encode
 from herd.quant.fp8 import FP8, Fp8Matrix, Fp8Tensor, encode_fp8
 from herd.quant.linear import QuantEmbedding, QuantExperts, QuantLinear, dequantized
 from herd.quant.matrix import Matrix
-from herd.quant.mix import MIXES, Mix, RowsOfFp8, mix
+from herd.quant.mix import MIXES, Mix, Nf4Layers, RowsOfFp8, mix
+from herd.quant.nf4 import NF4, Nf4Matrix, Nf4Tensor, encode_nf4
 from herd.quant.scheme import QuantTensor
 
 __all__ = ["WEIGHTS", "dequantize", "held", "kind_of", "put", "quantize", "rule_named"]
@@ -26,14 +27,17 @@ _SHORT = {
     "int4": mix("Q4_0"),
     "w8a8": replace(mix("Q8_0"), activations=8),
     "fp8": RowsOfFp8(name="FP8", file_type=-1, base="FP8"),
+    "nf4": Nf4Layers(name="NF4", file_type=-1, base="NF4"),
 }
 WEIGHTS: tuple[str, ...] = (*_SHORT, *(m.name.lower() for m in MIXES.values() if m.quantized))
 """Names that `rule_named` takes."""
 
+Stored = QuantTensor | Fp8Tensor | Nf4Tensor
+
 
 def rule_named(name: str) -> Mix:
-    """The quantization called `name`: a mix of llama.cpp (q4_k_m, ...), int8, int4, w8a8 or fp8 (`herd.checkpoint.weights` says
-    what they are). Raises ConfigError with the choices.
+    """The quantization called `name`: a mix of llama.cpp (q4_k_m, ...), int8, int4, w8a8, fp8 or nf4 (what they are is said in
+    `herd.checkpoint.weights`). Raises ConfigError with the choices.
     """
     key = name.lower()
     rule = _SHORT.get(key)
@@ -58,10 +62,7 @@ def quantize(model: Llama, weights: str) -> list[str]:
         if choice.note is not None:
             notes.append(f"{name}: {choice.note}")
         if choice.kind not in ("F32", "F16", "BF16"):
-            stored = (
-                encode_fp8(weight, name=name) if choice.kind == FP8.name else encode(weight, choice.kind, name=name)
-            )
-            assert isinstance(stored, QuantTensor | Fp8Tensor)
+            stored = _encoded(weight, choice.kind, name)
             put(model, name, stored, model.norm.weight.dtype, own=True, activations=rule.activations)
     return notes
 
@@ -84,7 +85,7 @@ def dequantize(model: Llama, dtype: torch.dtype = torch.float32) -> Llama:
 def put(
     model: Llama,
     name: str,
-    stored: QuantTensor | Fp8Tensor,
+    stored: Stored,
     dtype: torch.dtype,
     *,
     own: bool,
@@ -99,8 +100,9 @@ def put(
     """
     home, _, field = name.rpartition(".")
     if isinstance(model.get_submodule(home), Experts | QuantExperts):
-        if isinstance(stored, Fp8Tensor):
-            each = tuple(_packed(stored[e], own) for e in range(len(stored.scale)))
+        if isinstance(stored, Fp8Tensor | Nf4Tensor):
+            count = len(stored.scale if isinstance(stored, Fp8Tensor) else stored.codes)
+            each = tuple(_packed(stored[e], own) for e in range(count))
         else:
             parts = [QuantTensor(blocks, stored.type, stored.shape[1:]) for blocks in stored.blocks]
             made = [None] * len(parts) if panels is None else panels.view(len(parts), -1)
@@ -110,7 +112,7 @@ def put(
         setattr(model.get_submodule(home), field, each)
     elif home == "tok_embeddings":
         tied = model.config.tie_embeddings
-        assert isinstance(stored, QuantTensor), "embeddings are no FP8"
+        assert isinstance(stored, QuantTensor), "embeddings are no FP8 and no NF4"
         matrix = _packed(stored, own, activations, panels) if tied else Matrix(stored)  # rows alone need no panels
         model.set_submodule(home, QuantEmbedding(matrix, dtype))
         if tied:
@@ -146,9 +148,19 @@ def _stored_sizes(model: nn.Module) -> dict[str, int]:
     return sizes
 
 
-def _packed(
-    stored: QuantTensor | Fp8Tensor, own: bool, activations: int | None = None, panels: Tensor | None = None
-) -> Matrix:
+def _encoded(weight: Tensor, kind: str, name: str) -> Stored:
+    if kind == FP8.name:
+        return encode_fp8(weight, name=name)
+    if kind == NF4.name:
+        return encode_nf4(weight, name=name)
+    stored = encode(weight, kind, name=name)
+    assert isinstance(stored, QuantTensor)
+    return stored
+
+
+def _packed(stored: Stored, own: bool, activations: int | None = None, panels: Tensor | None = None) -> Matrix:
+    if isinstance(stored, Nf4Tensor):
+        return Nf4Matrix(stored)
     matrix = Fp8Matrix(stored) if isinstance(stored, Fp8Tensor) else Matrix(stored, activations)
     if matrix.pack(panels) and own:
         matrix.drop()

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from herd.errors import CheckpointError
-from herd.quant.matrix import Matrix
+from herd.quant.matrix import Matrix, frozen_product
 from herd.quant.scheme import BlockType
 
 __all__ = ["FP8", "LARGEST", "Fp8Matrix", "Fp8Tensor", "encode_fp8"]
@@ -103,7 +102,7 @@ class Fp8Matrix(Matrix):
 
     def multiply(self, x: Tensor) -> Tensor:
         """x [..., columns] -> x W^T [..., rows] in x's dtype."""
-        return linear(x, self.dequantize(x.dtype))
+        return frozen_product(x, self)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         return Fp8Tensor(self.weight, self.scale).dequantize(dtype or torch.float32)

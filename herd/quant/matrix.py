@@ -7,6 +7,7 @@ embedding and output share one matrix: rows are looked up in blocks, products us
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from herd.kernels.reference import rounded
 from herd.quant.panels import PANEL, unpack
 from herd.quant.scheme import BlockType, QuantTensor
 
-__all__ = ["Matrix"]
+__all__ = ["Matrix", "frozen_product"]
 
 _NATIVE_INPUTS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -79,7 +80,7 @@ class Matrix:
             return native.matmul(self.panels, x.float()).to(x.dtype)
         if self.activations is not None and not wanted:
             return linear(rounded(x.float()), self.dequantize()).to(x.dtype)
-        return linear(x, self.dequantize(x.dtype))
+        return frozen_product(x, self)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The values [rows, columns] in `dtype` (None: float32), rounded once."""
@@ -120,3 +121,26 @@ class Matrix:
         if self.type.dtype is not None:
             return blocks.view(self.type.dtype).to(dtype or torch.float32)
         return QuantTensor(blocks, self.type, (len(blocks), self.columns)).dequantize(dtype)
+
+
+def frozen_product(x: Tensor, matrix: Matrix) -> Tensor:
+    """x [..., columns] -> x W^T [..., rows] with the dequantized matrix in x's dtype.
+
+    For the gradient of x the matrix is dequantized once more instead of being kept: a model that is trained through its
+    quantized weights needs one of them in plain numbers at a time.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Frozen.apply(x, matrix)  # pyright: ignore[reportReturnType] (torch gives apply no types)
+    return linear(x, matrix.dequantize(x.dtype))
+
+
+class _Frozen(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, matrix: Matrix) -> Tensor:
+        ctx.matrix = matrix
+        return linear(x, matrix.dequantize(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad,) = grads
+        return grad @ ctx.matrix.dequantize(grad.dtype), None

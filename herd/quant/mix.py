@@ -14,7 +14,7 @@ from herd.errors import ConfigError
 from herd.model.config import ModelConfig
 from herd.quant.scheme import block_type
 
-__all__ = ["MIXES", "Choice", "Mix", "RowsOfFp8", "mix"]
+__all__ = ["MIXES", "Choice", "Mix", "Nf4Layers", "RowsOfFp8", "mix"]
 
 _EIGHT = 8
 """Experts of Mixtral: some rules of llama.cpp hold for exactly this number."""
@@ -98,6 +98,21 @@ class RowsOfFp8(Mix):
         if len(shape) < 2 or name.endswith(("norm.weight", "router.weight")):
             return Choice("F32")
         return Choice("FP8" if name.startswith("layers.") else "BF16")
+
+
+class Nf4Layers(Mix):
+    """No file type, but a form in memory: NF4 for the matrices of layers, Q8_0 for embedding and output."""
+
+    __slots__ = ()
+
+    def kind(self, name: str, shape: tuple[int, ...], config: ModelConfig) -> Choice:
+        if len(shape) < 2 or name.endswith(("norm.weight", "router.weight")):
+            return Choice("F32")
+        if name.startswith("layers."):
+            return Choice("NF4")
+        if shape[-1] % _values("Q8_0"):
+            return Choice("BF16", f"rows of {shape[-1]} values are not whole Q8_0 blocks; left as they are")
+        return Choice("Q8_0")
 
 
 MIXES: dict[str, Mix] = {

@@ -46,6 +46,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
     "whole output": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "dora": {"target_modules": LINEAR, "use_dora": True},
+    "dora of an embedding": {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True, "use_rslora": True},
 }
 
 
@@ -56,7 +58,9 @@ def saved_by_peft(folder: Path, model: Llama, seed: int = 3, **settings: Any) ->
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in made.named_parameters():
-            if "lora_" in name or "modules_to_save" in name:
+            if "magnitude" in name:
+                weight.mul_(1 + 0.2 * torch.randn(weight.shape, generator=generator))
+            elif "lora_" in name or "modules_to_save" in name:
                 weight.copy_(0.05 * torch.randn(weight.shape, generator=generator))
     with warnings.catch_warnings():  # the base has no name to look up
         warnings.simplefilter("ignore")
@@ -68,10 +72,8 @@ def with_adapter(model: Llama, adapter: LoraAdapter) -> Llama:
     """W + scale * B A in herd's own model, in place."""
     weights = dict(model.named_parameters())
     with torch.no_grad():
-        for name, whole in adapter.whole.items():
-            weights[name].copy_(whole)
-        for name in adapter.factors:
-            weights[name].add_(adapter.delta(name))
+        for name in [*adapter.whole, *adapter.factors]:
+            weights[name].copy_(adapter.merged(name, weights[name]))
     return model
 
 
@@ -121,7 +123,9 @@ def test_llama4_attention_is_not_paired_again(name: str, tmp_path: Path) -> None
     assert (found - expected).abs().max() <= LOGITS
 
 
-@pytest.mark.parametrize("settings", [s for s in SETTINGS if s != "whole output" and s != "embedding"])
+@pytest.mark.parametrize(
+    "settings", [s for s in SETTINGS if "whole" not in s and "embedding" not in s and "dora" not in s]
+)
 def test_through_gguf_and_back(settings: str, tmp_path: Path) -> None:
     model = build("llama-3")
     saved_by_peft(tmp_path, model, **SETTINGS[settings])
@@ -165,7 +169,7 @@ def test_the_old_bin_file_is_read_without_running_anything(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("use_dora", True), ("bias", "all"), ("fan_in_fan_out", True), ("lora_bias", True), ("layer_replication", [[0, 1]]),
+        ("use_dora", "yes"), ("bias", "all"), ("fan_in_fan_out", True), ("lora_bias", True), ("layer_replication", [[0, 1]]),
         ("trainable_token_indices", [1]), ("target_parameters", ["x"]), ("use_qalora", True), ("peft_type", "IA3"),
         ("alora_invocation_tokens", [1, 2]), ("init_lora_weights", "pissa_niter_4"), ("invented_later", 7), ("r", 0),
         ("lora_alpha", "8"), ("alpha_pattern", {"(": 4}), ("rank_pattern", {"q_proj": 3}),
@@ -210,7 +214,13 @@ def test_damaged_tensors_are_named(damage: str, tmp_path: Path) -> None:
         file.unlink()
     else:
         save_file(state, file)
-    told = {"lost": "has no lora_B", "shape": "q_proj", "foreign": "layers.9", "magnitude": "DoRA", "none": "neither"}
+    told = {
+        "lost": "has no lora_B",
+        "shape": "q_proj",
+        "foreign": "layers.9",
+        "magnitude": "use_dora False",
+        "none": "neither",
+    }
     with pytest.raises(CheckpointError, match=told[damage]):
         read_peft(tmp_path, model.config)
 
@@ -218,6 +228,11 @@ def test_damaged_tensors_are_named(damage: str, tmp_path: Path) -> None:
 def test_gguf_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
     config = build("llama-3.2").config
     pair = Factors(torch.zeros(2, config.dim), torch.zeros(config.vocab_size, 2), 4.0)
+    turned = Factors(torch.zeros(2, 64), torch.zeros(64, 2), 4.0, torch.ones(64))
+    with pytest.raises(CheckpointError, match=r"wq\.weight.*DoRA"):
+        write_gguf_lora(
+            LoraAdapter({"layers.0.attention.wq.weight": turned}, 2, 4.0), tmp_path / "d.gguf", config, lambda _: None
+        )
     norm = LoraAdapter({}, 2, 4.0, whole={"norm.weight": torch.ones(config.dim)})
     with pytest.raises(CheckpointError, match=r"norm\.weight.*replaced as a whole"):
         write_gguf_lora(norm, tmp_path / "a.gguf", config, lambda _: None)
@@ -232,3 +247,17 @@ def test_a_gguf_model_is_no_adapter(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "model.gguf", oracle(model))
     with pytest.raises(CheckpointError, match=r"general\.type"):
         read_gguf_lora(path, model.config)
+
+
+def test_a_dora_adapter_without_its_magnitudes_is_refused(tmp_path: Path) -> None:
+    model = build("llama-3")
+    saved_by_peft(tmp_path, model, target_modules=["q_proj"], use_dora=True)
+    file = tmp_path / "adapter_model.safetensors"
+    state = load_file(file)
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"
+    save_file({key: value for key, value in state.items() if key != name}, file)
+    with pytest.raises(CheckpointError, match="no magnitude"):
+        read_peft(tmp_path, model.config)
+    save_file(state | {name: torch.ones(3)}, file)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        read_peft(tmp_path, model.config)

@@ -13,20 +13,16 @@ from typing import TYPE_CHECKING, Any
 from herd.checkpoint.fields import Fields
 from herd.checkpoint.quantized.module import WIDE, Module, Packed
 from herd.files import parse_json, short
+from herd.quant.numbers import NF4_TABLE
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["BnbScheme"]
 
-NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
 _FP4 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)  # a sign, two bits of exponent, one behind the first; over 12
 FP4 = tuple(sign * value for sign in (1.0, -1.0) for value in _FP4)
-_TABLES = {"nf4": (NF4, 1.0), "fp4": (FP4, 12.0)}
+_TABLES = {"nf4": (NF4_TABLE, 1.0), "fp4": (FP4, 12.0)}
 
 SLACK = 1e-3
 """How far a file's own copy of the table may be from the definition: older versions rounded FP4 to four digits."""

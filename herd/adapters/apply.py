@@ -1,0 +1,288 @@
+"""LoRA and DoRA in a model that is trained: thin layers around frozen matrices, plain or quantized (QLoRA).
+
+`apply_lora` puts them in as children, freezes everything else and gives back what trains; `adapter_of` takes them out as data,
+which `herd.checkpoint.peft` writes as PEFT does. Start, scaling, dropout and numbers are PEFT's: factors are float32, A is drawn
+uniformly and B is zero, so that training starts from the base model itself.
+
+Letters: T tokens, D dim, V vocabulary, r rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout, embedding, linear
+
+from herd.adapters.lora import EMBEDDING, Factors, LoraAdapter, lengths
+from herd.errors import ConfigError
+from herd.model.llama import Llama
+from herd.model.moe import Experts
+from herd.quant.linear import QuantEmbedding, QuantExperts, QuantLinear
+from herd.quant.matrix import frozen_product
+
+__all__ = [
+    "ATTENTION", "FEED_FORWARD", "LINEAR", "TARGETS",
+    "LoraConfig", "LowRankEmbedding", "LowRankLinear",
+    "adapter_of", "apply_adapter", "apply_lora", "trained",
+]  # fmt: skip
+
+ATTENTION = ("wq", "wk", "wv", "wo")
+FEED_FORWARD = ("w1", "w2", "w3")
+LINEAR = (*ATTENTION, *FEED_FORWARD)
+"""The seven matrices of a dense layer; of a layer with experts w1, w2, w3 are those of the shared expert."""
+TARGETS = (*LINEAR, "tok_embeddings", "output")
+"""Kinds of matrices that can be adapted."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoraConfig:
+    """What is trained: factors of `rank`, scaled by alpha / rank (with `use_rslora` alpha / sqrt(rank)).
+
+    `targets` are kinds of matrices (TARGETS), or single ones by name ("layers.3.attention.wq"). `dropout` falls on what goes
+    into the factors, while training. `use_dora` trains lengths of outputs beside their directions. Raises ConfigError.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = LINEAR
+    use_dora: bool = False
+    use_rslora: bool = False
+
+    def __post_init__(self) -> None:
+        if type(self.rank) is not int or self.rank < 1:
+            raise ConfigError(f"lora: rank {self.rank!r}: give a whole number of at least 1")
+        if not math.isfinite(self.alpha) or self.alpha <= 0:
+            raise ConfigError(f"lora: alpha {self.alpha!r}: give a positive number")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"lora: dropout {self.dropout!r}: give a share from 0 to below 1")
+        if isinstance(self.targets, str) or not self.targets:
+            raise ConfigError(f"lora: targets {self.targets!r}: give some of {', '.join(TARGETS)}")
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied with."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+
+class _LowRank(nn.Module):
+    """What both share: the base, A [r, in], B [out, r], the scale, and DoRA's magnitude."""
+
+    squares: Tensor | None
+
+    def __init__(self, name: str, base: nn.Module, pair: Factors, scale: float, share: float) -> None:
+        super().__init__()
+        weight = _values(base)
+        self.name, self.base, self.alpha, self.scale, self.dropout = name, base, pair.alpha, scale, share
+        self.a = nn.Parameter(pair.a.to(weight.device, torch.float32, copy=True))
+        self.b = nn.Parameter(pair.b.to(weight.device, torch.float32, copy=True))
+        self.magnitude = None
+        squares = None
+        if pair.magnitude is not None:
+            self.magnitude = nn.Parameter(pair.magnitude.to(weight.device, torch.float32, copy=True))
+            squares = weight.float().square().sum(0 if name == EMBEDDING else 1)
+        self.register_buffer("squares", squares, persistent=False)
+
+    def gain(self, weight: Tensor) -> Tensor | None:
+        """DoRA: what every output is multiplied with, magnitude over length; the length counts as a constant (section 4.3)."""
+        if self.magnitude is None:
+            return None
+        with torch.no_grad():
+            length = lengths(self.name, weight, self.a, self.b, self.scale, self.squares)
+        return self.magnitude / length
+
+    def extra_repr(self) -> str:
+        kind = "LoRA" if self.magnitude is None else "DoRA"
+        return f"{kind}, rank {len(self.a)}, scale {self.scale:g}"
+
+
+class LowRankLinear(_LowRank):
+    """y = W x + scale * B A x, with DoRA its outputs times a gain. x [..., in] -> [..., out] in x's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = _product(self.base, x)
+        dropped = dropout(x, self.dropout) if self.training and self.dropout else x
+        change = linear(linear(dropped.to(self.a.dtype), self.a), self.b) * self.scale
+        if self.magnitude is None:
+            return (y + change).to(y.dtype)
+        gain = self.gain(_values(self.base))
+        assert gain is not None
+        turned = y if dropped is x else _product(self.base, dropped)
+        return (y + (gain - 1) * turned + gain * change).to(y.dtype)
+
+
+class LowRankEmbedding(_LowRank):
+    """The same for looked-up rows. tokens [...] int -> [..., D]. There is no dropout, as in PEFT."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        y = self.base(tokens)
+        total = y + (embedding(tokens, self.b) @ self.a) * self.scale
+        if self.magnitude is not None:
+            total = total * self.gain(_values(self.base))
+        return total.to(y.dtype)
+
+
+def apply_lora(model: Llama, config: LoraConfig) -> list[nn.Parameter]:
+    """Freeze `model` and put trainable factors around the matrices that `config` names, in place; returns what trains.
+
+    Drawn from the global random state. With tied embeddings, factors of the embedding change looking up alone, as in PEFT.
+    Raises ConfigError, with the model as it was: targets that are not there, a rank that is no smaller than the matrix,
+    a model that has an adapter already.
+    """
+    chosen = _chosen(model, config)
+    pairs = {name: _start(name, module, config) for name, module in chosen.items()}
+    return _put(model, LoraAdapter(pairs, config.rank, config.alpha, config.use_rslora), config.dropout)
+
+
+def apply_adapter(model: Llama, adapter: LoraAdapter, *, dropout: float = 0.0) -> list[nn.Parameter]:
+    """As `apply_lora`, going on from `adapter`: its tensors are copied, not changed.
+
+    Raises CheckpointError when it does not fit the model, ConfigError for one that replaces whole weights (PEFT
+    saves an adapted embedding with the adapter; that is fine when it is the model's own).
+    """
+    _refuse_second(model)
+    every = _matrices(model)
+    replace(adapter, whole={}).check({name: _size(module) for name, module in every.items()})
+    replaced = [name for name, whole in adapter.whole.items() if name not in every or not _same(every[name], whole)]
+    if replaced:
+        raise ConfigError(
+            f"this adapter replaces whole weights ({', '.join(replaced[:3])}), and herd trains factors alone: merge it into "
+            "the base first"
+        )
+    return _put(model, adapter, dropout)
+
+
+def adapter_of(model: Llama, base: str | None = None) -> LoraAdapter:
+    """The adapter in `model` as data; its tensors are the model's own, detached. `base` is the name of the base model.
+
+    Raises ConfigError when there is none.
+    """
+    found = {module.name: module for module in _layers(model)}
+    if not found:
+        raise ConfigError("the model has no LoRA layers: put them in with apply_lora")
+    pairs = {
+        name: Factors(m.a.detach(), m.b.detach(), m.alpha, None if m.magnitude is None else m.magnitude.detach())
+        for name, m in found.items()
+    }
+    first = next(iter(found.values()))
+    rank = len(first.a)
+    rslora = rank > 1 and math.isclose(first.scale, first.alpha / math.sqrt(rank), rel_tol=1e-9)
+    return LoraAdapter(pairs, rank, first.alpha, rslora, base=base)
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """The trainable parameters of `model` by name: what a checkpoint of such a training has to hold."""
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def _put(model: Llama, adapter: LoraAdapter, share: float) -> list[nn.Parameter]:
+    model.requires_grad_(False)
+    made: list[nn.Parameter] = []
+    for name, pair in adapter.factors.items():
+        home = name.removesuffix(".weight")
+        kind = LowRankEmbedding if name == EMBEDDING else LowRankLinear
+        layer = kind(name, model.get_submodule(home), pair, adapter.scale(name), share).train(model.training)
+        model.set_submodule(home, layer)
+        made += layer.parameters(recurse=False)
+    return made
+
+
+def _chosen(model: Llama, config: LoraConfig) -> Mapping[str, nn.Module]:
+    """The matrices that are adapted, in the model's order."""
+    _refuse_second(model)
+    every = _matrices(model)
+    wanted: set[str] = set()
+    for target in config.targets:
+        hits = [n for n in every if target in (n.removesuffix(".weight"), n.removesuffix(".weight").rpartition(".")[2])]
+        if not hits:
+            raise ConfigError(_why_not(model, target))
+        wanted.update(hits)
+    for name in wanted:
+        rows, columns = _size(every[name])
+        if config.rank >= min(rows, columns):
+            raise ConfigError(
+                f"lora: rank {config.rank} is not thin for {name} [{rows}, {columns}]: give less than {min(rows, columns)}"
+            )
+    return {name: module for name, module in every.items() if name in wanted}
+
+
+def _why_not(model: Llama, target: str) -> str:
+    if target == "output":
+        return "lora: the output of this model is its embedding (tied): choose tok_embeddings, which changes look-ups alone"
+    if "experts" in target:
+        return (
+            "lora: matrices of routed experts cannot be adapted (three-dimensional parameters): choose attention and the "
+            "shared expert, which w1, w2, w3 mean"
+        )
+    known = [t for t in TARGETS if t != "output" or not model.config.tie_embeddings]
+    return f"lora: no matrix of this model is called {target[:80]!r}: choose some of {', '.join(known)}"
+
+
+def _refuse_second(model: Llama) -> None:
+    if next(_layers(model), None) is not None:
+        raise ConfigError("the model has LoRA layers already: merge them, or load the model anew")
+
+
+def _layers(model: nn.Module) -> Iterator[_LowRank]:
+    return (module for module in model.modules() if isinstance(module, _LowRank))
+
+
+def _matrices(model: Llama) -> dict[str, nn.Module]:
+    """Every module with one matrix, by the canonical name of that matrix; no routers, and no tied output."""
+    found: dict[str, nn.Module] = {
+        f"{name}.weight": module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Embedding | QuantLinear | QuantEmbedding) and not name.endswith("router")
+    }
+    if model.config.tie_embeddings:
+        found.pop("output.weight", None)
+    return found
+
+
+def _size(module: nn.Module) -> tuple[int, int]:
+    assert not isinstance(module, Experts | QuantExperts)
+    if isinstance(module, QuantLinear | QuantEmbedding):
+        return module.matrix.rows, module.matrix.columns
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0], weight.shape[1]
+
+
+def _start(name: str, module: nn.Module, config: LoraConfig) -> Factors:
+    """Factors whose product is zero, and the lengths that the outputs have."""
+    rows, columns = _size(module)
+    if name == EMBEDDING:  # PEFT draws the factor that is not looked up from a normal distribution
+        a = torch.randn(config.rank, columns)
+    else:
+        a = torch.empty(config.rank, columns)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+    b = torch.zeros(rows, config.rank)
+    magnitude = None
+    if config.use_dora:
+        magnitude = torch.linalg.vector_norm(_values(module).float(), dim=0 if name == EMBEDDING else 1)
+    return Factors(a, b, config.alpha, magnitude)
+
+
+def _values(module: nn.Module) -> Tensor:
+    """The matrix in plain numbers; of a quantized one, made for this moment."""
+    if isinstance(module, QuantLinear | QuantEmbedding):
+        return module.matrix.dequantize()
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach()
+
+
+def _same(module: nn.Module, whole: Tensor) -> bool:
+    own = _values(module)
+    return own.shape == whole.shape and torch.equal(own, whole.to(own.device, own.dtype))
+
+
+def _product(module: nn.Module, x: Tensor) -> Tensor:
+    """x W^T. While training no input is rounded, not even in the first layer, whose x needs no gradient."""
+    if isinstance(module, QuantLinear) and torch.is_grad_enabled():
+        return frozen_product(x, module.matrix)
+    return module(x)

@@ -1,0 +1,242 @@
+"""Prefix and prompt tuning: virtual tokens before every document, the only thing that trains.
+
+A prefix is trained keys and values of each layer, [n_kv_heads] of them like the model's own; a prompt is trained embeddings, and
+what the layers make of those are keys and values, too: they depend on nothing behind them. So both reach the model through the
+same seam, the `attend` that each layer is handed (ADR 1), and each document of a packed row begins with them.
+
+Sources: Li and Liang 2021 (prefix), Lester et al. 2021 (prompt); shapes and positions are PEFT's.
+Letters: P virtual tokens, S positions, L layers, Hkv key/value heads, Dh head_dim, D dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from herd.errors import CheckpointError, ConfigError
+from herd.model.attend import Attend, Causal, Packed, masked_attention, uncached, visible
+from herd.model.config import ModelConfig
+from herd.model.llama import Llama
+
+__all__ = ["Prefix", "PrefixTuned", "Prompt", "PromptTuned", "Virtual", "prefixed", "tune_prefix", "tune_prompt"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """Keys (placed, rotary pairs interleaved) and values of every layer: each [L, P, Hkv, Dh]. `base` names its model."""
+
+    keys: Tensor
+    values: Tensor
+    base: str | None = None
+
+    def check(self, config: ModelConfig) -> None:
+        """Raise unless it fits a base of `config`: CheckpointError, or ConfigError for a base that takes no virtual tokens."""
+        _refuse_chunks(config)
+        expected = config.n_layers, self.keys.shape[1], config.n_kv_heads, config.head_dim
+        for tensor in (self.keys, self.values):
+            if tuple(tensor.shape) != expected:
+                raise CheckpointError(f"a prefix of shape {tuple(tensor.shape)}: this base has {expected}")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Embeddings [P, D] that stand before every document. `base` names its model."""
+
+    embeddings: Tensor
+    base: str | None = None
+
+    def check(self, config: ModelConfig) -> None:
+        """As `Prefix.check`."""
+        _refuse_chunks(config)
+        if self.embeddings.ndim != 2 or self.embeddings.shape[1] != config.dim:
+            raise CheckpointError(f"a prompt of shape {tuple(self.embeddings.shape)}: this base has dim {config.dim}")
+
+
+Virtual = Prefix | Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Prefixed:
+    """Attention to `keys` and `values` [P, Hkv, Dh] first, which every query sees, then as `mask` says (bool, [..., 1, S, S])."""
+
+    keys: Tensor
+    values: Tensor
+    mask: Tensor
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, chunk: int | None) -> Tensor:
+        assert chunk is None  # models with chunks are refused
+        keys, values = (
+            torch.cat([first.to(x.dtype).expand(*x.shape[:-3], *first.shape), x], dim=-3)
+            for first, x in ((self.keys, k), (self.values, v))
+        )
+        return masked_attention(q, keys, values, self.mask)
+
+
+def prefixed(inner: Sequence[Attend], keys: Tensor, values: Tensor, length: int) -> Sequence[Attend]:
+    """`inner`, one function per layer for documents of `length` positions in a row, with keys and values [L, P, Hkv, Dh] before
+    each document. Raises ConfigError for attention whose mask is not known (bound to a cache)."""
+    masks: dict[int, Tensor] = {}
+    out = []
+    for see, k, v in zip(inner, keys, values, strict=True):
+        if id(see) not in masks:
+            own = _mask(see, length, k.device)
+            masks[id(see)] = torch.cat([own.new_ones(*own.shape[:-1], len(k)), own], dim=-1)
+        out.append(Prefixed(k, v, masks[id(see)]))
+    return out
+
+
+def _mask(see: Attend, length: int, device: torch.device) -> Tensor:
+    if isinstance(see, Packed):
+        return see.mask(None)
+    if isinstance(see, Causal):
+        places = torch.arange(length, device=device)
+        return visible(places, places, None).unsqueeze(-3)
+    raise ConfigError(
+        f"virtual tokens go before whole documents (Causal, Packed), not into {type(see).__name__}: adapters of prefix and "
+        "prompt tuning train and score, they do not run in the engine"
+    )
+
+
+class _Tuned(Llama):
+    """A Llama over the children of another, frozen one, which stays as it was. Names of parameters are the same, too."""
+
+    def __init__(self, base: Llama) -> None:
+        if isinstance(base, _Tuned):
+            raise ConfigError("the model has virtual tokens already")
+        _refuse_chunks(base.config)
+        nn.Module.__init__(self)
+        self.config = base.config
+        for name, child in base.named_children():
+            self.add_module(name, child)
+        self.requires_grad_(False).train(base.training)
+
+    def virtual(self) -> tuple[Tensor, Tensor]:
+        """The keys and values [L, P, Hkv, Dh] before every document."""
+        raise NotImplementedError
+
+    def hidden(self, x: Tensor, positions: Tensor | None = None, attend: Sequence[Attend] | None = None) -> Tensor:
+        """As `Llama.hidden`, of documents behind the virtual tokens: `positions` count from the first real token."""
+        keys, values = self.virtual()
+        positions = torch.arange(x.shape[-2], device=x.device) if positions is None else positions
+        attend = uncached(len(self.layers)) if attend is None else attend
+        return super().hidden(x, positions + keys.shape[1], prefixed(attend, keys, values, x.shape[-2]))
+
+
+class PrefixTuned(_Tuned):
+    """A frozen model behind trained keys and values (float32). Raises as `Prefix.check`."""
+
+    def __init__(self, base: Llama, prefix: Prefix) -> None:
+        prefix.check(base.config)
+        super().__init__(base)
+        device = base.norm.weight.device
+        self.prefix_keys = nn.Parameter(prefix.keys.to(device, torch.float32, copy=True))
+        self.prefix_values = nn.Parameter(prefix.values.to(device, torch.float32, copy=True))
+
+    def virtual(self) -> tuple[Tensor, Tensor]:
+        return self.prefix_keys, self.prefix_values
+
+    def adapter(self, base: str | None = None) -> Prefix:
+        """What was trained, detached."""
+        return Prefix(self.prefix_keys.detach(), self.prefix_values.detach(), base)
+
+
+class PromptTuned(_Tuned):
+    """A frozen model behind trained embeddings (float32). Raises as `Prompt.check`."""
+
+    def __init__(self, base: Llama, prompt: Prompt) -> None:
+        prompt.check(base.config)
+        super().__init__(base)
+        self.prompt = nn.Parameter(prompt.embeddings.to(base.norm.weight.device, torch.float32, copy=True))
+
+    def virtual(self) -> tuple[Tensor, Tensor]:
+        return _read(self, self.prompt)
+
+    def adapter(self, base: str | None = None) -> Prompt:
+        """What was trained, detached."""
+        return Prompt(self.prompt.detach(), base)
+
+
+Start = Literal["vocabulary", "zero", "random"] | Sequence[int]
+
+
+def tune_prefix(model: Llama, count: int = 20, start: Start = "vocabulary") -> PrefixTuned:
+    """`model`, frozen, behind `count` virtual tokens of keys and values.
+
+    `start`: what the model makes of ids drawn from the vocabulary, or of given ids (which are repeated or cut to `count`);
+    "zero" or "random" (normal, as PEFT). Raises ConfigError.
+    """
+    config = model.config
+    shape = config.n_layers, _count(count), config.n_kv_heads, config.head_dim
+    if isinstance(start, str) and start in ("zero", "random"):
+        make = torch.zeros if start == "zero" else torch.randn
+        return PrefixTuned(model, Prefix(make(shape), make(shape)))
+    _refuse_chunks(config)
+    with torch.no_grad():
+        ids = _ids(config, count, start).to(model.norm.weight.device)
+        return PrefixTuned(model, Prefix(*_read(model, model.embed(ids))))
+
+
+def tune_prompt(model: Llama, count: int = 20, start: Start = "vocabulary") -> PromptTuned:
+    """`model`, frozen, behind `count` virtual tokens of embeddings; `start` as for `tune_prefix`. Raises ConfigError."""
+    config = model.config
+    shape = _count(count), config.dim
+    if isinstance(start, str) and start in ("zero", "random"):
+        return PromptTuned(model, Prompt(torch.zeros(shape) if start == "zero" else torch.randn(shape)))
+    with torch.no_grad():
+        ids = _ids(config, count, start).to(model.norm.weight.device)
+        return PromptTuned(model, Prompt(model.embed(ids)))
+
+
+class _Heard:
+    """Causal attention that remembers its keys and values [1, P, Hkv, Dh]."""
+
+    def __init__(self) -> None:
+        self.k: Tensor | None = None
+        self.v: Tensor | None = None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, chunk: int | None) -> Tensor:
+        self.k, self.v = k, v
+        return masked_attention(q, k, v, None)
+
+
+def _read(model: Llama, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [L, P, Hkv, Dh] that `model` makes of embeddings x [P, D] at positions 0 to P - 1."""
+    heard = [_Heard() for _ in model.layers]
+    Llama.hidden(model, x.to(_dtype(model))[None], None, heard)
+    keys, values = ([one.k if part == "k" else one.v for one in heard] for part in "kv")
+    return _stack(keys), _stack(values)
+
+
+def _stack(parts: Sequence[Tensor | None]) -> Tensor:
+    return torch.cat([part for part in parts if part is not None])
+
+
+def _dtype(model: Llama) -> torch.dtype:
+    return model.norm.weight.dtype
+
+
+def _count(count: int) -> int:
+    if type(count) is not int or count < 1:
+        raise ConfigError(f"{count!r} virtual tokens: give a whole number of at least 1")
+    return count
+
+
+def _ids(config: ModelConfig, count: int, start: Start) -> Tensor:
+    _count(count)
+    if start == "vocabulary":
+        return torch.randint(config.vocab_size, (count,))
+    if isinstance(start, str) or not start or not all(0 <= id < config.vocab_size for id in start):
+        raise ConfigError(f"virtual tokens start as vocabulary, zero, random, or ids below {config.vocab_size}")
+    return torch.tensor([start[i % len(start)] for i in range(count)])
+
+
+def _refuse_chunks(config: ModelConfig) -> None:
+    if any(spec.chunk is not None for spec in config.layers) or config.temper is not None:
+        raise ConfigError(
+            "prefix and prompt tuning are for Llama 1 to 3: layers of Llama 4 see one chunk of positions at a time, and would "
+            "lose sight of virtual tokens behind it; train LoRA instead"
+        )
