@@ -78,7 +78,7 @@ def checked(content: Any, model: type[B]) -> B:
             why = model.refused.get(name)
             if why is None:
                 allowed = " or ".join(_shown(one) for one in model.neutral[name])
-                why = f"only {allowed} is supported"
+                why = f"only {allowed} is supported" if allowed else "this is not supported: leave it out"
             elif content[name] is None:
                 del content[name]
                 continue

@@ -1,0 +1,333 @@
+"""What becomes of every parameter of the APIs: asked of the application itself, one parameter at a time.
+
+`python -m tests.server.conformance` writes docs/server/conformance.md from what it finds; `test_conformance.py` holds the page,
+and the rule behind it (honoured, refused by name, or listed here as of no effect), to the application.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from herd.server.fields import Body
+from herd.server.protocol import Began, Call, Ended, Finished, Piece, Usage
+from tests.server import fakes
+from tests.server.conftest import Fake, faked
+
+PAGE = Path(__file__).parents[2] / "docs" / "server" / "conformance.md"
+FOREIGN = "not a value that anybody allows"
+FUNCTION = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}}
+TOOL = {"type": "function", "function": FUNCTION}
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A value that must make a difference, beside what it needs in the request to be valid."""
+
+    value: Any
+    beside: Mapping[str, Any]
+
+
+def probe(value: Any, **beside: Any) -> Probe:
+    return Probe(value, beside)
+
+
+PROBES: dict[str, Probe] = {
+    "model": probe("fake@a"),
+    "messages": probe([{"role": "user", "content": "other"}]),
+    "prompt": probe("other"),
+    "input": probe("other"),
+    "temperature": probe(0.125),
+    "top_p": probe(0.375),
+    "top_k": probe(7),
+    "min_p": probe(0.0625),
+    "typical_p": probe(0.625),
+    "n": probe(2),
+    "best_of": probe(3),
+    "seed": probe(11),
+    "stop": probe(["!"]),
+    "stop_sequences": probe(["!"]),
+    "stop_token_ids": probe([5]),
+    "ignore_eos": probe(True),
+    "min_tokens": probe(2),
+    "max_tokens": probe(9),
+    "max_completion_tokens": probe(9),
+    "max_output_tokens": probe(19),
+    "stream": probe(True),
+    "stream_options": probe({"include_usage": True}, stream=True),
+    "presence_penalty": probe(0.25),
+    "frequency_penalty": probe(0.25),
+    "repetition_penalty": probe(1.25),
+    "logit_bias": probe({"5": 1.5}),
+    "logprobs": probe(True),
+    "top_logprobs": probe(2, logprobs=True),
+    "prompt_logprobs": probe(1),
+    "echo": probe(True),
+    "suffix": probe("end"),
+    "structured_outputs": probe({"regex": "a+"}),
+    "guided_json": probe(SCHEMA),
+    "guided_regex": probe("a+"),
+    "guided_choice": probe(["a", "b"]),
+    "guided_grammar": probe("start: /a+/"),
+    "response_format": probe({"type": "json_object"}),
+    "format": probe("json"),
+    "text": probe({"format": {"type": "json_object"}}),
+    "tools": probe([TOOL]),
+    "tool_choice": probe("required", tools=[TOOL]),
+    "parallel_tool_calls": probe(False, tools=[TOOL]),
+    "truncation": probe("auto"),
+    "truncate": probe(True),
+    "add_generation_prompt": probe(False),
+    "continue_final_message": probe(True),
+    "chat_template_kwargs": probe({"date": "1 May 2024"}),
+    "cache_salt": probe("salt"),
+    "user": probe("me"),
+    "metadata": probe({"k": "v"}),
+    "store": probe(False),
+    "safety_identifier": probe("id"),
+    "prompt_cache_key": probe("key"),
+    "instructions": probe("Be short."),
+    "system": probe("Be short."),
+    "include": probe(["message.output_text.logprobs"]),
+    "previous_response_id": probe(None),  # that of an answer given before
+    "options": probe({"temperature": 0.125}),
+    "keep_alive": probe("7m"),
+    "raw": probe(True),
+    "thinking": probe({"type": "disabled"}),
+    "output_config": probe({"format": {"type": "json_schema", "schema": SCHEMA}}),
+    "cache_control": probe({"type": "ephemeral"}),
+    "num_predict": probe(9),
+    "num_ctx": probe(64),
+    "repeat_penalty": probe(1.25),
+}
+ANTHROPIC_TOOL = {"name": "f", "description": "d", "input_schema": FUNCTION["parameters"]}
+RESPONSE_TOOL = {"type": "function", **FUNCTION}
+THEIRS: dict[tuple[str, str], Probe] = {
+    ("/v1/completions", "logprobs"): probe(2),
+    ("/v1/responses", "tools"): probe([RESPONSE_TOOL]),
+    ("/v1/responses", "tool_choice"): probe("required", tools=[RESPONSE_TOOL]),
+    ("/v1/responses", "parallel_tool_calls"): probe(False, tools=[RESPONSE_TOOL]),
+    ("/v1/responses", "top_logprobs"): probe(2, include=["message.output_text.logprobs"]),
+    ("/v1/responses", "stream_options"): probe({"include_obfuscation": False}, stream=True),
+    ("/v1/messages", "tools"): probe([ANTHROPIC_TOOL]),
+    ("/v1/messages", "tool_choice"): probe({"type": "any"}, tools=[ANTHROPIC_TOOL]),
+    ("/v1/messages", "metadata"): probe({"user_id": "me"}),
+    ("/api/chat", "stream"): probe(False),
+    ("/api/generate", "stream"): probe(False),
+}
+"""Where a path has values of its own."""
+
+NO_EFFECT = {
+    "user": "nothing is stored or rated by it",
+    "metadata": "nothing is stored",
+    "store": "false is what happens anyway",
+    "safety_identifier": "nothing is rated by it",
+    "prompt_cache_key": "prompts are cached by themselves",
+    "cache_control": "prompts are cached by themselves",
+    "thinking": "disabled is what happens anyway",
+    "truncate": "false is what happens anyway",
+    "/v1/responses stream_options": "include_obfuscation may be false, which is what happens anyway",
+}
+"""Accepted, though it changes nothing, and why nobody is misled by that."""
+
+
+@dataclass(frozen=True)
+class Api:
+    """A path: its body, a smallest request, and the parameters that its own clients know."""
+
+    path: str
+    body: type[Body]
+    smallest: Mapping[str, Any]
+    known: tuple[str, ...]
+    within: str | None = None
+    """The field whose members are listed, such as Ollama's options."""
+
+    @property
+    def title(self) -> str:
+        return f"POST {self.path}" + (f", {self.within}" if self.within else "")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What becomes of a parameter."""
+
+    name: str
+    verdict: str
+    status: int
+    words: str
+
+
+def apis() -> list[Api]:
+    """Every path whose requests become calls of a model."""
+    import ollama._types as theirs
+    from anthropic.types import message_create_params as messages
+    from openai.types import completion_create_params as completions
+    from openai.types.chat import completion_create_params as chat
+    from openai.types.responses import response_create_params as responses
+
+    from herd.server.anthropic.messages import MessagesBody
+    from herd.server.ollama.chat import OllamaChatBody
+    from herd.server.ollama.fields import Options
+    from herd.server.ollama.generate import GenerateBody
+    from herd.server.openai.chat import ChatBody
+    from herd.server.openai.completions import CompletionBody
+    from herd.server.openai.responses import ResponseBody
+
+    talk = {"model": "fake", "messages": [{"role": "user", "content": "Hi"}]}
+    text = {"model": "fake", "prompt": "Hi"}
+    asked = {"model": "fake", "input": "Hi"}
+    return [
+        Api("/v1/chat/completions", ChatBody, talk, _typed(chat.CompletionCreateParamsBase)),
+        Api("/v1/completions", CompletionBody, text, _typed(completions.CompletionCreateParamsBase)),
+        Api("/v1/responses", ResponseBody, asked, _typed(responses.ResponseCreateParamsBase)),
+        Api("/v1/messages", MessagesBody, talk | {"max_tokens": 5}, _typed(messages.MessageCreateParamsBase)),
+        Api("/api/chat", OllamaChatBody, talk, tuple(theirs.ChatRequest.model_fields)),
+        Api("/api/generate", GenerateBody, text, tuple(theirs.GenerateRequest.model_fields)),
+        Api("/api/generate", Options, text, tuple(theirs.Options.model_fields), "options"),
+    ]
+
+
+def _typed(params: Any) -> tuple[str, ...]:
+    return tuple(params.__annotations__)
+
+
+def names(api: Api) -> list[str]:
+    """The parameters that herd or the API's own client knows, those of the client first."""
+    ours = [field.alias or name for name, field in api.body.model_fields.items()]
+    return list(dict.fromkeys([*api.known, *ours, *api.body.neutral, *api.body.refused]))
+
+
+async def rows(api: Api) -> list[Row]:
+    with patch.object(fakes, "ABOUT", replace(fakes.ABOUT, infill=True)):
+        async with faked(_script) as fake:
+            return [await _row(fake, api, name) for name in names(api)]
+
+
+def _script(call: Call) -> list[Any]:
+    """As many replies as were asked for."""
+    count = call.sampling.get("n", 1)
+    pieces = [
+        event for index in range(count) for event in (Piece("", index, "Hello"), Ended("", index, "stop", None, 1))
+    ]
+    return [Began("", 3), *pieces, Finished("", Usage(3, count, 1, 0.01, 0.02))]
+
+
+async def _row(fake: Fake, api: Api, name: str) -> Row:
+    fields = {field.alias or key for key, field in api.body.model_fields.items()}
+    if name in fields:
+        asked = THEIRS.get((api.path, name)) or PROBES.get(name)
+        assert asked is not None, f"{api.title}: {name} needs a probe in tests/server/conformance.py"
+        value = asked.value
+        if name == "previous_response_id":
+            value = (await fake.client.post(api.path, json=dict(api.smallest))).json()["id"]
+        before = await _observed(fake, api, dict(asked.beside))
+        after = await _observed(fake, api, {**asked.beside, name: value})
+        assert before.status == 200, f"{api.title}: {name}: a request without it is refused: {before.words}"
+        if after.status != 200:
+            assert after.status == 400, f"{api.title}: {name}: status {after.status}: {after.words}"
+            assert name in after.words, f"{api.title}: {name} is refused without its name: {after.words}"
+            return Row(name, "refused", after.status, after.words)
+        if after != before:
+            return Row(name, "honoured", 200, _bound(api, name))
+        why = NO_EFFECT.get(f"{api.path} {name}") or NO_EFFECT.get(name)
+        assert why is not None, f"{api.title}: {name} is accepted and changes nothing"
+        return Row(name, "no effect", 200, why)
+    found = await _observed(fake, api, {name: FOREIGN})
+    allowed = [json.dumps(value) for value in api.body.neutral.get(name, ())]
+    for value in api.body.neutral.get(name, ()):
+        same = await _observed(fake, api, {name: value})
+        assert same.status == 200, f"{api.title}: {name}: {value!r} is refused: {same.words}"
+    assert found.status == 400, f"{api.title}: {name}: status {found.status} for a value that is not supported"
+    assert name in found.words, f"{api.title}: {name} is refused without its name: {found.words}"
+    if allowed:
+        values = [value for value in allowed if value != "1.0" or "1" not in allowed]
+        return Row(name, f"only {' or '.join(values)}", found.status, api.body.refused.get(name, ""))
+    return Row(name, "refused", found.status, found.words)
+
+
+def _bound(api: Api, name: str) -> str:
+    field = next(field for key, field in api.body.model_fields.items() if name == (field.alias or key))
+    return "required" if field.is_required() else ""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a request came to: the call that the model got, the answer, and how long the model stays."""
+
+    status: int
+    call: str
+    answer: str
+    stays: float | None
+    words: str
+
+
+async def _observed(fake: Fake, api: Api, more: dict[str, Any]) -> Seen:
+    request = {**api.smallest, **({api.within: more} if api.within else more)}
+    seen = len(fake.model.seen) if fake.made else 0
+    reply = await fake.client.post(api.path, json=request)
+    calls = [replace(call, id="") for call in fake.model.seen[seen:]] if fake.made else []
+    stays = next(iter(fake.state.models.slots.values())).keep_alive
+    words = "" if reply.status_code == 200 else _words(reply.json())
+    return Seen(reply.status_code, repr(calls), _masked(reply.text), stays, words)
+
+
+def _words(body: Any) -> str:
+    error = body["error"]
+    return str(error["message"] if isinstance(error, dict) else error)
+
+
+def _masked(text: str) -> str:
+    """An answer without what differs from one to the next: ids, times and durations."""
+    text = re.sub(r'"[a-z]+[-_][0-9A-Za-z_-]{8,}"', '"ID"', text)
+    text = re.sub(r"\d{4}-\d\d-\d\dT[0-9:.]+Z?", "DATE", text)
+    return re.sub(r"\d+\.\d+|\d{6,}", "N", text)
+
+
+HEAD = """\
+# Every parameter of every API
+
+Written by `python -m tests.server.conformance` from what the server does: each parameter is sent alone, and the call that the
+model gets and the answer are held against those of a request without it. The tests fail when this page is not what they find.
+
+- **honoured**: the call or the answer is another one. What the engine makes of it is shown by the tests of the engine.
+- **only ...**: accepted with the value that changes nothing, refused with any other (whose status this is).
+- **refused**: an error that names the parameter. Parameters that are not in these tables are refused, too.
+- **no effect**: accepted because clients send it, and nothing is lost.
+
+The parameters are those of the official clients (openai, anthropic, ollama), and those that vLLM's and llama.cpp's users send.
+"""
+
+
+def page(found: Mapping[str, list[Row]]) -> str:
+    parts = [HEAD]
+    for title, table in found.items():
+        kinds = [row.verdict.split()[0] for row in table]
+        said = (
+            f"{kinds.count('honoured')} honoured, {kinds.count('only')} with one value, {kinds.count('refused')} refused, "
+            f"{kinds.count('no')} without effect."
+        )
+        lines = [f"## {title}", "", said, "", "| Parameter | | Status | |", "|---|---|---|---|"]
+        lines += [f"| `{row.name}` | {row.verdict} | {row.status} | {_cell(row.words)} |" for row in table]
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def _cell(words: str) -> str:
+    return words.replace("|", "\\|").replace("\n", " ")
+
+
+def all_rows() -> dict[str, list[Row]]:
+    return {api.title: asyncio.run(rows(api)) for api in apis()}
+
+
+if __name__ == "__main__":
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(page(all_rows()), encoding="utf-8")
+    print(PAGE)
