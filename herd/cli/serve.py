@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -207,6 +208,31 @@ class _Serve(click.Command):
     help="Time for replies to end after Ctrl-C.",
 )
 @click.option(
+    "--guard",
+    metavar="[NAME=]MODEL",
+    help="A Llama Guard that answers /v1/moderations.",
+)
+@click.option(
+    "--pooling",
+    type=click.Choice(["mean", "last"]),
+    default="mean",
+    show_default=True,
+    help="What embeddings make of a text's states.",
+)
+@click.option(
+    "--state-dir",
+    envvar="HERD_STATE_DIR",
+    type=click.Path(file_okay=False),
+    metavar="FOLDER",
+    help="Where files and batches are kept (default: there are none).",
+)
+@click.option(
+    "--adapter-dir",
+    type=click.Path(exists=True, file_okay=False),
+    metavar="FOLDER",
+    help="Clients may load LoRA adapters from here while the server runs.",
+)
+@click.option(
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"]),
     default="warning",
@@ -268,6 +294,14 @@ def settings_from(models: Sequence[str], options: Mapping[str, Any]) -> ServerSe
                 keep_alive=None if keep_alive is None or keep_alive < 0 else keep_alive,
             )
         )  # fmt: skip
+    guard = options["guard"]
+    if guard is not None:
+        named = "=" in guard and not Path(guard).exists()
+        name, source = _pair(guard, "--guard") if named else (_name_of(guard), guard)
+        if all(name not in (one.name, *one.aliases) for one in specs):
+            open_store(resolve(source))
+            specs.append(ModelSpec(source=source, name=name, options=replace(engine, format=None, draft=None)))
+        guard = name
     for _, path in adapters:
         if not Path(path).exists():
             raise click.UsageError(f"--lora-modules: there is no {path}")
@@ -283,6 +317,10 @@ def settings_from(models: Sequence[str], options: Mapping[str, Any]) -> ServerSe
         max_queue=options["max_queue"],
         drain_seconds=options["drain_seconds"],
         api_keys=tuple(options["api_keys"]),
+        guard=guard,
+        pooling=options["pooling"],
+        state_dir=options["state_dir"],
+        adapter_dir=options["adapter_dir"],
     )
 
 
@@ -348,5 +386,7 @@ async def _ready(state: State, settings: ServerSettings) -> None:
         format = f"{about.format} prompts{tools}" if about.format else "a base model: completions only"
         note(f"  ready          {spec.name}: {about.parameters / 1e6:,.1f} M parameters in {about.kind}, {format}")
         note(f"                 {about.budget}")
+        if spec.name == settings.guard and not (about.format or "").startswith("llama-guard"):
+            note(f"  {spec.name} is no Llama Guard: /v1/moderations will be refused", "yellow")
         for name in about.adapters:
             note(f"  adapter        {name} (or {spec.name}@{name})")
