@@ -41,8 +41,7 @@ class Ahead:
             return None
         sources = {} if before is None else {chunk.sequence: i for i, chunk in enumerate(before.rows)}
         rows = [_row(chunk, sources.get(chunk.sequence)) for chunk in plan.rows]
-        if plan.copies:
-            self.cache.copy(plan.copies)
+        plan.copy(self.cache.copy)
         return self.runner.launch(rows, kind, self.cache)
 
     @staticmethod

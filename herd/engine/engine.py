@@ -156,16 +156,10 @@ class Engine:
         plan = self.scheduler.plan()
         if self.config.debug:
             self.scheduler.check()
-        if plan.rows:
-            done = False
-            try:
-                if self._begin_ahead(plan):
-                    return events
-                events += self._run(plan)
-                done = True
-            finally:
-                if not done:  # an interrupt: nothing of the plan has happened
-                    self.scheduler.commit(StepPlan(), [])
+        if plan.rows:  # an interrupt from here on: nothing of the plan has happened, and its copies stay due
+            if self._begin_ahead(plan):
+                return events
+            events += self._run(plan)
             self._count(plan, events, time.perf_counter() - began)
         self._check_idle()
         return events
@@ -340,7 +334,6 @@ class Engine:
         finally:
             if not done:
                 self._flying = None
-                self.scheduler.commit(StepPlan(), [])
         self._count(plan, events, time.perf_counter() - began)
         self._check_idle()
         return events
@@ -362,8 +355,10 @@ class Engine:
     def _forward(self, plan: StepPlan) -> list[Tensor | Exception]:
         """The logits [chunk.logits, V] of every chunk; where a forward of all fails, of each alone, or what is wrong."""
         try:
-            if plan.copies:
-                self.cache.copy(plan.copies)
+            plan.copy(self.cache.copy)
+        except Exception as error:  # rows would read what is not there
+            return [error] * len(plan.rows)
+        try:
             return self._logits(plan.rows)
         except Exception as error:
             if len(plan.rows) == 1:
@@ -419,8 +414,11 @@ class Engine:
         """What is wrong with a complete reply that was to have a form: a last check of the masks it was made with."""
         if row.grammar is None or self.grammars is None:
             return None
-        said = b"".join(self.grammars.tokenizer.bytes_of(token) for token in sequence.reply[:-1])
-        wrong = row.grammar.check(said)
+        try:
+            said = b"".join(self.grammars.tokenizer.bytes_of(token) for token in sequence.reply[:-1])
+            wrong = row.grammar.check(said)
+        except Exception as error:  # it has ended: nobody else may hear of it
+            return _said(error)
         return None if wrong is None else f"the reply is not what was asked for: {wrong}"
 
     def _fail(self, request_id: str, error: Exception) -> list[TokenEvent]:
@@ -460,8 +458,6 @@ def _runner(model: Llama, config: EngineConfig) -> Runner:
         from herd.engine.cuda_runner import CudaRunner  # a CPU pays for no GPU
 
         return CudaRunner(model, max_seqs=config.max_seqs, max_len=config.max_len, graphs=config.graphs)
-    if config.kv == "int8":  # the native kernels read no such cache
-        return TiledRunner(model) if config.deterministic else TorchRunner(model)
     runner = runner_for(model, deterministic=config.deterministic)
     return TiledRunner(model) if config.deterministic and isinstance(runner, TorchRunner) else runner
 

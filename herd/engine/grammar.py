@@ -224,6 +224,8 @@ class Grammar:
                 json.loads(data, object_pairs_hook=_without_repeats)
             except ValueError as error:
                 return f"it is not what JSON readers agree on: {error}"
+            except RecursionError:
+                return "it is nested more deeply than JSON readers take"
         if self.constraint.kind == "choices" and data.decode("utf-8", "replace") not in json.loads(
             self.constraint.text
         ):

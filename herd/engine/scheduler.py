@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
@@ -54,6 +55,13 @@ class StepPlan:
     def tokens(self) -> int:
         """Positions computed in this step."""
         return sum(chunk.count for chunk in self.rows)
+
+    def copy(self, make: Callable[[list[tuple[int, int]]], None]) -> None:
+        """Have `make` do the copies that are still due. Done twice they may be wrong: a block can be read, given back and written
+        in one step."""
+        if self.copies:
+            make(self.copies)
+            self.copies.clear()
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +197,7 @@ class Scheduler:
     def plan(self) -> StepPlan:
         """The next step; no rows when there is nothing to do. Takes the drafts of its sequences.
 
-        A plan may be dropped before its copies were made; afterwards commit it, or at least an empty one.
+        A plan may be dropped, before or after its copies were made (`StepPlan.copy`): those that are due are the next one's.
         """
         plan = StepPlan(copies=self._copies)  # those of a plan that was dropped are still due
         decodes = [s for s in self.running if len(s.tokens) - s.computed == 1]

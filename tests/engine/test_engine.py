@@ -6,8 +6,7 @@ import random
 import subprocess
 import sys
 import threading
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -17,23 +16,28 @@ from torch import Tensor
 from herd.chat.params import SamplingParams
 from herd.engine.config import EngineConfig
 from herd.engine.engine import Engine
+from herd.engine.grammar import Grammar, Grammars
+from herd.engine.native import NativeRunner
 from herd.engine.ngram import NgramDrafter
 from herd.engine.pack import RaggedBatch
-from herd.engine.paged import PagedCache
+from herd.engine.paged import KV_DTYPES, PagedCache
 from herd.engine.request import Request, TokenEvent
 from herd.engine.runner import TorchRunner
 from herd.engine.session import Session
 from herd.engine.tiles import TiledRunner
 from herd.errors import ConfigError, ContextFullError
+from herd.kernels import native
 from herd.model.config import plain
 from herd.model.llama import Llama
 from tests.build import TINY, build, tiny, tokens
+from tests.engine.words import small
 
 MODEL = build("llama-3")
 SMALL = replace(
     tiny("llama-3"), dim=16, n_heads=1, n_kv_heads=1, hidden_dim=16, vocab_size=24, layers=plain(1), max_seq_len=64
 )
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
+KV = [str(dtype).removeprefix("torch.") for dtype in KV_DTYPES]
 
 
 def _engine(model: Llama = MODEL, **limits: object) -> Engine:
@@ -308,8 +312,80 @@ def test_an_int8_cache_runs() -> None:
     engine = _engine(kv="int8")
     events = _once(engine, Request("a", _prompt(30), GREEDY))
     assert len(_said(events, "a")) == 12
-    assert isinstance(engine.runner, TorchRunner)
-    assert isinstance(_engine(kv="int8", deterministic=True).runner, TiledRunner)
+
+
+def test_a_last_look_that_fails_ends_its_reply_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever goes wrong when a complete reply is held against its form."""
+    pytest.importorskip("llguidance")
+    grammars = Grammars(small(), vocab_size=MODEL.config.vocab_size)
+    stops = small().special.stop
+    engine = Engine(MODEL, _engine().config, grammars=grammars)
+    monkeypatch.setattr(Grammar, "check", lambda self, text: 1 // 0)
+    engine.add(Request("a", _prompt(9), SamplingParams(regex="[ab]{3}", max_tokens=9), stops))
+    engine.add(Request("b", _prompt(9), GREEDY))
+    events = _finish(engine)
+    assert _end(events, "a").finish == "error"
+    assert "ZeroDivisionError" in (_end(events, "a").error or "")
+    assert _said(events, "b") == list(Session(MODEL).generate(_prompt(9), GREEDY))
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["interrupt", "interrupt in the next one, too"])
+def test_an_interrupt_before_the_copies_loses_none(again: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Continuations of one prompt get a copy each of its last block; a step that is interrupted before leaves them due."""
+    request = Request("a", _prompt(41), SamplingParams(temperature=1, seed=1, n=3, max_tokens=10))
+    expected = _once(_engine(), request)
+    engine = _engine()
+    copy, calls, made = engine.cache.copy, [], []
+
+    def interrupted(pairs: list[tuple[int, int]]) -> None:
+        calls.append(len(pairs))
+        if len(calls) <= 1 + again:
+            raise KeyboardInterrupt
+        made.extend(pairs)
+        copy(pairs)
+
+    monkeypatch.setattr(engine.cache, "copy", interrupted)
+    engine.add(request)
+    events = engine.step()
+    for _ in range(1 + again):
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    events += _finish(engine)
+    assert len(made) == 2
+    for index in range(3):
+        assert _said(events, "a", index) == _said(expected, "a", index)
+
+
+def test_copies_that_fail_end_their_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No row is computed over a block that was not copied."""
+    engine = _engine()
+    copy = engine.cache.copy
+
+    def failing(pairs: list[tuple[int, int]]) -> None:
+        monkeypatch.setattr(engine.cache, "copy", copy)
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(engine.cache, "copy", failing)
+    events = _once(engine, Request("a", _prompt(41), SamplingParams(temperature=1, seed=1, n=2, max_tokens=10)))
+    assert [_end(events, "a", i).error for i in (0, 1)] == ["RuntimeError: no memory"] * 2
+    assert _said(_once(engine, Request("b", _prompt(9), GREEDY)), "b") == list(
+        Session(MODEL).generate(_prompt(9), GREEDY)
+    )
+
+
+@pytest.mark.skipif(native.isa() is None, reason="the native library is not built")
+@pytest.mark.parametrize("kv", KV)
+def test_every_cache_is_read_by_the_native_kernels(kv: str) -> None:
+    """Also that of int8: through torch a step took three times as long."""
+    for deterministic in (False, True):
+        assert isinstance(_engine(kv=kv, deterministic=deterministic).runner, NativeRunner)
+
+
+def test_without_the_library_every_cache_runs_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "missing", lambda: "it is not built")
+    for kv in KV:
+        assert isinstance(_engine(kv=kv).runner, TorchRunner)
+        assert isinstance(_engine(kv=kv, deterministic=True).runner, TiledRunner)
 
 
 def test_add_and_abort_from_other_threads() -> None:
@@ -344,100 +420,6 @@ def test_add_and_abort_from_other_threads() -> None:
             told, end = _said(events, id), _end(events, id)
             assert told == expected[int(id[-1])][: len(told)]
             assert end.finish == ("length" if len(told) == 12 else "abort")
-
-
-def _random_life(seed: int, model: Llama, alone: Callable[[int], dict[int, tuple[list[int], TokenEvent]]]) -> None:
-    """One random life of an engine: requests come and go at any moment, and each gets what it would have got alone."""
-    chance = random.Random(seed)
-    seqs = chance.randint(2, 6)
-    config = EngineConfig(
-        blocks=chance.randint(8, 30),
-        block_size=4,
-        max_len=32,
-        max_seqs=seqs,
-        max_tokens=chance.randint(seqs, 40),
-        prefix_cache=chance.random() < 0.8,
-        deterministic=True,
-        debug=True,
-    )
-    engine = Engine(model, config, runner=Faulty(model))
-    events: list[TokenEvent] = []
-    kinds: dict[str, int] = {}
-    aborted: set[str] = set()
-    for _ in range(chance.randint(5, 25)):
-        act = chance.random()
-        if act < 0.35:
-            kind = chance.randrange(KINDS)
-            if _kind(kind).width <= seqs:
-                id = f"r{len(kinds)}"
-                engine.add(replace(_kind(kind), id=id))
-                kinds[id] = kind
-        elif act < 0.45 and kinds:
-            aborted.add(id := chance.choice(list(kinds)))
-            engine.abort(id)
-        else:
-            events += engine.step()
-    events += _finish(engine)
-    counts = engine.pool.counts
-    assert counts["free"] + counts["cached"] == counts["total"]
-    for id, kind in kinds.items():
-        for index, (told, end) in alone(kind).items():
-            found, how = _said(events, id, index), _end(events, id, index)
-            if how.finish == "abort":
-                assert id in aborted
-                assert found == told[: len(found)]
-            elif _kind(kind).width > 1 and any(one.finish == "error" for _, one in alone(kind).values()):
-                # A bad continuation ends the others of its request, sooner or later in their lives.
-                assert all(a == b for a, b in zip(found, told, strict=False))
-            else:
-                assert (found, how.finish, how.error) == (told, end.finish, end.error)
-
-
-KINDS = 24
-
-
-def _kind(kind: int) -> Request:
-    chance = random.Random(kind)
-    prompt = [chance.randrange(20) for _ in range(chance.randint(1, 28))]
-    if kind % 3 == 0:
-        prompt[:8] = [1, 2, 3, 4, 5, 6, 7, 8]
-    if kind % 8 == 7:
-        prompt[chance.randrange(len(prompt))] = 21 + kind // 8 % 2
-    params = SamplingParams(
-        temperature=1,
-        seed=kind,
-        n=1 + kind % 5 // 3,
-        max_tokens=chance.randint(1, 12),
-        stop_ids=frozenset({chance.randrange(20)}),
-        logprobs=0 if kind % 2 else None,
-    )
-    return Request("alone", tuple(prompt), params)
-
-
-def _lives(first: int, count: int) -> None:
-    model = build(SMALL)
-    known: dict[int, dict[int, tuple[list[int], TokenEvent]]] = defaultdict(dict)
-
-    def alone(kind: int) -> dict[int, tuple[list[int], TokenEvent]]:
-        if kind not in known:
-            config = EngineConfig(blocks=40, block_size=4, max_len=32, max_seqs=8, debug=True)
-            engine = Engine(model, config, runner=Faulty(model))
-            events = _once(engine, _kind(kind))
-            for index in range(_kind(kind).width):
-                known[kind][index] = _said(events, "alone", index), _end(events, "alone", index)
-        return known[kind]
-
-    for seed in range(first, first + count):
-        _random_life(seed, model, alone)
-
-
-def test_random_lives() -> None:
-    _lives(0, 40)
-
-
-@pytest.mark.slow
-def test_two_thousand_random_lives() -> None:
-    _lives(40, 2000)
 
 
 def test_starting_imports_no_compiler() -> None:

@@ -18,43 +18,11 @@ from herd.engine import grammar as grammar_module
 from herd.engine.grammar import Grammars
 from herd.engine.sampler import RowState, Sampler
 from herd.errors import ConfigError
-from herd.tokenizer.tiktoken import TiktokenTokenizer
-from herd.tokenizer.tokenizer import SpecialTokens
 from tests.engine.random_schemas import random_schema
+from tests.engine.words import small
 from tests.tokenizer.conftest import *  # noqa: F403  # the vocabularies
 
 pytest.importorskip("llguidance", reason='needs herd[grammar]: pip install -e ".[grammar]"')
-
-ALL_BYTES = [bytes([i]) for i in range(256)]
-WORDS = [
-    b'{"',
-    b'":',
-    b'": "',
-    b'",',
-    b'"}',
-    b"}}",
-    b"true",
-    b"null",
-    b"12",
-    b"-0.5",
-    b"\n  ",
-    b"abc",
-    b"ja",
-    "é".encode(),
-    b"[]",
-]
-
-
-@cache
-def small() -> TiktokenTokenizer:
-    """271 byte-BPE ids and two special ones that end a reply."""
-    ranks = ALL_BYTES + WORDS
-    ids = {
-        name: len(ranks) + i
-        for i, name in enumerate(("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|image|>"))
-    }
-    bos, eos, eot, _ = ids.values()
-    return TiktokenTokenizer(ranks, "llama3", SpecialTokens(bos=bos, eos=eos, stop=frozenset({eos, eot}), ids=ids))
 
 
 @cache
@@ -456,3 +424,14 @@ def test_where_only_one_text_can_follow_it_comes_in_the_tokenizers_own_ids(
     own = tokenizer.encode("\nthe story of a dog" if which == "tiny_sp" else "the story of a dog")
     assert ids == own[-len(ids) :]
     assert b"".join(map(tokenizer.bytes_of, ids)) == b"the story of a dog"
+
+
+NESTED = {"anyOf": [{"type": "array", "items": {"$ref": "#"}, "minItems": 1, "maxItems": 1}, {"type": "null"}]}
+"""A reply that may be as deep as somebody makes it (with a logit bias, say)."""
+
+
+def test_a_reply_that_is_too_deep_to_read_is_that_replys_error() -> None:
+    grammar = grammars().compile(SamplingParams(schema=NESTED).constraint)  # type: ignore[arg-type]
+    for depth, wrong in ((100, None), (3000, "nested more deeply")):
+        found = grammar.check("[" * depth + "null" + "]" * depth)
+        assert found is None if wrong is None else wrong in (found or "")
