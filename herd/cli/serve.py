@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +11,7 @@ import click
 
 from herd.cli.console import note
 from herd.cli.options import DTYPES
-from herd.errors import HerdError
+from herd.errors import ConfigError, HerdError
 
 if TYPE_CHECKING:
     from herd.server.settings import ServerSettings
@@ -86,8 +84,51 @@ class _Serve(click.Command):
     multiple=True,
     envvar="HERD_API_KEY",
     metavar="KEY",
-    help="Clients must send one of these (repeatable).",
+    help="Clients must send one of these (repeatable). Others see arguments of programs: prefer the file, or HERD_API_KEY.",
 )
+@click.option(
+    "--api-key-file",
+    envvar="HERD_API_KEY_FILE",
+    metavar="FILE",
+    help="API keys, one a line: KEY, NAME KEY, or NAME sha256:HEX.",
+)
+@click.option("--open-metrics", is_flag=True, help="/metrics needs no API key.")
+@click.option(
+    "--allowed-hosts",
+    multiple=True,
+    metavar="NAME",
+    help="Names that the server may be called by, * for any (default: those of loopback, or any when it listens elsewhere).",
+)
+@click.option(
+    "--allowed-origins",
+    multiple=True,
+    metavar="ORIGIN",
+    help="Web pages from elsewhere that may use the server, such as https://example.org, * for any (default: none).",
+)
+@click.option(
+    "--rate-requests",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Requests a minute for each API key, or each address.",
+)
+@click.option("--rate-tokens", type=click.IntRange(min=1), metavar="N", help="Tokens a minute, prompts included.")
+@click.option("--max-concurrent", type=click.IntRange(min=1), metavar="N", help="Requests at once, for each key.")
+@click.option(
+    "--max-body",
+    default="16 MiB",
+    show_default=True,
+    metavar="SIZE",
+    help="Largest body of a request; more is refused (413).",
+)
+@click.option("--ssl-certfile", metavar="FILE", help="Serve HTTPS with this certificate (PEM).")
+@click.option("--ssl-keyfile", metavar="FILE", help="The certificate's key.")
+@click.option(
+    "--response-cache",
+    "reply_cache",
+    metavar="SIZE",
+    help="Remember replies to greedy and seeded requests, and give them again; they say so.",
+)
+@click.option("--response-cache-shared", "reply_cache_shared", is_flag=True, help="... also to other API keys.")
 @click.option(
     "--served-model-name",
     "names",
@@ -237,7 +278,20 @@ class _Serve(click.Command):
     type=click.Choice(["debug", "info", "warning", "error"]),
     default="warning",
     show_default=True,
-    help="What the log on stderr says.",
+    help="What the log on stderr says; info: a line for each request, without its content.",
+)
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="How the log is written.",
+)
+@click.option(
+    "--log-requests/--disable-log-requests",
+    "log_requests",
+    default=True,
+    help="Lines for requests (default: at level info).",
 )
 def command(models: tuple[str, ...], **options: Any) -> None:
     """Serve models over HTTP: OpenAI's API with every parameter honoured or refused by name.
@@ -245,13 +299,11 @@ def command(models: tuple[str, ...], **options: Any) -> None:
     Without MODEL, every model on this machine can be asked for and is loaded then. Ctrl-C lets replies end, a second one ends
     at once.
     """
+    from herd.server.logs import start_log
     from herd.server.serve import serve
 
     settings = settings_from(models, options)
-    logging.basicConfig(
-        level=options["log_level"].upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    start_log(options["log_level"], options["log_format"])
     serve(settings, on_start=lambda url, state: _said(url, state, settings))
 
 
@@ -259,6 +311,7 @@ def settings_from(models: Sequence[str], options: Mapping[str, Any]) -> ServerSe
     """The settings that a command line means. Raises click.UsageError or HerdError before anything is started."""
     from herd.checkpoint.open import open_store
     from herd.checkpoint.resolve import resolve
+    from herd.server.auth import read_keys
     from herd.server.settings import EngineOptions, ModelSpec, ServerSettings
 
     weights = options["weights"]
@@ -316,12 +369,34 @@ def settings_from(models: Sequence[str], options: Mapping[str, Any]) -> ServerSe
         max_loaded=max(options["max_loaded"], len(specs)),
         max_queue=options["max_queue"],
         drain_seconds=options["drain_seconds"],
-        api_keys=tuple(options["api_keys"]),
         guard=guard,
         pooling=options["pooling"],
         state_dir=options["state_dir"],
         adapter_dir=options["adapter_dir"],
+        api_keys=(*options["api_keys"], *(read_keys(options["api_key_file"]) if options["api_key_file"] else ())),
+        open_metrics=options["open_metrics"],
+        allowed_hosts=tuple(options["allowed_hosts"]),
+        allowed_origins=tuple(options["allowed_origins"]),
+        rate_requests=options["rate_requests"],
+        rate_tokens=options["rate_tokens"],
+        max_concurrent=options["max_concurrent"],
+        max_body=_bytes(options["max_body"], "--max-body"),
+        ssl_certfile=options["ssl_certfile"],
+        ssl_keyfile=options["ssl_keyfile"],
+        reply_cache=0 if options["reply_cache"] is None else _bytes(options["reply_cache"], "--response-cache"),
+        reply_cache_shared=options["reply_cache_shared"],
+        log_requests=options["log_requests"],
     )
+
+
+def _bytes(text: str, option: str) -> int:
+    """Bytes of "16 MiB", "1 GB" or a number."""
+    from herd.engine.budget import memory_of
+
+    try:
+        return memory_of(text)
+    except ConfigError:
+        raise click.UsageError(f"{option} {text!r}: expected bytes, or a size such as '16 MiB'") from None
 
 
 def _pair(text: str, option: str) -> tuple[str, str]:
@@ -354,6 +429,8 @@ def _said(url: str, state: State, settings: ServerSettings) -> None:
     """What a person wants to know when the server listens, and when each model is ready."""
     import asyncio
 
+    from herd.server.origins import is_loopback
+
     note(f"herd serves at {url}", "bold")
     note(f"  web page       {url}/")
     note(f"  OpenAI's API   {url}/v1")
@@ -361,8 +438,12 @@ def _said(url: str, state: State, settings: ServerSettings) -> None:
         note("  models         every one on this machine, loaded when it is asked for (herd list shows them)")
     if settings.api_keys:
         note(f"  API keys       {len(settings.api_keys)}: requests need one of them")
-    elif settings.host not in ("127.0.0.1", "localhost", "::1"):
-        note("  no API key: everyone who can reach this address can use it (--api-key)", "yellow")
+    elif not is_loopback(settings.host):
+        note(
+            f"  WARNING: no API key, and {settings.host} is not this machine alone: everyone who can reach "
+            "this address can use the models (--api-key-file)",
+            "bold yellow",
+        )
     for spec in settings.models:
         more = f" (also {', '.join(spec.aliases)})" if spec.aliases else ""
         note(f"  model          {spec.name}{more}: {'loaded when it is asked for' if settings.lazy else 'loading'}")

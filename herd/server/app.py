@@ -11,11 +11,14 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from herd import __version__
 from herd.errors import HerdError
 from herd.server import anthropic, batches, engine, health, ollama, openai, pages
 from herd.server.errors import ApiError, api_error, error_response, shape_of
+from herd.server.gate import Gate
+from herd.server.metrics import router as metrics_router
 from herd.server.models import Launch, Models
 from herd.server.openai import chat, completions
 from herd.server.openai import models as model_list
@@ -65,12 +68,14 @@ def create_app(settings: ServerSettings, *, launch: Launch = Process) -> FastAPI
         root_path=settings.root_path,
     )
     app.state.herd = State(settings, Models(settings, launch))
-    for router in ROUTERS:
+    for router in (*ROUTERS, metrics_router):
         app.include_router(router)
     app.add_exception_handler(HerdError, _refused)
     app.add_exception_handler(HTTPException, _no_route)
+    app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(Exception, _bug)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    app.add_middleware(Gate, state=app.state.herd)
     return app
 
 
@@ -92,6 +97,11 @@ async def _no_route(request: Request, error: Exception) -> Response:
     response = error_response(ApiError(error.status_code, what), shape_of(request.url.path))
     response.headers.update(error.headers or {})
     return response
+
+
+async def _gone(request: Request, error: Exception) -> Response:
+    """The client went away before all of its request had come: nobody reads this."""
+    return Response(status_code=499)
 
 
 async def _bug(request: Request, error: Exception) -> Response:

@@ -158,13 +158,15 @@ class Truncated:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Counts in tokens, times in seconds. Prompt seconds are from when the worker took the call to its first token."""
+    """Counts in tokens, times in seconds. Prompt seconds are from when the worker took the call to its first token.
+    `from_cache`: the whole reply was given before, and is given again (`--response-cache`)."""
 
     prompt_tokens: int
     completion_tokens: int = 0
     cached_tokens: int = 0
     prompt_seconds: float = 0.0
     decode_seconds: float = 0.0
+    from_cache: bool = False
 
 
 @dataclass(frozen=True, slots=True)

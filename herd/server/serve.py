@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import socket
+import ssl
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -15,6 +17,7 @@ import uvicorn
 
 from herd.errors import ConfigError, HerdError
 from herd.server.app import create_app
+from herd.server.deadlines import Limits, protocol_with
 from herd.server.settings import ServerSettings
 from herd.server.state import State
 
@@ -39,11 +42,12 @@ def bound(settings: ServerSettings) -> socket.socket:
     return made
 
 
-def url_of(listening: socket.socket) -> str:
+def url_of(listening: socket.socket, settings: ServerSettings | None = None) -> str:
     """Where clients reach it."""
+    scheme = "https" if settings is not None and settings.ssl_certfile else "http"
     host, port = listening.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    return f"http://{host}:{port}"
+    return f"{scheme}://{host}:{port}"
 
 
 class Server(uvicorn.Server):
@@ -51,18 +55,22 @@ class Server(uvicorn.Server):
     what is left ends with an error; a second signal ends at once."""
 
     def __init__(self, settings: ServerSettings, app: Any) -> None:
+        limits = Limits(settings.head_seconds, settings.body_seconds, settings.send_seconds, settings.max_connections)
+        app.state.herd.counts.late = lambda: limits.closed
         config = uvicorn.Config(
             app,
             log_config=None,
             access_log=False,
             server_header=False,
-            timeout_keep_alive=75,
+            timeout_keep_alive=math.ceil(settings.idle_seconds),
             timeout_graceful_shutdown=3,
             lifespan="on",
             loop="asyncio",
-            http="h11",
+            http=protocol_with(limits),
             ws="none",
             h11_max_incomplete_event_size=64 << 10,
+            ssl_certfile=settings.ssl_certfile,
+            ssl_keyfile=settings.ssl_keyfile,
         )
         super().__init__(config)
         self.settings = settings
@@ -105,12 +113,13 @@ def serve(settings: ServerSettings, *, on_start: Callable[[str, State], None] | 
 
     Raises ConfigError when it cannot listen, and what kept a model that was named from being loaded.
     """
+    _check_tls(settings)
     listening = bound(settings)
     app = create_app(settings)
     server = Server(settings, app)
 
     async def run() -> None:
-        watching = asyncio.create_task(_watch(server, app.state.herd, url_of(listening), on_start))
+        watching = asyncio.create_task(_watch(server, app.state.herd, url_of(listening, settings), on_start))
         try:
             await server.serve(sockets=[listening])
         finally:
@@ -125,6 +134,17 @@ def serve(settings: ServerSettings, *, on_start: Callable[[str, State], None] | 
         listening.close()
     if server.failure is not None:
         raise server.failure
+
+
+def _check_tls(settings: ServerSettings) -> None:
+    """Raise ConfigError for a certificate that cannot be used."""
+    if settings.ssl_certfile is not None:
+        try:
+            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(
+                settings.ssl_certfile, settings.ssl_keyfile
+            )
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigError(f"TLS cannot use {settings.ssl_certfile} with {settings.ssl_keyfile}: {error}") from None
 
 
 async def _watch(server: Server, state: State, url: str, on_start: Callable[[str, State], None] | None) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from herd.chat.formats import FORMATS
 from herd.errors import ConfigError
+from herd.server.auth import hashed
 from herd.server.protocol import Chat
 
 __all__ = ["EngineOptions", "ModelSpec", "ServerSettings"]
@@ -114,6 +115,26 @@ class ServerSettings:
     drain_seconds: float = 30.0
     ping_seconds: float = 15.0
     api_keys: tuple[str, ...] = ()
+    """Kept as `auth.hashed` writes them: a name and a SHA-256."""
+    open_metrics: bool = False
+    allowed_hosts: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
+    rate_requests: int | None = None
+    rate_tokens: int | None = None
+    """A minute, for each key, or each address where there are no keys; `max_concurrent` is requests at once."""
+    max_concurrent: int | None = None
+    max_connections: int = 4096
+    head_seconds: float = 10.0
+    body_seconds: float = 30.0
+    idle_seconds: float = 75.0
+    send_seconds: float = 30.0
+    """See `deadlines`."""
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
+    reply_cache: int = 0
+    """Bytes for replies to requests that were answered before; 0: none are kept."""
+    reply_cache_shared: bool = False
+    log_requests: bool = True
     root_path: str = ""
     adapter_dir: str | None = None
     """Adapters below this folder may be loaded by clients; None: none are."""
@@ -130,10 +151,19 @@ class ServerSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
             raise ConfigError(f"port is {self.port}: expected 0 (any free one) to 65535")
-        for name in ("max_queue", "max_body", "max_loaded", "max_prompt_work"):
+        for name in ("max_queue", "max_body", "max_loaded", "max_prompt_work", "max_connections"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: expected at least 1")
-        for name in ("drain_seconds", "ping_seconds", "load_seconds"):
+        object.__setattr__(self, "api_keys", tuple(hashed(key) for key in self.api_keys))
+        for name in ("rate_requests", "rate_tokens", "max_concurrent"):
+            if (limit := getattr(self, name)) is not None and limit < 1:
+                raise ConfigError(f"{name} is {limit}: expected at least 1, or None for no limit")
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ConfigError("TLS needs both a certificate and its key: --ssl-certfile and --ssl-keyfile")
+        for origin in self.allowed_origins:
+            if origin != "*" and "://" not in origin:
+                raise ConfigError(f"{origin!r} is no origin: write https://example.org, or * for every page")
+        for name in ("drain_seconds", "ping_seconds", "load_seconds", "head_seconds", "body_seconds", "send_seconds"):
             if not 0 <= getattr(self, name) < 1e9:
                 raise ConfigError(f"{name} is {getattr(self, name)}: expected seconds from 0 up")
         names = [

@@ -13,6 +13,7 @@ from typing import Any
 
 from starlette.requests import Request
 
+from herd.server.counted import Counts, counted
 from herd.server.errors import ApiError
 from herd.server.models import Models
 from herd.server.process import WorkerError
@@ -35,6 +36,7 @@ class State:
         self.draining = False
         self.running: set[Running] = set()
         """Calls that have not ended."""
+        self.counts = Counts(self)
 
     async def run(self, name: str, call: Call) -> AsyncGenerator[Event, None]:
         """The events of `call` from the model that clients call `name`, from Began to Finished.
@@ -52,7 +54,7 @@ class State:
                     call = replace(call, adapter=adapter)
                 if isinstance(call.prompt, Chat):
                     call = replace(call, prompt=slot.spec.opened(call.prompt))
-                async with contextlib.aclosing(process.run(call)) as events:
+                async with contextlib.aclosing(counted(self, name, process, call, running.began)) as events:
                     async for event in _until(events, running):
                         yield event
         finally:

@@ -14,6 +14,8 @@ import httpx
 import pytest
 
 from herd.server.app import create_app
+from herd.server.models import Launch
+from herd.server.process import Process
 from herd.server.serve import Server, bound, url_of
 from herd.server.settings import EngineOptions, ModelSpec, ServerSettings
 from herd.server.state import State
@@ -54,10 +56,10 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     yield from serving(ServerSettings(models=models, port=0, lazy=True, drain_seconds=1, ping_seconds=0.5))
 
 
-def serving(settings: ServerSettings) -> Iterator[Live]:
+def serving(settings: ServerSettings, *, launch: Launch = Process) -> Iterator[Live]:
     """A live server with these settings."""
     listening = bound(settings)
-    server = Server(settings, create_app(settings))
+    server = Server(settings, create_app(settings, launch=launch))
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=lambda: loop.run_until_complete(server.serve(sockets=[listening])), daemon=True)
     server.capture_signals = _no_signals  # type: ignore[method-assign]  # this is not the main thread
@@ -67,7 +69,7 @@ def serving(settings: ServerSettings) -> Iterator[Live]:
         while not server.started:
             assert time.monotonic() < until, "the server does not start"
             time.sleep(0.01)
-        yield Live(url_of(listening), server._state, loop)
+        yield Live(url_of(listening, settings), server._state, loop)
     finally:
         loop.call_soon_threadsafe(server.drain)
         thread.join(LOADING_SECONDS)
@@ -119,6 +121,6 @@ async def faked(
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
     async with (
         app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://fake") as client,
+        httpx.AsyncClient(transport=transport, base_url="http://localhost") as client,
     ):
         yield Fake(client, app.state.herd, made)

@@ -17,6 +17,7 @@ def usage(told: Usage) -> dict[str, Any]:
         "completion_tokens": told.completion_tokens,
         "total_tokens": told.prompt_tokens + told.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": told.cached_tokens},
+        **({"from_cache": True} if told.from_cache else {}),
     }
 
 
@@ -42,6 +43,7 @@ def total(parts: list[Usage]) -> Usage:
         sum(p.cached_tokens for p in parts),
         max((p.prompt_seconds for p in parts), default=0.0),
         max((p.decode_seconds for p in parts), default=0.0),
+        bool(parts) and all(p.from_cache for p in parts),
     )
 
 

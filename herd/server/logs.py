@@ -1,0 +1,68 @@
+"""The log: one line for each event, as text or as JSON, with the request it belongs to. No torch.
+
+Nothing in a line can begin another or colour a terminal: control characters are written as escapes, whoever they came from.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+import time
+from typing import TextIO
+
+from herd.server.caller import CALLER
+
+__all__ = ["JsonLines", "TextLines", "plain", "start_log"]
+
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\\\\]")
+
+
+def plain(text: str) -> str:
+    """`text` in one line of printable characters; what is not is escaped as in Python."""
+    return _CONTROL.sub(lambda m: m[0].encode("unicode_escape", "surrogatepass").decode(), text)
+
+
+class TextLines(logging.Formatter):
+    """`2026-11-21 12:00:00,000 INFO herd.access [req-...]: ...`"""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """As logging's."""
+        caller = CALLER.get()
+        who = f" [{caller.request}]" if caller is not None and caller.request else ""
+        fields = getattr(record, "fields", None)
+        more = "".join(f" {key}={value}" for key, value in (fields or {}).items() if value is not None)
+        when = f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(record.created))},{int(record.msecs):03d}"
+        line = plain(f"{record.getMessage()}{more}")
+        if record.exc_info:  # ours, several lines: text of a request is never in one but as repr
+            line += "".join("\n    " + plain(part) for part in self.formatException(record.exc_info).splitlines())
+        return f"{when} {record.levelname} {record.name}{who}: {line}"
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line: time (UTC), level, logger, message, request, and the fields of a request's record."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """As logging's."""
+        caller = CALLER.get()
+        when = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(record.created))}.{int(record.msecs):03d}Z"
+        out = {"time": when, "level": record.levelname.lower(), "logger": record.name, "message": record.getMessage()}
+        if caller is not None and caller.request:
+            out["request"] = caller.request
+        out |= {key: value for key, value in (getattr(record, "fields", None) or {}).items() if value is not None}
+        if record.exc_info:
+            out["exception"] = self.formatException(record.exc_info)
+        return json.dumps(out, ensure_ascii=True, default=str)
+
+
+def start_log(level: str, form: str = "text", stream: TextIO | None = None) -> logging.Handler:
+    """Write herd's log, from `level` on, to `stream` (stderr). `form` is "text" or "json". Returns its handler."""
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.setFormatter(JsonLines() if form == "json" else TextLines())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    for noisy in ("uvicorn", "asyncio"):
+        logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))
+    return handler
