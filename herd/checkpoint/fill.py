@@ -70,7 +70,7 @@ def fill(
         if tick is not None:
             tick(sum(sizes[name] for name in done), sum(sizes.values()))
 
-    copy = open_packed(store, plan.kinds, one) if device.type == "cpu" and plan.activations is None else None
+    copy = open_packed(store, plan.kinds, one) if device.type == "cpu" else None
     for name in sizes:
         _fill_one(model, store, name, plan, device, copy)
         one(name)

@@ -18,6 +18,7 @@ from herd.errors import ConfigError
 from herd.kernels import native
 from herd.model.llama import Llama
 from herd.quant.linear import QuantExperts, QuantLinear
+from herd.quant.matrix import Matrix
 from tests.build import tokens
 from tests.checkpoint.gguf_files import EXPERTS, GGML, WIDE, transformers_model, write_gguf
 from tests.quant.wide import TIED
@@ -41,13 +42,16 @@ def gguf(folder: Path, kind: GGML = GGML.Q4_0, name: str = "tied", seed: int = 0
     return write_gguf(folder / "model.gguf", transformers_model(CONFIGS[name], seed), kind, metadata=keys)
 
 
+def matrices(model: Llama) -> list[Matrix]:
+    modules = [module for module in model.modules() if isinstance(module, QuantLinear | QuantExperts)]
+    return [matrix for module in modules for matrix in module.matrices()]
+
+
 def panels(model: Llama) -> list[torch.Tensor]:
     found = []
-    for module in model.modules():
-        if isinstance(module, QuantLinear | QuantExperts):
-            for matrix in module.matrices():
-                assert matrix.panels is not None
-                found.append(matrix.panels.storage)
+    for matrix in matrices(model):
+        assert matrix.panels is not None
+        found.append(matrix.panels.storage)
     return found
 
 
@@ -81,6 +85,22 @@ def test_the_copy_is_what_packing_gives(
     assert same(second, expected)
     ids = tokens(first.config, 7)
     assert torch.equal(second(ids), expected(ids))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_rounded_activations_read_the_same_copy(
+    name: str, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """w8a8 of a file that is Q8_0: nothing is packed that was packed before."""
+    path = gguf(tmp_path, GGML.Q8_0, name)
+    plain = load_model(path)
+    (copy,) = cache.glob("*.packed")
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "pack", _known_only(native.pack))
+        rounded = load_model(path, weights="w8a8")
+    assert list(cache.glob("*.packed")) == [copy]
+    assert same(plain, rounded)
+    assert all(matrix.activations == 8 for matrix in matrices(rounded))
 
 
 def _known_only(pack: Callable[..., native.Weight]) -> Callable[..., native.Weight]:
