@@ -71,7 +71,7 @@ export class App {
     const select = by("model");
     const known = this.models.map((one) => one.id);
     const { conversation } = this;
-    if (!known.includes(conversation.model) && !Object.keys(conversation.nodes).length) conversation.model = known[0] ?? "";
+    if (known.length && !known.includes(conversation.model) && !Object.keys(conversation.nodes).length) conversation.model = known[0] ?? "";
     const bases = this.models.filter((one) => one.parent === null);
     const option = (one) => h("option", { value: one.id }, one.id);
     const groups = bases.map((base) => {
@@ -115,22 +115,22 @@ export class App {
     }
     const found = await this.store.get(id);
     if (!found) return;
-    await this.leave();
+    this.leave();
     this.show(found);
     by("scroll").scrollTop = by("scroll").scrollHeight;
     announce(`${titleOf(found)} is open.`);
   }
 
-  async newOne() {
-    await this.leave();
+  newOne() {
+    this.leave();
     this.show(this.fresh());
     by("draft").focus();
   }
 
-  async leave() {
-    this.stop();
-    await this.running?.done;
-    await this.save(true);
+  leave() {
+    this.stop(); // what has come of the reply is kept when it has ended
+    this.running = null;
+    this.save(true);
     this.sides.sidebar(false, true);
   }
 
@@ -146,10 +146,9 @@ export class App {
   }
 
   /** Keep the conversation; soon, or at once. One without messages is not kept. */
-  async save(now = false) {
-    const { conversation } = this;
+  async save(now = false, conversation = this.conversation) {
     clearTimeout(this.saving);
-    if (!Object.keys(conversation.nodes).length) return;
+    if (!Object.keys(conversation.nodes).length || conversation.deleted) return;
     if (!now) {
       this.saving = setTimeout(() => this.save(true), SAVE_MS);
       return;
@@ -173,8 +172,9 @@ export class App {
   async remove(id) {
     if (id === this.conversation.id) {
       this.stop();
-      await this.running?.done;
+      this.running = null;
       clearTimeout(this.saving);
+      this.conversation.deleted = true;
       this.show(this.fresh());
     }
     await this.store.remove(id);
@@ -224,7 +224,8 @@ export class App {
     const { conversation } = this;
     const node = add(conversation, parent, { role: "assistant", model: conversation.model });
     const controller = new AbortController();
-    this.running = { node, controller };
+    const running = { node, controller };
+    this.running = running;
     this.waitingFor = null;
     this.draw();
     this.stick(true);
@@ -232,7 +233,7 @@ export class App {
     const watching = this.watchLoading(node);
     let drawing = false;
     const changed = () => {
-      this.save();
+      if (this.conversation === conversation) this.save();
       if (drawing) return;
       drawing = true;
       requestAnimationFrame(() => {
@@ -240,11 +241,11 @@ export class App {
         if (this.conversation === conversation) this.drawNode(node);
       });
     };
-    this.running.done = run(this.api, conversation, node, controller.signal, changed);
-    await this.running.done;
+    await run(this.api, conversation, node, controller.signal, changed);
     clearInterval(watching);
-    this.running = null;
+    if (this.running === running) this.running = null;
     conversation.updated = Date.now();
+    await this.save(true, conversation);
     if (this.conversation !== conversation) return;
     this.draw();
     this.finished(node);
@@ -252,7 +253,6 @@ export class App {
 
   async finished(node) {
     announce(node.error ? `Error: ${node.error.message}` : node.calls?.length ? `The model calls ${node.calls.map((call) => call.name).join(", ")}.` : `The reply is complete: ${node.content.slice(0, 300)}`);
-    await this.save(true);
     if (node.usage && this.context) this.composer.meter(node.usage.total_tokens);
     if (this.context === null || this.row?.state !== "ready") await this.loadModels();
     const asked = this.conversation.nodes[node.parent];

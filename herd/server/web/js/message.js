@@ -30,7 +30,8 @@ export class MessageView {
     this.element.classList.toggle("writing", node.state === "writing");
     this.drawImages();
     // fields that somebody types into are not thrown away
-    if (!this.extra.contains(document.activeElement)) this.extra.replaceChildren(...this.extras(results));
+    const typing = !results.length && document.activeElement?.tagName === "TEXTAREA" && this.extra.contains(document.activeElement);
+    if (!typing) this.extra.replaceChildren(...this.extras(results));
     if (!this.foot.contains(document.activeElement) || this.stale()) this.drawFoot();
   }
 

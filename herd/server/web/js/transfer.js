@@ -31,7 +31,7 @@ function checked(one, where) {
     if (node.parent !== ROOT && !Object.hasOwn(one.nodes, node.parent)) throw wrong(`message ${id} answers one that is not there`);
     const images = (node.images ?? []).filter((image) => typeof image?.url === "string" && /^data:image\/(png|jpeg|webp|gif);base64,/.test(image.url));
     const calls = (node.calls ?? []).filter((call) => typeof call?.name === "string" && typeof call.arguments === "string");
-    nodes[id] = { ...node, images, calls, created: Number(node.created) || 0 };
+    nodes[id] = { ...node, ...(node.images ? { images } : {}), ...(node.calls ? { calls } : {}), created: Number(node.created) || 0 };
   }
   for (const id of Object.keys(nodes)) {
     const seen = new Set();
