@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
@@ -72,6 +73,7 @@ def create_app(settings: ServerSettings, *, launch: Launch = Process) -> FastAPI
         app.include_router(router)
     app.add_exception_handler(HerdError, _refused)
     app.add_exception_handler(HTTPException, _no_route)
+    app.add_exception_handler(RequestValidationError, _wrong_query)
     app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(Exception, _bug)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
@@ -102,6 +104,15 @@ async def _no_route(request: Request, error: Exception) -> Response:
 async def _gone(request: Request, error: Exception) -> Response:
     """The client went away before all of its request had come: nobody reads this."""
     return Response(status_code=499)
+
+
+async def _wrong_query(request: Request, error: Exception) -> Response:
+    """A query or path parameter that is not of its type. (Bodies are read by `fields.parse`.)"""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    name = ascii(str(first["loc"][-1])[:60])[1:-1]
+    refusal = ApiError(400, f"{name}: {first['msg'].lower()}", param=name, code="invalid_type")
+    return error_response(refusal, shape_of(request.url.path))
 
 
 async def _bug(request: Request, error: Exception) -> Response:

@@ -87,7 +87,7 @@ def embed(
 
 @ask
 def guard(llm: LLM) -> dict[str, Any]:
-    """What reading a Guard's verdicts takes: its categories (code to name), and the ids of safe and unsafe. Raises ConfigError."""
+    """What reading a Guard's verdicts takes: its categories (code to name), the ids of safe and unsafe. Raises ConfigError."""
     format = llm.format
     if not isinstance(format, GuardFormat):
         raise ConfigError(f"this model's prompt format is {format.name}: only a Llama Guard judges")

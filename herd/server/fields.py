@@ -16,7 +16,7 @@ from starlette.requests import Request
 from herd.server.errors import ApiError
 from herd.server.jsonbody import strict_json
 
-__all__ = ["LIMITS", "Body", "body_of", "checked", "parse"]
+__all__ = ["LIMITS", "Body", "body_of", "checked", "known_query", "parse"]
 
 LIMITS = {
     "n": 128,
@@ -89,6 +89,18 @@ def checked(content: Any, model: type[B]) -> B:
         raise _refusal(error) from None
     except RecursionError:
         raise ApiError(400, "the body is nested too deeply", code="invalid_json") from None
+
+
+def known_query(request: Request, *names: str) -> None:
+    """Raise ApiError (400) for a query parameter that is none of `names`, or is there twice."""
+    seen: set[str] = set()
+    for name, _ in request.query_params.multi_items():
+        if name not in names:
+            shown = ascii(name[:60])[1:-1]
+            raise ApiError(400, f"unknown query parameter: {shown}", param=shown, code="unknown_parameter")
+        if name in seen:
+            raise ApiError(400, f"{name} is there twice", param=name, code="invalid_value")
+        seen.add(name)
 
 
 def body_of(*models: type[Body]) -> dict[str, Any]:

@@ -307,7 +307,9 @@ def test_what_is_refused(tmp_path: Path) -> None:
                 assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
             for path in ("/v1/batches/batch_x", "/v1/files/..%2f..%2fherd.lock", "/v1/files/file-x/content"):
                 assert (await fake.client.get(path)).status_code == 404
-            assert (await fake.client.get("/v1/batches?limit=0")).status_code == 400
+            for query in ("limit=0", "limit=x", "order=asc"):
+                answer = await fake.client.get(f"/v1/batches?{query}")
+                assert answer.json()["error"]["param"] == query.partition("=")[0]
             assert (await fake.client.get("/v1/files?after=x")).json()["error"]["param"] == "after"
         async with faked() as fake:
             for path in ("/v1/files", "/v1/batches"):

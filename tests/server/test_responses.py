@@ -316,7 +316,15 @@ def test_what_cannot_be_cancelled_and_bad_queries() -> None:
             id = (await fake.client.post("/v1/responses", json=ASKED)).json()["id"]
             assert (await fake.client.post(f"/v1/responses/{id}/cancel")).status_code == 400
             assert (await fake.client.get(f"/v1/responses/{id}?stream=true")).status_code == 400
-            for query in ("limit=0", "limit=101", "order=up", "after=nothing"):
+            for query in (
+                "limit=0",
+                "limit=101",
+                "limit=many",
+                "order=up",
+                "after=nothing",
+                "before=x",
+                "order=asc&order=desc",
+            ):
                 answer = await fake.client.get(f"/v1/responses/{id}/input_items?{query}")
                 assert answer.json()["error"]["param"] == query.partition("=")[0]
             for path in ("", "/input_items"):

@@ -1,4 +1,4 @@
-"""LoRA adapters of a running server: vLLM's `/v1/load_lora_adapter` and `/v1/unload_lora_adapter`, llama.cpp's `/lora-adapters`."""
+"""LoRA adapters of a running server: vLLM's load_lora_adapter and unload_lora_adapter, llama.cpp's lora-adapters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastapi.responses import PlainTextResponse
 from pydantic import Field
 
 from herd.server.errors import ApiError
-from herd.server.fields import Body, body_of, parse
+from herd.server.fields import Body, body_of, known_query, parse
 from herd.server.jsonbody import strict_json
 from herd.server.models import Slot
 from herd.server.openai.tokenize import the_model
@@ -94,6 +94,7 @@ async def unload(request: Request) -> PlainTextResponse:
 @router.get("/lora-adapters", summary="The adapters")
 async def listed(request: Request, model: str | None = None) -> list[dict[str, Any]]:
     """llama.cpp's list. The scale of all is 0: no request has one that does not name it."""
+    known_query(request, "model")
     state = state_of(request)
     slot, _ = state.models.find(_base(state, model))
     return _rows(slot)
@@ -102,6 +103,7 @@ async def listed(request: Request, model: str | None = None) -> list[dict[str, A
 @router.post("/lora-adapters", summary="Nothing but what is so already")
 async def scaled(request: Request, model: str | None = None) -> list[dict[str, Any]]:
     """llama.cpp's scales for all requests: here each request chooses, so every scale stays 0."""
+    known_query(request, "model")
     state = state_of(request)
     slot, _ = state.models.find(_base(state, model))
     given = strict_json(await request.body())

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response
 
 from herd.errors import HerdError
 from herd.server.errors import ApiError, api_error
-from herd.server.fields import body_of, checked, parse
+from herd.server.fields import body_of, checked, known_query, parse
 from herd.server.openai.chat import check_work
 from herd.server.openai.response_body import (
     LOGPROBS,
@@ -112,6 +112,7 @@ async def input_items(
     request: Request, id: str, limit: int = 20, order: str = "desc", after: str | None = None
 ) -> Json:
     """The items of the conversation, those of earlier responses included; newest first unless order is asc."""
+    known_query(request, "limit", "order", "after", "include", "include[]")
     if not 1 <= limit <= PAGE:
         raise ApiError(400, f"limit is {limit}: expected 1 to {PAGE}", param="limit", code="invalid_value")
     if order not in ("asc", "desc"):
