@@ -122,6 +122,19 @@ def test_a_conversation_goes_on_from_what_was_stored(client: openai.OpenAI, http
     )
 
 
+def test_input_tokens_are_those_of_the_response(client: openai.OpenAI) -> None:
+    asked: Any = {"model": "json", "input": "Rain?", "instructions": "Be brief.", "tools": [WEATHER]}
+    counted = client.responses.input_tokens.count(**asked)
+    made = client.responses.create(**asked, max_output_tokens=1)
+    assert made.usage is not None
+    assert counted.input_tokens == made.usage.input_tokens
+    more: Any = {"model": "json", "input": "Go on.", "previous_response_id": made.id}
+    longer = client.responses.input_tokens.count(**more)
+    made = client.responses.create(**more, max_output_tokens=1)
+    assert made.usage is not None
+    assert longer.input_tokens == made.usage.input_tokens
+
+
 def test_what_is_not_stored_is_not_found(client: openai.OpenAI) -> None:
     made = client.responses.create(model="nano", input="Hi.", max_output_tokens=2, store=False)
     assert made.store is False  # type: ignore[attr-defined]

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -64,6 +65,18 @@ async def create(request: Request) -> Response:
     if await until_gone(request, answer.whole(events)) is None:
         return Response(status_code=499)
     return JSONResponse(answer.growing.body, headers=answer.headers)
+
+
+@router.post("/v1/responses/input_tokens", summary="How long a prompt would be", openapi_extra=body_of(ResponseBody))
+async def input_tokens(request: Request) -> Json:
+    """The tokens that a response would be given. Takes what `create` takes, and nothing comes of it."""
+    state = state_of(request)
+    body = await parse(request, ResponseBody)
+    chat = _Answer(state, body, owner_of(request)).call.prompt
+    assert isinstance(chat, Chat)
+    slot, _ = state.models.find(body.model)
+    told = await state.ask(body.model, "count", chat=asdict(slot.spec.opened(chat)))
+    return {"object": "response.input_tokens", "input_tokens": told["count"]}
 
 
 @router.get("/v1/responses/{id}", summary="A response that was stored")

@@ -12,6 +12,7 @@ from herd.chat.params import MAX_INT
 from herd.server.errors import ApiError
 from herd.server.fields import LIMITS, Body, body_of, parse
 from herd.server.openai.chat import ChatMessage, Tool, message_of
+from herd.server.protocol import Chat
 from herd.server.state import State, state_of
 
 __all__ = ["DetokenizeBody", "TokenizeBody", "router", "the_model"]
@@ -61,11 +62,16 @@ async def tokenize(request: Request) -> JSONResponse:
     """vLLM's /tokenize."""
     state = state_of(request)
     body = await parse(request, TokenizeBody)
+    name = the_model(state, body.model)
+    messages = None
+    if body.messages is not None:
+        chat = Chat(messages=tuple(message_of(m, i) for i, m in enumerate(body.messages)))
+        messages = state.models.find(name)[0].spec.opened(chat).messages
     found = await state.ask(
-        the_model(state, body.model),
+        name,
         "tokenize",
         text=body.prompt,
-        messages=None if body.messages is None else [message_of(m, i) for i, m in enumerate(body.messages)],
+        messages=messages,
         tools=[tool.model_dump(exclude_none=True) for tool in body.tools or ()],
         special=body.add_special_tokens is not False,
         generate=body.add_generation_prompt is not False,
