@@ -31,6 +31,7 @@ _HOME = {
     "generate": "herd.engine.local",
     "load": "herd.checkpoint.load",
     "load_tokenizer": "herd.checkpoint.vocabulary",
+    "merge": "herd.convert.merge",
     "plan": "herd.planning.plan",
     "pull": "herd.hub.pull",
     "quantize": "herd.convert.quantize",
@@ -60,6 +61,7 @@ __all__ = [
     "generate",
     "load",
     "load_tokenizer",
+    "merge",
     "plan",
     "pull",
     "quantize",
@@ -76,6 +78,7 @@ if TYPE_CHECKING:
     from herd.checkpoint.load import load
     from herd.checkpoint.vocabulary import load_tokenizer
     from herd.convert.driver import convert
+    from herd.convert.merge import merge
     from herd.convert.quantize import quantize
     from herd.convert.verify import verify
     from herd.engine.llm import LLM

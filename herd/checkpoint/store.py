@@ -32,6 +32,7 @@ __all__ = [
     "TensorFile",
     "TensorInfo",
     "TensorStore",
+    "origin",
     "packed_of",
 ]
 
@@ -125,6 +126,11 @@ class HoldsPacked(Protocol):
 def packed_of(store: TensorStore, name: str) -> Packed | None:
     """The tensor `name` as another tool quantized it; None for plain tensors and for GGUF's blocks."""
     return store.packed(name) if isinstance(store, HoldsPacked) else None
+
+
+def origin(store: TensorStore) -> TensorStore:
+    """The store over files whose own tokenizer, config and keys go with `store`: itself, or what it changes weights of."""
+    return getattr(store, "origin", store)
 
 
 class TensorFile(Protocol):

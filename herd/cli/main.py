@@ -53,6 +53,7 @@ COMMANDS = {
     "cache": Entry("herd.cli.cache", "List or delete the packed copies of models that start fast.", "Files"),
     "convert": Entry("herd.cli.convert", "Write a checkpoint in another format, with proof.", "Files"),
     "quantize": Entry("herd.cli.quantize", "Write a smaller copy of a model, and say what it lost.", "Files"),
+    "merge": Entry("herd.cli.merge", "Add an adapter into its base model, and say what it cost.", "Files"),
     "verify": Entry("herd.cli.verify", "Prove that two checkpoints are the same model.", "Files"),
     "plan": Entry("herd.cli.plan", "Say what running a model takes: memory, speed, what fits.", "Look"),
     "bench": Entry("herd.cli.bench", "Measure speed on this machine, beside other programs.", "Look"),

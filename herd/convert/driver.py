@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +39,10 @@ from herd.errors import ConfigError, PromptError
 from herd.model.accounting import parameters
 from herd.quant.scheme import block_type
 
-__all__ = ["REPORT", "Target", "convert", "report_beside"]
+__all__ = [
+    "REPORT", "Job", "Options", "Target",
+    "changes", "check_options", "convert", "counting", "likely_size", "perform", "report_beside", "source_of", "write_as",
+]  # fmt: skip
 
 Target = Literal["meta", "hf", "gguf", "peft"]
 TARGETS: tuple[Target, ...] = ("meta", "hf", "gguf", "peft")
@@ -89,22 +92,49 @@ def convert(
 
     Raises a HerdError when the source cannot be read, the format cannot hold it, or the destination cannot be written.
     """
-    _check_options(to, dtype, quant, shards, bin, Path(dst))
+    check_options(to, dtype, quant, shards, bin, Path(dst))
     path, place = resolve(src), Path(dst).expanduser()
     folder = to != "gguf" or (shards or 1) > 1
     check_destination(place, folder=folder, overwrite=overwrite, inputs=[path])
     watch = watch or (lambda what, done, total: None)
     job = _adapter_job if adapter_kind(path) else _model_job
-    made = job(path, place, to, _Options(dtype, quant, shards, bin, base, herd_only, greedy, quality, calibrate), watch)
+    made = job(path, place, to, Options(dtype, quant, shards, bin, base, herd_only, greedy, quality, calibrate), watch)
+    return perform(
+        made,
+        place,
+        folder=folder,
+        inputs=[path],
+        overwrite=overwrite,
+        keep_failed=keep_failed,
+        watch=watch,
+        command=command,
+    )
+
+
+def perform(
+    job: Job,
+    place: Path,
+    *,
+    folder: bool,
+    inputs: Sequence[Path],
+    overwrite: bool,
+    keep_failed: bool,
+    watch: Watch,
+    command: str,
+) -> Report:
+    """Do `job`: write under a hidden name, compare, and give the result its name `place` when the report has passed.
+
+    `inputs` are the files it is made from, the first of them the report's A.
+    """
     seconds: dict[str, float] = {}
     report: Report | None = None
     try:
-        with (new_folder if folder else new_file)(place, size=made.size, overwrite=overwrite, inputs=[path]) as new:
+        with (new_folder if folder else new_file)(place, size=job.size, overwrite=overwrite, inputs=inputs) as new:
             with _timed(seconds, "writing"):
-                made.write(new, _counting(watch, "writing", made.size))
-            report = made.compare(new)
+                job.write(new, counting(watch, "writing", job.size))
+            report = job.compare(new)
             with _timed(seconds, "hashing"):
-                report = _signed(report, path, new, watch)
+                report = _signed(report, inputs[0], new, watch)
             report = replace(report, command=command, seconds=seconds | dict(report.seconds))
             if not report.passed:
                 if keep_failed:
@@ -131,7 +161,7 @@ class _Rejected(Exception):
 
 
 @dataclass(frozen=True)
-class _Options:
+class Options:
     dtype: str | torch.dtype | None
     quant: str | None
     shards: int | None
@@ -144,7 +174,7 @@ class _Options:
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
     """What is to be done: about how many bytes come, the function that writes them, and the one that compares."""
 
     size: int
@@ -152,7 +182,7 @@ class _Job:
     compare: Callable[[Path], Report]
 
 
-def _model_job(path: Path, place: Path, to: Target, options: _Options, watch: Watch) -> _Job:
+def _model_job(path: Path, place: Path, to: Target, options: Options, watch: Watch) -> Job:
     if to == "peft":
         raise ConfigError(f"{path} is a model, and --to peft is for LoRA adapters: choose meta, hf or gguf")
     if options.base is not None:
@@ -160,7 +190,7 @@ def _model_job(path: Path, place: Path, to: Target, options: _Options, watch: Wa
     named = DTYPES.get(options.dtype, options.dtype) if isinstance(options.dtype, str) else options.dtype
     dtype = dtype_named(named)
     a = open_side(path)
-    source, notes = _source(a)
+    source, notes = source_of(a)
     sample = None if options.quality is None else options.quality.sample(a.tokenizer, a.store.config)
 
     calibration = None if options.calibrate is None else _calibration(a, options)
@@ -171,19 +201,19 @@ def _model_job(path: Path, place: Path, to: Target, options: _Options, watch: Wa
             from herd.convert.importance import importance_of
 
             with threads_for(a.store.config):
-                columns = importance_of(a.store, calibration, _counting(watch, "calibrating", tensor_bytes(a.store)))
+                columns = importance_of(a.store, calibration, counting(watch, "calibrating", tensor_bytes(a.store)))
             importance.append(Importance(columns, Path(calibration.name).name, len(calibration.windows)))
             notes.append(f"importance of columns from {calibration.windows.numel():,} tokens of {calibration.name}")
             notes.extend(calibration.notes)
         with warnings.catch_warnings(record=True) as heard, threads_for(a.store.config):
             warnings.simplefilter("always")
-            notes.extend(_write(source, new, to, dtype, options, tick, *importance))
+            notes.extend(write_as(source, new, to, dtype, options, tick, *importance))
         told = dict.fromkeys(" ".join(str(w.message).split()) for w in heard)
         notes.extend(line.replace(str(new), str(place)) for line in told)  # the hidden name means nothing to anybody
 
     def compared(new: Path) -> Report:
         b = open_side(new)
-        said = (*notes, *_changes(a.store, b.store))
+        said = (*notes, *changes(a.store, b.store))
         title = f"convert to {to}" + (f" as {options.quant}" if options.quant else "")
         with threads_for(a.store.config):
             return compare(
@@ -198,10 +228,10 @@ def _model_job(path: Path, place: Path, to: Target, options: _Options, watch: Wa
                 importance=importance[0].columns if importance else None,
             )
 
-    return _Job(_size(a.store, dtype, options.quant, keeps_blocks=to == "gguf"), write, compared)
+    return Job(likely_size(a.store, dtype, options.quant, keeps_blocks=to == "gguf"), write, compared)
 
 
-def _adapter_job(path: Path, place: Path, to: Target, options: _Options, watch: Watch) -> _Job:
+def _adapter_job(path: Path, place: Path, to: Target, options: Options, watch: Watch) -> Job:
     if to not in ("peft", "gguf"):
         raise ConfigError(f"{path} is a LoRA adapter, which cannot become {to}: choose peft or gguf")
     for word, given in (
@@ -225,10 +255,10 @@ def _adapter_job(path: Path, place: Path, to: Target, options: _Options, watch: 
     def compared(new: Path) -> Report:
         return compare_adapters(a, new, to, notes=tuple(notes), shown_as=str(place))
 
-    return _Job(size, write, compared)
+    return Job(size, write, compared)
 
 
-def _check_options(
+def check_options(
     to: str, dtype: str | torch.dtype | None, quant: str | None, shards: int | None, bin: bool, dst: Path
 ) -> None:
     if to not in TARGETS:
@@ -251,7 +281,7 @@ def _check_options(
         raise ConfigError(f"{dst}: {what} written to a folder, name it {dst.stem or 'model'}")
 
 
-def _calibration(a: Opened, options: _Options) -> Sample:
+def _calibration(a: Opened, options: Options) -> Sample:
     """The text that says which columns matter. Raises ConfigError."""
     from herd.convert.importance import WINDOWS
 
@@ -260,7 +290,7 @@ def _calibration(a: Opened, options: _Options) -> Sample:
     return sample_of(options.calibrate, a.tokenizer, a.store.config, windows=WINDOWS)
 
 
-def _source(a: Opened) -> tuple[Source, list[str]]:
+def source_of(a: Opened) -> tuple[Source, list[str]]:
     """What the writers get, and what had to be decided."""
     if isinstance(a.tokenizer, MissingTokenizer):
         note = "the source has no tokenizer, so the result has none: neither prompts nor texts could be compared"
@@ -276,12 +306,12 @@ def _source(a: Opened) -> tuple[Source, list[str]]:
     return Source(a.store, a.tokenizer, a.generation, template), notes
 
 
-def _write(
+def write_as(
     source: Source,
     new: Path,
     to: str,
     dtype: torch.dtype | None,
-    options: _Options,
+    options: Options,
     tick: Callable[[int], None],
     importance: Importance | None = None,
 ) -> list[str]:
@@ -312,7 +342,7 @@ def _write(
     return []
 
 
-def _size(store: TensorStore, dtype: torch.dtype | None, quant: str | None, *, keeps_blocks: bool) -> int:
+def likely_size(store: TensorStore, dtype: torch.dtype | None, quant: str | None, *, keeps_blocks: bool) -> int:
     """About how many bytes the weights of the result take: for the free-space check and the bar. Mixes hold wider types, too."""
     if quant is not None:
         named = next((kind for word in quant.upper().split("_M") if (kind := block_type(word))), None)
@@ -333,7 +363,7 @@ def _size(store: TensorStore, dtype: torch.dtype | None, quant: str | None, *, k
     return total
 
 
-def _changes(a: TensorStore, b: TensorStore) -> list[str]:
+def changes(a: TensorStore, b: TensorStore) -> list[str]:
     """Which types became which others, in words: nothing is dequantized or cast without a line."""
     changed: dict[tuple[str, str, bool, bool], int] = {}
     for name in b.names():
@@ -360,7 +390,7 @@ def _signed(report: Report, source: Path, new: Path, watch: Watch) -> Report:
     """The report with the SHA-256 of every file of both sides."""
     sides = (report.a, source), (report.b, new)
     total = sum(entry.nbytes for side, _ in sides for entry in side.files)
-    tick = _counting(watch, "hashing", total)
+    tick = counting(watch, "hashing", total)
     signed = []
     for side, path in sides:
         folder = path if path.is_dir() else path.parent
@@ -393,7 +423,7 @@ def _keep(new: Path, dst: Path) -> Path:
     return kept
 
 
-def _counting(watch: Watch, what: str, total: int) -> Callable[[int], None]:
+def counting(watch: Watch, what: str, total: int) -> Callable[[int], None]:
     done = 0
 
     def tick(nbytes: int) -> None:

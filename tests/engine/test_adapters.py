@@ -33,19 +33,23 @@ from herd.engine.tiles import TiledRunner
 from herd.errors import CheckpointError, ConfigError
 from herd.kernels import native
 from herd.model.llama import Llama
-from herd.quant.apply import quantize
+from herd.quant.apply import dequantize, quantize
 from tests.build import TINY, build
 
 MERGED = 2e-5
 """float32 logits of order one, W x + s B (A x) against (W + s B A) x; native products add in another order as well."""
+EIGHT_BITS = 0.03
+"""Of the largest logit: inputs of every product rounded to 8 bits, in two layers."""
 BLOCK = 4
 PROMPTS = ([1, 2, 3, 4, 5], [6, 7, 8], [9] * 9, [10, 11, 12, 13])
 
 needs_native = pytest.mark.skipif(native.isa() is None, reason=str(native.missing()))
 
 
-def adapter(model: Llama, seed: int = 0, *, rank: int = 3, only: str = "", size: float = 0.3) -> LoraAdapter:
-    """Random factors for every matrix that can have them and whose name contains `only`."""
+def adapter(
+    model: Llama, seed: int = 0, *, rank: int = 3, only: str = "", size: float = 0.3, dora: bool = False
+) -> LoraAdapter:
+    """Random factors for every matrix that can have them and whose name contains `only`; for DoRA with random magnitudes."""
     generator = torch.Generator().manual_seed(seed)
     factors = {}
     for name, shape in shapes(model.config).items():
@@ -53,6 +57,11 @@ def adapter(model: Llama, seed: int = 0, *, rank: int = 3, only: str = "", size:
         if only in name and isinstance(module, nn.Linear | nn.Embedding) and len(shape) == 2:
             a = size * torch.randn(rank, shape[1], generator=generator) * shape[1] ** -0.5
             factors[name] = Factors(a, torch.randn(shape[0], rank, generator=generator), alpha=2.0 * rank)
+            if dora:
+                embeds = name == "tok_embeddings.weight"
+                usual = model.get_parameter(name).detach().norm(dim=0 if embeds else 1)
+                noise = torch.randn(usual.shape, generator=generator)
+                factors[name] = replace(factors[name], magnitude=usual * (1 + 0.2 * noise))
     return LoraAdapter(factors, rank, 2.0 * rank)
 
 
@@ -63,7 +72,8 @@ def merged(model: Llama, change: LoraAdapter) -> Llama:
         model.output.weight = nn.Parameter(model.output.weight.detach().clone())
     with torch.no_grad():
         for name in change.factors:
-            model.get_parameter(name).add_(change.delta(name))
+            weight = model.get_parameter(name)
+            weight.copy_(change.merged(name, weight))
     return model
 
 
@@ -131,6 +141,40 @@ def test_rows_equal_the_merged_model(name: str, kind: str) -> None:
         assert (logits - expected).abs().max() <= MERGED * max(1, float(expected.abs().max()))
         if chosen is not None:
             assert (logits - plain(model, prompt)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("kind", ["torch", "deterministic", "native"])
+@pytest.mark.parametrize("name", ["llama-3", "llama-3.2"])
+def test_dora_beside_lora_and_none(name: str, kind: str) -> None:
+    if kind == "native" and native.isa() is None:
+        pytest.skip(str(native.missing()))
+    model = build(name)
+    changes = {"one": adapter(model, 1, dora=True), "two": adapter(model, 2, rank=5, only="attention.w")}
+    adapters = AdapterSet(model)
+    for label, change in changes.items():
+        assert adapters.load(label, change).matrices == len(change.factors)
+    base = NativeRunner(model) if kind == "native" else TorchRunner(model)
+    runner = AdapterRunner(base, adapters, deterministic=kind == "deterministic")
+    models = {None: model} | {label: merged(model, change) for label, change in changes.items()}
+    for logits, prompt, chosen in zip(Batches(model, NAMES).run(runner), PROMPTS, NAMES, strict=True):
+        expected = plain(models[chosen], prompt)
+        assert (logits - expected).abs().max() <= MERGED * max(1, float(expected.abs().max()))
+    bare = {n: replace(p, magnitude=None) for n, p in changes["one"].factors.items()}
+    without = merged(model, replace(changes["one"], factors=bare))
+    assert (plain(without, PROMPTS[1]) - plain(models["one"], PROMPTS[1])).abs().max() > 0.01, "magnitudes matter"
+
+
+def test_dora_on_a_quantized_base_is_measured_on_its_values() -> None:
+    model = build(replace(TINY["llama-3"], hidden_dim=192))
+    change = adapter(model, 1, dora=True, only="attention.w")
+    quantize(model, "int8")
+    expected = merged(dequantize(model), change)
+    adapters = AdapterSet(model)
+    adapters.load("one", change)
+    found = Batches(model, ("one",) * 4).run(AdapterRunner(TorchRunner(model), adapters))
+    for logits, prompt in zip(found, PROMPTS, strict=True):
+        # Products with quantized weights round their inputs to 8 bits where native kernels run.
+        assert (logits - plain(expected, prompt)).abs().max() <= EIGHT_BITS * float(logits.abs().max())
 
 
 @pytest.mark.parametrize("name", ["llama-2", "llama-3.2", "llama-4-scout"])

@@ -16,7 +16,7 @@ from herd.checkpoint.gguf_metadata import Metadata
 from herd.checkpoint.gguf_own import OWN_KEY
 from herd.checkpoint.gguf_store import PLAIN, GGUFStore
 from herd.checkpoint.names import homes
-from herd.checkpoint.store import HoldsPacked, Releases, TensorInfo, TensorStore, packed_of
+from herd.checkpoint.store import HoldsPacked, Releases, TensorInfo, TensorStore, origin, packed_of
 from herd.checkpoint.write.gguf import Encoded, Typed, write_gguf_file
 from herd.checkpoint.write.gguf_config import architecture, config_fields, rope_table
 from herd.checkpoint.write.gguf_general import file_type, general_fields, sampling_fields
@@ -199,7 +199,7 @@ def _metadata(source: Source, file: Path, kinds: Sequence[str], word: str | None
     store = source.store
     arch = architecture(store.config)
     numbers = config_fields(store.config, path=file, herd_only=herd_only)
-    if isinstance(store, GGUFStore):
+    if isinstance(origin(store), GGUFStore):
         given = store.metadata()
         assert isinstance(given, Metadata)
         general, tokenizer = _carried(given, arch)

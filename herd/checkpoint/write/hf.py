@@ -12,6 +12,7 @@ import torch
 
 from herd.checkpoint.hf import HFStore
 from herd.checkpoint.names import Column
+from herd.checkpoint.store import origin
 from herd.checkpoint.write.hf_config import TokenIds, carried_keys, config_json, generation_json, is_dense
 from herd.checkpoint.write.inventory import kept, planned, written_dtype
 from herd.checkpoint.write.planned import Planned, Tick
@@ -107,11 +108,11 @@ def _index(files: Mapping[str, Sequence[Planned]]) -> dict[str, Any]:
 
 def _configs(source: Source, dtype: torch.dtype, ids: TokenIds) -> tuple[dict[str, Any], dict[str, Any]]:
     """config.json and generation_config.json; from a Hugging Face source, with whatever else they said."""
-    store, word = source.store, str(dtype).removeprefix("torch.")
+    store, word = origin(source.store), str(dtype).removeprefix("torch.")
     if not isinstance(store, HFStore):
-        return config_json(store.config, ids, word), generation_json(source.generation, ids)
+        return config_json(source.store.config, ids, word), generation_json(source.generation, ids)
     carried = carried_keys(store.metadata())
-    config = config_json(store.config, ids, word, carried)
+    config = config_json(source.store.config, ids, word, carried)
     config |= {
         key: carried[key] for key in ids.fields() if key in carried
     }  # it may name other ids than the defaults do

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from herd.checkpoint.hf import HFStore
+from herd.checkpoint.store import origin
 from herd.checkpoint.write.source import Source
 from herd.errors import TokenizerError
 from herd.tokenizer.write.huggingface import hf_files
@@ -44,7 +45,7 @@ def meta_tokenizer(source: Source) -> tuple[dict[str, bytes], list[str]]:
 
 
 def _copied(source: Source) -> dict[str, bytes]:
-    store = source.store
+    store = origin(source.store)
     if not isinstance(store, HFStore):
         return {}
     found = {name: store.folder / name for name in NAMES if (store.folder / name).is_file()}
