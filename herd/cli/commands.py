@@ -118,7 +118,11 @@ class Commands:
         used, total = talk.used, talk.model.max_len
         rows = [
             *self.about.items(),
-            ("context", f"{used:,} of {total:,} tokens used, {total - used:,} left, {len(talk.turns)} messages"),
+            (
+                "context",
+                (f"{used:,} of {total:,} tokens used, {total - used:,} left" if total else f"{used:,} tokens used")
+                + f", {len(talk.turns)} messages",
+            ),
             ("system", talk.system or "none"),
             *self._settings(),
         ]

@@ -44,6 +44,8 @@ COMMANDS = {
     "run": Entry("herd.cli.run", "Answer one prompt and exit (without a prompt: chat).", "Talk"),
     "generate": Entry("herd.cli.generate", "Answer a file of prompts, many at once.", "Talk"),
     "serve": Entry("herd.cli.serve", "Serve models over HTTP, as OpenAI does.", "Talk"),
+    "ps": Entry("herd.cli.ps", "List the models that a server has loaded.", "Talk"),
+    "stop": Entry("herd.cli.stop", "Unload a model of a server.", "Talk"),
     "pull": Entry("herd.cli.pull", "Download a model into the cache that all tools share.", "Files"),
     "list": Entry("herd.cli.list", "List the models on this machine.", "Files"),
     "show": Entry("herd.cli.show", "Show where a model lies and what it is made of.", "Files"),

@@ -28,7 +28,9 @@ class Repl:
     def greet(self) -> None:
         """What a person sees first."""
         about = self.commands.about
-        note(f"{about['model']}, {about['parameters']} parameters, context {self.conversation.model.max_len:,} tokens.")
+        size = f", {about['parameters']} parameters" if "parameters" in about else ""
+        length = self.conversation.model.max_len
+        note(f"{about['model']}{size}{f', context {length:,} tokens' if length else ''}.")
         if self.conversation.apart:
             note("It judges each message on its own; herd run MODEL --messages FILE judges the end of a conversation.")
         note("Type a message. /? lists the commands, Ctrl-C stops a reply, Ctrl-D leaves.")

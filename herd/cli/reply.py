@@ -73,17 +73,20 @@ def ending(outcome: Outcome, max_tokens: int | None) -> str | None:
     if outcome.stopped:
         return "[stopped]" if outcome.kept else "[stopped before the first word: your message was taken back]"
     if outcome.reply.finish_reason == "length":
-        return f"[cut at {max_tokens} tokens: /set max_tokens N allows more]"
+        at = "at the server's limit" if max_tokens is None else f"at {max_tokens} tokens"
+        return f"[cut {at}: /set max_tokens N allows more]"
     if outcome.reply.finish_reason == "context_full":
         return "[cut: the context is full. /undo takes back the last exchange, /clear starts over]"
     return None
 
 
 def rates(outcome: Outcome, max_len: int) -> str:
-    """Tokens, tokens per second, and the context used and left."""
+    """Tokens, tokens per second, and the context used and left (`max_len` 0: nobody knows how long it is)."""
     usage = outcome.reply.usage
     made = f"{usage.completion_tokens} token{'' if usage.completion_tokens == 1 else 's'}"
     speed = f", {usage.decode_rate:.1f} tokens/s" if usage.decode_rate else ""
+    if not max_len:
+        return f"[{made}{speed}; {outcome.used:,} tokens in all]"
     return f"[{made}{speed}; context {outcome.used:,} of {max_len:,} used, {max_len - outcome.used:,} left]"
 
 

@@ -224,10 +224,12 @@ class _Serve(click.Command):
 )
 @click.option(
     "--max-loaded",
+    "--max-loaded-models",
+    "max_loaded",
     type=click.IntRange(min=1),
     default=3,
     show_default=True,
-    envvar="HERD_MAX_LOADED_MODELS",
+    envvar=["HERD_MAX_LOADED_MODELS", "OLLAMA_MAX_LOADED_MODELS"],
     metavar="N",
     help="Models in memory at once.",
 )
@@ -311,7 +313,9 @@ def settings_from(models: Sequence[str], options: Mapping[str, Any]) -> ServerSe
     """The settings that a command line means. Raises click.UsageError or HerdError before anything is started."""
     from herd.checkpoint.open import open_store
     from herd.checkpoint.resolve import resolve
+    from herd.hub.created import find
     from herd.server.auth import read_keys
+    from herd.server.here import created_spec
     from herd.server.settings import EngineOptions, ModelSpec, ServerSettings
 
     weights = options["weights"]
@@ -341,12 +345,12 @@ def settings_from(models: Sequence[str], options: Mapping[str, Any]) -> ServerSe
         name, source = _pair(given, "") if "=" in given and not Path(given).exists() else (_name_of(given), given)
         open_store(resolve(source))  # headers only: what is not there, or damaged, is said now
         called = tuple(names) or (name,)
-        specs.append(
-            ModelSpec(
-                source=source, name=called[0], aliases=called[1:], adapters=adapters, options=engine,
-                keep_alive=None if keep_alive is None or keep_alive < 0 else keep_alive,
-            )
+        plain = ModelSpec(
+            source=source, name=called[0], aliases=called[1:], adapters=adapters, options=engine,
+            keep_alive=None if keep_alive is None or keep_alive < 0 else keep_alive,
         )  # fmt: skip
+        made = None if Path(source).exists() else find(source)
+        specs.append(plain if made is None else created_spec(made, plain))
     guard = options["guard"]
     if guard is not None:
         named = "=" in guard and not Path(guard).exists()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request
 
 from herd.errors import UnknownModelError
+from herd.hub.found import Found
+from herd.server.here import here
 from herd.server.models import Slot
 from herd.server.state import state_of
 
@@ -18,8 +21,12 @@ router = APIRouter(tags=["openai"])
 @router.get("/v1/models", summary="The models, and adapters as models of their own")
 async def models(request: Request) -> dict[str, Any]:
     """Every name that a request may have under `model`."""
-    names = state_of(request).models.names()
-    return {"object": "list", "data": [_row(name, slot, adapter) for name, slot, adapter in names]}
+    state = state_of(request)
+    rows = {name: _row(name, slot, adapter) for name, slot, adapter in state.models.names()}
+    if state.settings.any_model:
+        for model in await asyncio.to_thread(lambda: list(here())):
+            rows.setdefault(model.name, _found(model))
+    return {"object": "list", "data": list(rows.values())}
 
 
 @router.get("/v1/models/{name:path}", summary="One model")
@@ -29,6 +36,20 @@ async def model(request: Request, name: str) -> dict[str, Any]:
         if known == name:
             return _row(known, slot, adapter)
     raise UnknownModelError(f"there is no model {name[:80]!a} here")
+
+
+def _found(model: Found) -> dict[str, Any]:
+    """A model of this machine that nobody has asked for yet."""
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": int(model.modified),
+        "owned_by": "herd",
+        "root": model.name,
+        "parent": None,
+        "max_model_len": None,
+        "meta": {"state": "unloaded"},
+    }
 
 
 def _row(name: str, slot: Slot, adapter: str | None) -> dict[str, Any]:
