@@ -21,6 +21,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from herd.errors import HerdError
+from herd.server.caller import Caller, calling
 from herd.server.errors import ApiError, api_error, error_body
 from herd.server.filestore import Files, Kept, write_json
 from herd.server.jsonbody import strict_json
@@ -237,28 +238,29 @@ class Batches:
     async def _one(self, batch: Batch, line: dict[str, Any], output: BinaryIO, errors: BinaryIO) -> None:
         """One request and its line of the output."""
         told: dict[str, Any] = {"id": new_id("batch_req_"), "custom_id": line["custom_id"]}
+        request_id = new_id("req_")
         left = batch.expires_at - time.time()
         try:
             async with asyncio.timeout(max(0.0, left)), self._turns:
-                status, body = await self._sent(batch, line["body"])
+                status, body = await self._sent(batch, line["body"], request_id)
         except TimeoutError:
             failure = {"code": "batch_expired", "message": "the request did not run before the batch expired"}
             _append(errors, told | {"response": None, "error": failure})
             batch.failed, batch.late = batch.failed + 1, True
             return
-        told["response"] = {"status_code": status, "request_id": new_id("req_"), "body": body}
+        told["response"] = {"status_code": status, "request_id": request_id, "body": body}
         _append(output if status < 400 else errors, told | {"error": None})
         if status < 400:
             batch.completed += 1
         else:
             batch.failed += 1
 
-    async def _sent(self, batch: Batch, body: dict[str, Any]) -> tuple[int, Any]:
+    async def _sent(self, batch: Batch, body: dict[str, Any], request_id: str) -> tuple[int, Any]:
         """Status and body of the answer to a request. What could not be had is tried again."""
         tries = 0
         while True:
             try:
-                return await self._call(batch, body)
+                return await self._call(batch, body, request_id)
             except ApiError as error:
                 tries += error.status == 503
                 if self._app.state.herd.draining:
@@ -267,7 +269,7 @@ class Batches:
                     return error.status, error_body(error, "openai")
                 await asyncio.sleep(error.retry_after or 1.0)
 
-    async def _call(self, batch: Batch, body: dict[str, Any]) -> tuple[int, Any]:
+    async def _call(self, batch: Batch, body: dict[str, Any], request_id: str) -> tuple[int, Any]:
         """The answer of the application's own route. Raises ApiError."""
         if body.get("stream"):
             return 400, error_body(ApiError(400, "stream: batches are not streamed", param="stream"), "openai")
@@ -284,7 +286,8 @@ class Batches:
             return {"type": "http.request", "body": data.pop(), "more_body": False}
 
         try:
-            response = await self._handlers[batch.endpoint](Request(scope, receive))
+            with calling(Caller(request=request_id, secret=batch.owner)):  # and not whoever made the batch
+                response = await self._handlers[batch.endpoint](Request(scope, receive))
         except HerdError as error:
             raise api_error(error) from None
         except Exception as error:

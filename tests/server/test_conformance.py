@@ -12,7 +12,8 @@ from tests.server.conformance import PAGE, Api, Row, all_rows, apis, page, rows
 
 OTHERS = {
     "/v1/embeddings", "/v1/moderations", "/v1/files", "/v1/batches", "/v1/batches/{id}/cancel",
-    "/v1/responses/{id}/cancel", "/lora-adapters", "/tokenize", "/detokenize", "/v1/load_lora_adapter",
+    "/v1/responses/{id}/cancel", "/v1/responses/input_tokens",
+    "/lora-adapters", "/tokenize", "/detokenize", "/v1/load_lora_adapter",
     "/v1/unload_lora_adapter", "/v1/messages/count_tokens", "/api/pull", "/api/create", "/api/copy", "/api/show",
     "/api/embed", "/api/embeddings", "/api/push",
 }  # fmt: skip

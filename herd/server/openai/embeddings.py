@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field, model_validator
 
 from herd.chat.params import MAX_INT
+from herd.server.caller import caller
 from herd.server.errors import ApiError
 from herd.server.fields import LIMITS, Body, body_of, parse
 from herd.server.openai.chat import check_work
@@ -95,7 +96,8 @@ async def embedded(
     """Of each input (a text or ids) its vector, float32 little-endian in base64, and its tokens. Raises as `State.run`."""
     vectors: list[str] = []
     counts: list[int] = []
-    pooling = state.settings.pooling
+    pooling, who = state.settings.pooling, caller()
+    who.model = model
     for part in _parts(inputs):
         try:
             found = await state.ask(
@@ -103,6 +105,8 @@ async def embedded(
             )
         except WorkerError as error:
             raise _named(error, len(vectors), dimensions) from None
+        state.counts.rates.spend(who.account, sum(found["tokens"]))
+        who.prompt_tokens += sum(found["tokens"])
         vectors += found["vectors"]
         counts += found["tokens"]
     return vectors, counts
