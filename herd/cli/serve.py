@@ -28,6 +28,7 @@ Examples:
   herd serve llama3.2:1b coder=./CodeLlama-7b    several; NAME= says what clients call one
   herd serve ./Llama-3.2-1B --quantization int4 -c 8192 --port 8080
   herd serve MODEL --lora-modules support=./adapter     model "support", or "MODEL@support"
+  herd serve MODEL --replicas 4                  copies on Ray; --print-kuberay IMAGE for Kubernetes
 
 Talk to it with any OpenAI client:
 
@@ -276,6 +277,18 @@ class _Serve(click.Command):
     help="Clients may load LoRA adapters from here while the server runs.",
 )
 @click.option(
+    "--replicas",
+    type=click.IntRange(1, 1024),
+    metavar="N",
+    help="Copies of the server on Ray, which spreads the requests (needs herd[ray]).",
+)
+@click.option(
+    "--print-kuberay",
+    "image",
+    metavar="IMAGE",
+    help="Print the manifest that runs this server (--replicas copies) on Kubernetes, and exit.",
+)
+@click.option(
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"]),
     default="warning",
@@ -306,6 +319,17 @@ def command(models: tuple[str, ...], **options: Any) -> None:
 
     settings = settings_from(models, options)
     start_log(options["log_level"], options["log_format"])
+    if options["image"] is not None:
+        from herd.server.kuberay import kuberay
+
+        click.echo(kuberay(settings, options["replicas"] or 1, options["image"]), nl=False)
+        return
+    if options["replicas"] is not None:
+        from herd.server.cluster import serve_replicas
+
+        note(f"starting {options['replicas']} copies of the server on Ray")
+        serve_replicas(settings, options["replicas"], on_start=lambda url: note(f"herd serves at {url}", "bold"))
+        return
     serve(settings, on_start=lambda url, state: _said(url, state, settings))
 
 
@@ -340,10 +364,12 @@ def settings_from(models: Sequence[str], options: Mapping[str, Any]) -> ServerSe
         raise click.UsageError(
             "--served-model-name and --lora-modules are about one MODEL: use NAME=MODEL to name several"
         )
+    here = options["image"] is None  # a manifest is for machines that have other models
     specs = []
     for given in models:
         name, source = _pair(given, "") if "=" in given and not Path(given).exists() else (_name_of(given), given)
-        open_store(resolve(source))  # headers only: what is not there, or damaged, is said now
+        if here:
+            open_store(resolve(source))  # headers only: what is not there, or damaged, is said now
         called = tuple(names) or (name,)
         plain = ModelSpec(
             source=source, name=called[0], aliases=called[1:], adapters=adapters, options=engine,
@@ -356,11 +382,12 @@ def settings_from(models: Sequence[str], options: Mapping[str, Any]) -> ServerSe
         named = "=" in guard and not Path(guard).exists()
         name, source = _pair(guard, "--guard") if named else (_name_of(guard), guard)
         if all(name not in (one.name, *one.aliases) for one in specs):
-            open_store(resolve(source))
+            if here:
+                open_store(resolve(source))
             specs.append(ModelSpec(source=source, name=name, options=replace(engine, format=None, draft=None)))
         guard = name
     for _, path in adapters:
-        if not Path(path).exists():
+        if here and not Path(path).exists():
             raise click.UsageError(f"--lora-modules: there is no {path}")
     return ServerSettings(
         models=tuple(specs),
