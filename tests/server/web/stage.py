@@ -30,7 +30,7 @@ SLOW = 0.05
 
 TABLE = """## Two lakes
 
-Both lie in the **Andes**; the larger one is *navigable*[^1]. See <https://example.org/lakes>.
+Both lie in the **Andes**; the larger one is *navigable*. See <https://example.org/lakes>.
 
 | Lake | Area | Depth |
 |:-----|-----:|------:|

@@ -5,18 +5,28 @@ from __future__ import annotations
 import random
 import re
 import time
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from typing import Any
 
 import pytest
 
-from tests.server.web.conftest import Visit
+from tests.server.conftest import Live
+from tests.server.web.conftest import Visit, visiting
 
 pytestmark = pytest.mark.browser
 DRAW = "async (text) => (await import('/web/js/markdown.js')).drawMarkdown(text).innerHTML"
 SECONDS = 4.0
 """For 100,000 characters that are meant to be slow; what is quadratic takes minutes. Plain text of that size takes 0.1."""
 VOID = ("br", "hr", "input")
+
+
+@pytest.fixture(scope="module")
+def open_page(browser: Any, staged: Live) -> Iterator[Visit]:
+    """A page that is open once for tests that only draw."""
+    for visit in visiting(browser, staged.url):
+        visit.open()
+        yield visit
 
 
 class Shape(HTMLParser):
@@ -168,9 +178,8 @@ SAME = [
 mean none of them when they write them."""
 
 
-def test_as_markdown_it(visit: Visit) -> None:
-    visit.open()
-    differ = [(text, ours(visit, text), theirs(text)) for text in SAME]
+def test_as_markdown_it(open_page: Visit) -> None:
+    differ = [(text, ours(open_page, text), theirs(text)) for text in SAME]
     assert [one for one in differ if one[1] != one[2]] == []
 
 
@@ -200,9 +209,8 @@ OWN = [
 
 
 @pytest.mark.parametrize(("text", "html"), OWN)
-def test_own(visit: Visit, text: str, html: str) -> None:
-    visit.open()
-    got = visit.page.evaluate(DRAW, text)
+def test_own(open_page: Visit, text: str, html: str) -> None:
+    got = open_page.page.evaluate(DRAW, text)
     assert got == html or re.fullmatch(html, got, re.S), got
 
 
@@ -354,22 +362,20 @@ SLOW = {
 
 
 @pytest.mark.parametrize("name", SLOW)
-def test_slow_texts_are_quick(visit: Visit, name: str) -> None:
-    visit.open()
+def test_slow_texts_are_quick(open_page: Visit, name: str) -> None:
     began = time.monotonic()
-    visit.page.evaluate(
+    open_page.page.evaluate(
         "async (text) => (await import('/web/js/markdown.js')).drawMarkdown(text).childElementCount", SLOW[name]
     )
     assert time.monotonic() - began < SECONDS
 
 
-def test_growing_is_the_same_as_whole(visit: Visit) -> None:
+def test_growing_is_the_same_as_whole(open_page: Visit) -> None:
     """Drawn piece by piece, with blocks that change their kind on the way, and drawn at once."""
-    visit.open()
     chance = random.Random(5)
     parts = [*SAME, *HOSTILE, "\n\n", "\n", " "]
     texts = ["\n".join(chance.choices(parts, k=8)) for _ in range(40)]
-    same = visit.page.evaluate(
+    same = open_page.page.evaluate(
         """async (texts) => {
             const { Drawing, drawMarkdown } = await import('/web/js/markdown.js');
             return texts.map((text) => {
@@ -384,13 +390,12 @@ def test_growing_is_the_same_as_whole(visit: Visit) -> None:
     assert [text for text, good in zip(texts, same, strict=True) if not good] == []
 
 
-def test_highlighting_keeps_every_character(visit: Visit) -> None:
-    visit.open()
+def test_highlighting_keeps_every_character(open_page: Visit) -> None:
     chance = random.Random(7)
     alphabet = "ab_0 1.\n\"'`/*#-+<>=(){}$\\é\u2028:"
     texts: list[Any] = ["".join(chance.choices(alphabet, k=200)) for _ in range(20)]
     languages = ["python", "js", "c", "bash", "sql", "html", "css", "yaml", "json", "diff", "none", "", "__proto__"]
-    differ = visit.page.evaluate(
+    differ = open_page.page.evaluate(
         """async ([texts, languages]) => {
             const { highlight } = await import('/web/js/highlight.js');
             const whole = (text, one) => highlight(text, one).map((pair) => pair[1]).join('');

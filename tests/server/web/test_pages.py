@@ -24,6 +24,17 @@ HARMLESS = ("http://www.w3.org/", "http://127.0.0.1", "http://localhost")
 """Names of XML languages, which nobody fetches, and the user's own machine."""
 
 
+@pytest.fixture(scope="module")
+def served() -> dict[str, httpx.Response]:
+    """What a server answers for each file."""
+
+    async def run() -> dict[str, httpx.Response]:
+        async with faked() as fake:
+            return {name: await fake.client.get(f"/web/{name}") for name in NAMES}
+
+    return asyncio.run(run())
+
+
 def asked(path: str, method: str = "GET", **more: Any) -> httpx.Response:
     """What a server answers."""
 
@@ -39,8 +50,8 @@ def test_there_are_pages() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_file_is_served(name: str) -> None:
-    got = asked(f"/web/{name}")
+def test_every_file_is_served(served: dict[str, httpx.Response], name: str) -> None:
+    got = served[name]
     assert got.status_code == 200
     assert got.headers["content-type"] == TYPES[Path(name).suffix]
     assert got.content == (WEB / name).read_bytes()

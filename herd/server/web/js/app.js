@@ -213,6 +213,7 @@ export class App {
       toast("There is no model to ask.", ["Look again", () => this.loadModels()]);
       return;
     }
+    if (!matchMedia("(pointer: coarse)").matches) by("draft").focus();
     const last = path(this.conversation).at(-1);
     const node = add(this.conversation, last?.id ?? ROOT, { role: "user", content: text, ...(images.length ? { images } : {}) });
     await this.reply(node.id);

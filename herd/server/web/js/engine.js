@@ -67,9 +67,10 @@ function remember({ name, stats }) {
 
 function card(model) {
   const { name, state, stats } = model;
-  const facts = [model.parameters && `${parameters(model.parameters)} parameters`, model.kind, model.context && `context ${count(model.context)}`, model.format && `prompts of ${model.format}`, model.adapters.length ? `adapters ${model.adapters.join(", ")}` : null, model.aliases.length ? `also ${model.aliases.join(", ")}` : null];
+  const known = model.parameters !== null && model.parameters !== undefined;
+  const facts = !known ? [] : [model.parameters && `${parameters(model.parameters)} parameters`, model.kind, model.context && `context ${count(model.context)}`, model.format && `prompts of ${model.format}`, model.adapters.length ? `adapters ${model.adapters.join(", ")}` : null, model.aliases.length ? `also ${model.aliases.join(", ")}` : null];
   const element = h("article.model", { "data-model": name },
-    h("div.model-head", {}, h("h2", {}, name), h(`span.state.${state}`, {}, state), h("p.hint", {}, model.error ?? facts.filter(Boolean).join(" · "))));
+    h("div.model-head", {}, h("h2", {}, name), h(`span.state.${state}`, {}, state), h("p.hint", {}, model.error ?? (facts.filter(Boolean).join(" · ") || (state === "unloaded" ? "loaded with its first request" : "")))));
   if (model.progress) {
     const share = Math.round((model.progress.share ?? 0) * 100);
     const bar = h("span");
