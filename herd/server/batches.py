@@ -260,7 +260,8 @@ class Batches:
         tries = 0
         while True:
             try:
-                return await self._call(batch, body, request_id)
+                with calling(Caller(batch.id, secret=batch.owner)):  # its rates and its share of caches
+                    return await self._call(batch, body, request_id)
             except ApiError as error:
                 tries += error.status == 503
                 if self._app.state.herd.draining:

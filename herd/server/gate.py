@@ -11,6 +11,7 @@ import logging
 import re
 import secrets
 import time
+from hashlib import sha256
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import MutableHeaders
@@ -147,7 +148,7 @@ class _Visit:
                 type="authentication_error",
                 code="invalid_api_key",
             )
-        self.caller.key, self.caller.secret = key.name, key.digest
+        self.caller.key, self.caller.secret = key.name, sha256(f"owner {key.digest}".encode()).hexdigest()
 
     def _check_load(self) -> None:
         if self.method in _READS:

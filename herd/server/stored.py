@@ -6,7 +6,6 @@ import asyncio
 import json
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from hashlib import sha256
 from typing import Any
 
 from starlette.requests import Request
@@ -79,7 +78,4 @@ class Stored:
 def owner_of(request: Request) -> str:
     """Whose a request is: something that tells API keys apart and is not one. Without keys all are the same."""
     told = request.scope.get(OWNER)
-    if told is not None:
-        return told
-    secret = caller().secret
-    return sha256(f"owner {secret}".encode()).hexdigest() if secret else ""
+    return caller().secret if told is None else told

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import re
+import statistics
 import time
 from collections.abc import Iterator
 
@@ -303,18 +304,20 @@ def test_the_log_has_requests_and_no_prompts(stream: io.StringIO) -> None:
 
 
 def test_refusals_are_quick() -> None:
-    """A refusal does no work: 500 of them while nothing is loaded."""
+    """A refusal does no work: 200 of them while nothing is loaded."""
 
     async def go() -> None:
         async with faked(api_keys=(KEY,)) as fake:
-            began = time.perf_counter()
-            for _ in range(500):
+            taken = []
+            for _ in range(200):
+                began = time.perf_counter()
                 assert (await fake.client.post(URL, json=CHAT)).status_code == 401
-            assert time.perf_counter() - began < 500 * QUICK
+                taken.append(time.perf_counter() - began)
+            assert statistics.median(taken) < QUICK
             assert not fake.made
 
     asyncio.run(go())
 
 
 QUICK = 0.02
-"""Seconds; 0.5 ms on an idle machine."""
+"""Seconds, of the median; 0.5 ms on an idle machine."""
