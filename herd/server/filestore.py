@@ -113,12 +113,17 @@ class Files:
         until = None if expires_after is None else now + expires_after
         kept = Kept(id or new_id("file-"), owner, plain_name(filename), purpose, size, now, until)
         path = self.path(kept)
-        path.parent.mkdir(exist_ok=True)
-        with path.open("wb") as file:
-            shutil.copyfileobj(source, file, CHUNK)
-            file.flush()
-            os.fsync(file.fileno())
-        write_json(path.parent / "meta.json", asdict(kept))  # last: without it there is no file
+        try:
+            path.parent.mkdir(exist_ok=True)
+            with path.open("wb") as file:
+                shutil.copyfileobj(source, file, CHUNK)
+                file.flush()
+                os.fsync(file.fileno())
+            write_json(path.parent / "meta.json", asdict(kept))  # last: without it there is no file
+        except OSError as error:
+            shutil.rmtree(path.parent, ignore_errors=True)
+            what = f"the file cannot be kept: {error.strerror or error}"
+            raise ApiError(507, what, code="storage_full") from None
         self._kept[kept.id] = kept
         return kept
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import io
 import json
 import time
@@ -15,6 +16,7 @@ import openai
 import pytest
 
 from herd.errors import ConfigError
+from herd.server.errors import ApiError
 from herd.server.filestore import Files, plain_name
 from herd.server.process import WorkerError
 from herd.server.settings import EngineOptions, ModelSpec, ServerSettings
@@ -334,6 +336,20 @@ def test_owners_do_not_see_each_others_files(tmp_path: Path) -> None:
     assert again.every("me") == [kept]
     assert not (tmp_path / "files" / "file-begun").exists()
     again.close()
+
+
+def test_a_disk_that_takes_no_more_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    files = Files(tmp_path, 1000)
+    monkeypatch.setattr("herd.server.filestore.shutil.copyfileobj", full)
+    with pytest.raises(ApiError, match="No space left") as refused:
+        files.add(io.BytesIO(b"x"), "me", "a", "batch")
+    assert refused.value.status == 507
+    assert files.every("me") == []
+    assert not list((tmp_path / "files").iterdir())
+    files.close()
 
 
 def test_names_are_only_names() -> None:
