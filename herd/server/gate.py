@@ -233,7 +233,8 @@ class _Visit:
                 "model": caller.model, "prompt_tokens": caller.prompt_tokens or None,
                 "generated_tokens": caller.generated_tokens or None,
             }  # fmt: skip
-            log.info("request", extra={"fields": fields})
+            polled = self.path in ("/health", "/metrics") and self.status in (200, 503)
+            log.log(logging.DEBUG if polled else logging.INFO, "request", extra={"fields": fields})
 
     def _first(self, name: bytes) -> bytes | None:
         return next((value for key, value in self.headers if key == name), None)
