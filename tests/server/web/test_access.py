@@ -65,6 +65,7 @@ def engine(visit: Visit) -> None:
 SCENES: list[Callable[[Visit], None]] = [chat, panel, tools, failure, editing, keys, engine]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scene", SCENES, ids=lambda scene: scene.__name__)
 def test_faults(browser: Any, staged: Live, scene: Callable[[Visit], None]) -> None:
     for visit in visiting(browser, staged.url, reduced_motion="reduce"):

@@ -17,6 +17,9 @@ from tests.server.conftest import faked
 WEB = Path(str(files("herd.server") / "web"))
 FILES = sorted(path for path in WEB.rglob("*") if path.is_file())
 NAMES = [path.relative_to(WEB).as_posix() for path in FILES]
+ROOT = Path(__file__).parents[3]
+LARGEST_PICTURE = 150_000
+"""Bytes: pictures of pages travel with every clone."""
 LONGEST = 500
 """Lines of one file: a second noun is in it before that."""
 ADDRESS = re.compile(r"https?://[^\s\"'`)<>]+")
@@ -169,3 +172,12 @@ def test_the_page_names_files_that_are_there() -> None:
     for page in ("index.html", "engine.html"):
         for name in re.findall(r"(?:href|src)=\"(web/[^\"]+)\"", (WEB / page).read_text(encoding="utf-8")):
             assert (WEB.parent / name).is_file(), name
+
+
+def test_pictures_in_the_documentation() -> None:
+    text = (ROOT / "docs/server/web.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r"\.\./images/([\w-]+\.png)", text))
+    assert shown == {path.name for path in (ROOT / "docs/images").glob("*.png") if path.name in shown}
+    assert len(shown) == 5
+    for name in shown:
+        assert (ROOT / "docs/images" / name).stat().st_size < LARGEST_PICTURE

@@ -270,7 +270,7 @@ function nested(pieces) {
       const children = out.slice(index + 1).map(asText);
       const depth = 1 + deepest(children);
       if (depth > DEEPEST) {
-        openers.length = k;
+        openers.length = 0; // whatever opened before would hold this, too
         break;
       }
       const type = piece.delimiter === "~" ? "strike" : used === 2 ? "strong" : "em";
