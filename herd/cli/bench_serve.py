@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,10 @@ class Loads(click.ParamType):
     "--timeout", type=click.FloatRange(1), default=600.0, show_default=True, metavar="S", help="For one request."
 )
 @click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, metavar="N", help="Of prompts and moments."
+    "--seed",
+    type=click.IntRange(0, 2**31 - 1),
+    metavar="N",
+    help="Of prompts and moments (default: another one each time, since servers remember prompts).",
 )
 @click.option("--json", "as_json", is_flag=True, help="Everything as JSON.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the figures (.png, .svg, .pdf).")
@@ -97,6 +101,8 @@ def command(ctx: click.Context, as_json: bool, plot: Path | None, **given: Any) 
 
     if plot is not None:
         check_plot(plot)
+    if given["seed"] is None:
+        given["seed"] = random.randrange(2**31)
     report = _measured(given)
     click.echo(json.dumps(report, indent=1) if as_json else load_table(report))
     if plot is not None:
@@ -141,6 +147,7 @@ def _measured(given: dict[str, Any]) -> dict[str, Any]:
             servers = [("server", target, given["model"] or asyncio.run(the_model(target)))]
         servers += [(name, Target(url), asyncio.run(the_model(Target(url)))) for name, url in peers]
         shown = given["model"] or servers[0][2]
+        shown = Path(shown).name if Path(shown).exists() else shown
         for who, target, model in servers:
             work = Work(
                 model=model,

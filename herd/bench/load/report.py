@@ -29,7 +29,10 @@ def load_table(report: dict[str, Any]) -> str:
         else f"{plan['output_tokens']} tokens after {plan['prompt_tokens']} of random text"
     )
     ends = "replies end where the model ends them" if plan["ends"] else "replies do not end before that"
-    parts = [headline(report["machine"]), textwrap.fill(f"{plan['model']}: {asked}; {ends}.", WIDTH)]
+    parts = [
+        headline(report["machine"]),
+        textwrap.fill(f"{plan['model']}: {asked}; {ends}. Seed {plan['seed']}.", WIDTH),
+    ]
     wide = max(len(row["who"]) for row in report["rows"]) + 2
     head = f"{'':<{wide}}{'load':>8}{'requests':>10}{'failed':>8}{'req/s':>8}{'tok/s':>9}{'fairness':>10}{'times':>7}"
     lines = [head]
