@@ -54,8 +54,6 @@ def command(url: str, api_key: str | None, as_json: bool) -> None:
 
 def _processor(row: dict[str, Any]) -> str:
     """Where the memory is, as Ollama says it."""
-    if row.get("device") == "remote":
-        return "remote"
     whole, there = row.get("size") or 0, row.get("size_vram") or 0
     share = round(100 * there / whole) if whole else 0
     return "100% CPU" if share == 0 else "100% GPU" if share == 100 else f"{100 - share}%/{share}% CPU/GPU"

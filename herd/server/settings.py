@@ -47,8 +47,7 @@ class ModelSpec:
 
     `adapters` are (name, path): each is a model of its own for clients, called `name` or `base@name`. `keep_alive` is after how
     many idle seconds it is unloaded; None: never. What `herd create` said of it: `lora` is an adapter that always lies on top,
-    conversations that bring no system prompt get `system`, and all begin with `beginning` (role, text). `provider` is the
-    address of another server that runs it, `source` then its name there.
+    conversations that bring no system prompt get `system`, and all begin with `beginning` (role, text).
     """
 
     source: str
@@ -60,7 +59,6 @@ class ModelSpec:
     lora: str | None = None
     system: str = ""
     beginning: tuple[tuple[str, str], ...] = ()
-    provider: str | None = None
 
     @property
     def loras(self) -> tuple[tuple[str, str], ...]:

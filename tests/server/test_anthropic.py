@@ -16,6 +16,8 @@ from herd.server.protocol import Began, Ended, Finished, Piece, ToolPiece, Usage
 from tests.server.conftest import Live, faked
 from tests.server.fakes import saying
 
+PATIENCE = 300
+"""Seconds: models are loaded on the way, and a busy machine takes a while."""
 HI: Any = [{"role": "user", "content": "Tell me a story about a dog."}]
 COLD: Any = {"extra_body": {"temperature": 0}}
 """The newest version of the API has no temperature; this server takes it, and so do clients this way."""
@@ -36,7 +38,7 @@ WEATHER: Any = {
 
 @pytest.fixture
 def client(live: Live) -> Iterator[anthropic.Anthropic]:
-    with anthropic.Anthropic(base_url=live.url, api_key="none", max_retries=0, timeout=60) as made:
+    with anthropic.Anthropic(base_url=live.url, api_key="none", max_retries=0, timeout=PATIENCE) as made:
         yield made
 
 

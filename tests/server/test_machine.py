@@ -21,6 +21,8 @@ from tests.cli.tiny import tiny_config, write_folder
 from tests.engine.test_adapters import adapter
 from tests.server.conftest import Live, serving
 
+PATIENCE = 300
+"""Seconds: models are loaded on the way, and a busy machine takes a while."""
 Captured = pytest.CaptureFixture[str]
 HI = [{"role": "user", "content": "Who are you?"}]
 MODELFILE = """\
@@ -63,7 +65,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 
 
 def test_a_created_model_says_what_it_was_created_with(machine: Live) -> None:
-    with ollama.Client(host=machine.url, timeout=60) as client:
+    with ollama.Client(host=machine.url, timeout=PATIENCE) as client:
         made = client.chat("mine", HI)
         assert (made.eval_count, made.done_reason) == (5, "length"), "num_predict"
         whole = [
@@ -85,10 +87,17 @@ def test_a_created_model_says_what_it_was_created_with(machine: Live) -> None:
         names = [model.model for model in client.list().models]
         assert {"nano", "mine:latest", "tuned:latest"} <= set(names)
         assert len(names) == len(set(names))
+        listed = {model.model: model for model in client.list().models}
+        [loaded] = [model for model in client.ps().models if model.model == "nano"]
+        assert loaded.digest == listed["nano"].digest
+        details = listed["nano"].details
+        assert details is not None
+        assert (details.format, details.parameter_size) == ("safetensors", "5.5M")
 
 
 def test_its_adapter_lies_on_top(machine: Live) -> None:
     with machine.client() as client:
+        client.timeout = PATIENCE
 
         def said(model: str) -> str:
             body = {"model": model, "messages": HI, "max_tokens": 12}
@@ -103,6 +112,7 @@ def test_its_adapter_lies_on_top(machine: Live) -> None:
 def test_no_client_says_a_path(machine: Live, tmp_path: Path) -> None:
     write_folder(tmp_path / "tiny")
     with machine.client() as client:
+        client.timeout = PATIENCE
         for name in (str(tmp_path / "tiny"), "./tiny", "~/tiny", "nano/../nano", "README.md"):
             answer = client.post("/api/generate", json={"model": name})
             assert answer.status_code == 404, name
@@ -114,6 +124,7 @@ def test_no_client_says_a_path(machine: Live, tmp_path: Path) -> None:
 def test_room_is_made_and_memory_is_given_back(machine: Live, capsys: Captured) -> None:
     url = ["--url", machine.url]
     with machine.client() as client:
+        client.timeout = PATIENCE
         for name in ("mine", "tuned"):
             assert client.post("/api/generate", json={"model": name}).json()["done_reason"] == "load"
         assert run(["ps", *url, "--json"]) == 0
@@ -142,7 +153,7 @@ def test_room_is_made_and_memory_is_given_back(machine: Live, capsys: Captured) 
 
 
 def test_copy_and_delete(machine: Live) -> None:
-    with ollama.Client(host=machine.url, timeout=60) as client:
+    with ollama.Client(host=machine.url, timeout=PATIENCE) as client:
         client.copy("mine", "ours")
         assert find("ours") is not None
         assert client.chat("ours", HI).eval_count == 5
@@ -164,7 +175,7 @@ def test_a_chat_with_a_server(
     command = ["chat", "--url", f"{machine.url}/v1", "--model", "mine", "--temp", "0", "--verbose"]
     assert run(command) == 0
     out, err = capsys.readouterr()
-    with ollama.Client(host=machine.url, timeout=60) as client:
+    with ollama.Client(host=machine.url, timeout=PATIENCE) as client:
         first = client.chat("mine", HI, options={"temperature": 0}).message.content
     assert out.startswith(f"{first}\n")
     assert "[5 tokens" in err

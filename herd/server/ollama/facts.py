@@ -37,9 +37,7 @@ MOST = 256
 
 
 async def facts_of(spec: ModelSpec) -> Facts:
-    """The facts of a model; of one that another server runs, none. Raises CheckpointError when it cannot be read."""
-    if spec.provider is not None:
-        return Facts()
+    """The facts of a model. Raises CheckpointError when it cannot be read."""
     if spec.source not in _KNOWN:
         if len(_KNOWN) >= MOST:
             _KNOWN.clear()

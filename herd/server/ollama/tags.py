@@ -49,23 +49,31 @@ async def tags(request: Request) -> dict[str, Any]:
     known = {name: slot for name, slot, adapter in state.models.names() if adapter is None}
     rows = {name: _row(name, slot) for name, slot in known.items()}
     if state.settings.any_model:
-        found = await asyncio.to_thread(lambda: list(here()))
-        for model in found:
-            rows[model.name] = _found(model) | ({"details": rows[model.name]["details"]} if model.name in rows else {})
+        for model in await asyncio.to_thread(lambda: list(here())):
+            row = _found(model)
+            if model.name in rows:  # what is loaded is known better
+                known_better = {key: value for key, value in rows[model.name]["details"].items() if value}
+                row["details"] |= known_better
+            rows[model.name] = row
     return {"models": list(rows.values())}
 
 
 @router.get("/api/ps", summary="The models that are loaded")
 async def ps(request: Request) -> dict[str, Any]:
     """Loaded models: the memory that their processes take, measured, and when they are unloaded."""
+    models = state_of(request).models
+    digests: dict[str, str] = {}
+    if models.settings.any_model:  # those of /api/tags
+        digests = await asyncio.to_thread(lambda: {model.name: digest(model) for model in here()})
     out = []
-    for row in state_of(request).models.rows():
-        slot = state_of(request).models.slots[row["name"]]
+    for row in models.rows():
+        slot = models.slots[row["name"]]
         left = row["expires_in"]
         busy = left is None and slot.keep_alive is not None
         until = time.time() + (slot.keep_alive or 0) if busy else None if left is None else time.time() + left
         out.append(
             _row(row["name"], slot)
+            | ({"digest": digests[row["name"]]} if row["name"] in digests else {})
             | {
                 "size": (row["memory"] or 0) + (row["device_memory"] or 0),
                 "size_vram": row["device_memory"] or 0,
@@ -86,7 +94,7 @@ async def show(request: Request) -> dict[str, Any]:
     name = body.model or body.name or ""
     models = state_of(request).models
     slot, _ = models.find(name)
-    made = await asyncio.to_thread(find, slot.spec.source) if slot.spec.provider is None else None
+    made = await asyncio.to_thread(find, slot.spec.source)
     facts = await facts_of(slot.spec)
     about = slot.about
     format = (about.format if about is not None else None) or slot.spec.options.format or facts.format
@@ -142,7 +150,7 @@ _THEIRS = {"repetition_penalty": "repeat_penalty", "max_tokens": "num_predict"}
 
 def _row(name: str, slot: Slot) -> dict[str, Any]:
     """A model that the server knows."""
-    told = f"{slot.spec.provider} {slot.spec.source} {slot.spec.lora} {slot.spec.system}"
+    told = f"{slot.spec.source} {slot.spec.lora} {slot.spec.system}"
     return {
         "name": name,
         "model": name,
