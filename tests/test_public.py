@@ -10,7 +10,7 @@ import pytest
 
 import herd
 
-TORCH_FREE = sorted(set(herd.__all__) - {"LLM", "Llama", "generate", "load", "quantize", "verify"})
+TORCH_FREE = sorted(set(herd.__all__) - {"LLM", "Llama", "generate", "load", "merge", "quantize", "verify"})
 
 
 def test_the_list_is_what_it_was_meant_to_be() -> None:
@@ -37,6 +37,7 @@ def test_the_list_is_what_it_was_meant_to_be() -> None:
         "generate",
         "load",
         "load_tokenizer",
+        "merge",
         "plan",
         "pull",
         "quantize",
