@@ -13,7 +13,7 @@ from herd.chat.base import BaseFormat
 from herd.chat.guard import GuardFormat
 from herd.chat.render import messages_from
 from herd.chat.toolspec import tools_from
-from herd.errors import ConfigError, PromptError
+from herd.errors import ConfigError, TokenizerError
 from herd.server.prepare import Preparer
 from herd.server.protocol import Chat
 
@@ -61,10 +61,10 @@ def count(llm: LLM, chat: dict[str, Any]) -> dict[str, Any]:
 
 @ask
 def detokenize(llm: LLM, tokens: Sequence[int], special: bool = False) -> str:
-    """The text of ids; special ones are left out unless `special`. Raises PromptError for ids that the model does not have."""
+    """The text of ids; special ones are left out unless `special`. Raises TokenizerError for ids that the model does not have."""
     size = llm.model.config.vocab_size
-    if wrong := next((i for i in tokens if not 0 <= i < size), None):
-        raise PromptError(f"{wrong:,} is no id of this model: ids are 0 to {size - 1:,}")
+    if (wrong := next((i for i in tokens if not 0 <= i < size), None)) is not None:
+        raise TokenizerError(f"{wrong:,} is no id of this model: ids are 0 to {size - 1:,}")
     return llm.tokenizer.decode(list(tokens), skip_special=not special)
 
 
