@@ -10,13 +10,14 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError, model_validator
+from pydantic_core import CoreSchema
 from starlette.requests import Request
 
 from herd.server.errors import ApiError
 from herd.server.jsonbody import strict_json
 
-__all__ = ["LIMITS", "Body", "body_of", "checked", "known_query", "parse"]
+__all__ = ["LIMITS", "Body", "body_of", "checked", "content_of", "known_query", "parse"]
 
 LIMITS = {
     "n": 128,
@@ -29,10 +30,26 @@ LIMITS = {
     "prompts": 128,
     "inputs": 2048,
     "metadata": 16,
+    "ids": 1 << 20,
+    "parts": 4096,
+    "fields": 256,
 }
 """Most of each in one request (reliability before all: what is beyond is refused before any work)."""
 MAX_INT = 2**63 - 1
 NO_BODY = "the request has no body: send a JSON object (Content-Type: application/json)"
+
+
+def _fail_fast(schema: Any) -> None:
+    """Set fail_fast in all lists of a schema, in place."""
+    left = [schema]
+    while left:
+        one = left.pop()
+        if isinstance(one, dict):
+            if one.get("type") == "list":
+                one["fail_fast"] = True
+            left += [part for name, part in one.items() if name not in ("metadata", "serialization", "default")]
+        elif isinstance(one, list | tuple):
+            left += one
 
 
 class Body(BaseModel):
@@ -43,12 +60,36 @@ class Body(BaseModel):
     refused: ClassVar[Mapping[str, str]] = {}
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _few(cls, given: Any) -> Any:
+        """Each unknown field and each bad entry would become an error of its own."""
+        if isinstance(given, dict):
+            if len(given) > LIMITS["fields"]:
+                raise ValueError(f"an object of {len(given):,} fields: no request has more than {LIMITS['fields']}")
+            for name in ("logit_bias", "metadata"):
+                if isinstance(given.get(name), dict) and len(given[name]) > LIMITS["logit_bias"]:
+                    raise ValueError(f"{name}: {len(given[name]):,} entries are too many")
+        return given
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Lists end at their first bad item: a million errors would take seconds, and a gigabyte."""
+        schema = handler(source)
+        _fail_fast(schema)
+        return schema
+
 
 B = TypeVar("B", bound=Body)
 
 
 async def parse(request: Request, model: type[B], *, any_type: bool = False) -> B:
-    """The body of a request. Raises ApiError (400, or 415 for a body that is not JSON).
+    """The body of a request. Raises ApiError (400, or 415 for a body that is not JSON); `any_type` as in `content_of`."""
+    return checked(await content_of(request, any_type=any_type), model)
+
+
+async def content_of(request: Request, *, any_type: bool = False) -> Any:
+    """The JSON of a request. Raises ApiError (400 or 415).
 
     Bodies must say that they are JSON, or nothing, so that a form on some web page cannot send one unasked; `any_type` is for
     APIs whose users never say it, behind a check of the Origin header.
@@ -61,7 +102,7 @@ async def parse(request: Request, model: type[B], *, any_type: bool = False) -> 
     data = await request.body()
     if not data.strip():
         raise ApiError(400, NO_BODY, code="invalid_json")
-    return checked(strict_json(data), model)
+    return strict_json(data)
 
 
 def checked(content: Any, model: type[B]) -> B:

@@ -21,9 +21,11 @@ from herd.server.protocol import Began, Call, Chat, Ended, Event, Finished, Piec
 from herd.server.sse import DONE, EventStream, event, until_gone
 from herd.server.state import State, begun, new_id, state_of
 
-__all__ = ["ChatBody", "call_of", "check_work", "message_of", "router"]
+__all__ = ["ChatBody", "call_of", "check_told", "check_work", "longest", "message_of", "router"]
 
 router = APIRouter(tags=["openai"])
+UNKNOWN_CONTEXT = 1 << 17
+"""Tokens of a context while the model is not loaded: most have no longer one."""
 FunctionName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 
 
@@ -71,8 +73,8 @@ class ChatMessage(Body):
     """A message of the conversation."""
 
     role: Literal["developer", "system", "user", "assistant", "tool"]
-    content: str | list[ContentPart] | None = None
-    tool_calls: list[ToolCallBody] | None = None
+    content: str | Annotated[list[ContentPart], Field(max_length=LIMITS["parts"])] | None = None
+    tool_calls: list[ToolCallBody] | None = Field(None, max_length=LIMITS["parts"])
     tool_call_id: str | None = None
     name: str | None = None
 
@@ -246,6 +248,11 @@ def call_of(body: ChatBody, state: State) -> Call:
     messages = tuple(message_of(m, i) for i, m in enumerate(body.messages))
     characters = sum(len(str(m["content"])) for m in messages)
     check_work(state, body.n or 1, characters, "messages")
+    if body.prompt_logprobs is not None:
+        check_told(state, characters * (body.prompt_logprobs + 1), "prompt_logprobs")
+    if body.logprobs and not body.stream:
+        told = (body.n or 1) * min(most or longest(state, body.model), longest(state, body.model))
+        check_told(state, told * ((body.top_logprobs or 0) + 1), "top_logprobs")
     named = body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else None
     chosen = "named" if named is not None else body.tool_choice or "auto"
     assert chosen in ("auto", "none", "required", "named")
@@ -273,6 +280,26 @@ def check_work(state: State, count: int, size: int, param: str) -> None:
             param=param,
             code="too_much_work",
         )
+
+
+def check_told(state: State, told: int, param: str) -> None:
+    """Raise ApiError (400) for answers whose logprobs are more than is held at once."""
+    if told > state.settings.max_prompt_work:
+        raise ApiError(
+            400,
+            f"{param}: up to {told:,} of them would be told, and one answer tells {state.settings.max_prompt_work:,}: "
+            "ask for fewer, for fewer tokens or replies, or for a stream",
+            param=param,
+            code="too_much_work",
+        )
+
+
+def longest(state: State, name: str) -> int:
+    """Most tokens of a reply of the model that clients call `name`. Raises UnknownModelError."""
+    slot, _ = state.models.find(name)
+    if slot.about is not None:
+        return slot.about.context
+    return slot.spec.options.max_len or UNKNOWN_CONTEXT
 
 
 def message_of(message: ChatMessage, index: int) -> dict[str, Any]:

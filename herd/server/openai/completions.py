@@ -16,7 +16,7 @@ from herd.chat.params import MAX_INT, MAX_N
 from herd.errors import HerdError
 from herd.server.errors import api_error, error_body
 from herd.server.fields import LIMITS, body_of, parse
-from herd.server.openai.chat import ResponseFormat, check_work
+from herd.server.openai.chat import ResponseFormat, check_told, check_work, longest
 from herd.server.openai.replies import prompt_logprobs, timings, total, usage
 from herd.server.openai.sampling import SamplingBody, check_sampling, sampling_of
 from herd.server.protocol import Began, Call, Ended, Event, Finished, Ids, Piece, Text, TokenInfo, Usage
@@ -28,7 +28,8 @@ __all__ = ["CompletionBody", "router"]
 router = APIRouter(tags=["openai"])
 Id = Annotated[int, Field(ge=0, le=MAX_INT)]
 Prompts = Annotated[list[str], Field(min_length=1, max_length=LIMITS["prompts"])]
-IdLists = Annotated[list[Annotated[list[Id], Field(min_length=1)]], Field(min_length=1, max_length=LIMITS["prompts"])]
+IdList = Annotated[list[Id], Field(min_length=1, max_length=LIMITS["ids"])]
+IdLists = Annotated[list[IdList], Field(min_length=1, max_length=LIMITS["prompts"])]
 DEFAULT_TOKENS = 16
 """OpenAI's max_tokens for completions, where none is said."""
 
@@ -36,7 +37,7 @@ DEFAULT_TOKENS = 16
 class CompletionBody(SamplingBody):
     """A completion request."""
 
-    prompt: str | Prompts | Annotated[list[Id], Field(min_length=1)] | IdLists
+    prompt: str | Prompts | IdList | IdLists
     suffix: str | None = None
     max_tokens: int | None = Field(None, ge=0, le=MAX_INT)
     best_of: int | None = Field(None, ge=1, le=MAX_N)
@@ -106,7 +107,9 @@ def calls_of(body: CompletionBody, state: State) -> list[Call]:
         sampling |= {"json_object": True} if form.json_schema is None else {"schema": form.json_schema.schema_}
     check_sampling(sampling)
     prompts = _prompts(body.prompt)
-    check_work(state, (body.best_of or body.n or 1), sum(map(len, prompts)), "prompt")
+    size = sum(map(len, prompts))
+    check_work(state, (body.best_of or body.n or 1), size, "prompt")
+    _check_told(state, body, size, len(prompts) * most)
     id = new_id("cmpl-")
     return [
         Call(
@@ -119,6 +122,16 @@ def calls_of(body: CompletionBody, state: State) -> list[Call]:
         )
         for i, prompt in enumerate(prompts)
     ]
+
+
+def _check_told(state: State, body: CompletionBody, size: int, generated: int) -> None:
+    """Raise ApiError (400) for more logprobs than one answer tells; `size`: of all prompts, `generated`: of all replies."""
+    n = body.n or 1
+    if body.prompt_logprobs is not None:
+        check_told(state, n * size * (body.prompt_logprobs + 1), "prompt_logprobs")
+    if body.logprobs is not None:
+        growing = 0 if body.stream else min(generated, longest(state, body.model) * len(_prompts(body.prompt)))
+        check_told(state, n * (growing + (size if body.echo else 0)) * (body.logprobs + 1), "logprobs")
 
 
 def _prompts(prompt: Any) -> list[Any]:

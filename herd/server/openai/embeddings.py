@@ -26,7 +26,7 @@ __all__ = ["EmbeddingBody", "embedded", "floats", "router"]
 router = APIRouter(tags=["openai"])
 Id = Annotated[int, Field(ge=0, le=MAX_INT)]
 Text = Annotated[str, Field(min_length=1)]
-IdList = Annotated[list[Id], Field(min_length=1)]
+IdList = Annotated[list[Id], Field(min_length=1, max_length=LIMITS["ids"])]
 AT_ONCE = 1 << 14
 """Characters or ids of one question to the worker: between two of them, a request whose client is gone ends."""
 

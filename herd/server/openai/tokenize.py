@@ -54,7 +54,7 @@ class DetokenizeBody(Body):
     """Ids whose text is wanted."""
 
     model: Name | None = None
-    tokens: list[Annotated[int, Field(ge=0, le=MAX_INT)]]
+    tokens: list[Annotated[int, Field(ge=0, le=MAX_INT)]] = Field(max_length=LIMITS["ids"])
 
 
 @router.post("/tokenize", summary="The ids of a text or a conversation", openapi_extra=body_of(TokenizeBody))

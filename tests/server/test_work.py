@@ -1,0 +1,107 @@
+"""What a request may cost: hostile lists end at the first bad item, and answers are bounded before any work."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.server.conftest import faked
+
+REFUSED_SECONDS = 1.0
+"""A million bad items took ten seconds when each became an error; to parse the JSON of them takes a few hundredths."""
+MANY = 400_000
+LONG = "x" * 31_000
+
+
+def posted(path: str, body: Any, **settings: Any) -> tuple[httpx.Response, float]:
+    """The answer of a server over a scripted model, and its seconds."""
+
+    async def run() -> tuple[httpx.Response, float]:
+        async with faked(**settings) as fake:
+            await fake.client.post("/v1/completions", json={"model": "fake", "prompt": "x"})  # loads the model
+            began = time.monotonic()
+            return await fake.client.post(path, json=body), time.monotonic() - began
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/detokenize", {"tokens": [-1] * MANY}, "tokens[0]"),
+        ("/detokenize", {"tokens": [0] * 1_100_000}, "tokens"),
+        ("/v1/completions", {"model": "fake", "prompt": [-1] * MANY}, None),
+        ("/v1/completions", {"model": "fake", "prompt": [[-1] * MANY]}, None),
+        ("/v1/completions", {"model": "fake", "prompt": "x", "guided_choice": [1] * MANY}, "guided_choice[0]"),
+        ("/v1/embeddings", {"model": "fake", "input": [-1] * MANY}, None),
+        ("/v1/embeddings", {"model": "fake", "input": [[-1] * MANY]}, None),
+        (
+            "/v1/chat/completions",
+            {"model": "fake", "messages": [{"role": "user", "content": [1] * MANY}]},
+            "messages[0].content[0]",
+        ),
+        (
+            "/v1/chat/completions",
+            {"model": "fake", "messages": [{"role": "user", "content": "x", "tool_calls": [1] * MANY}]},
+            "messages[0].tool_calls[0]",
+        ),
+        (
+            "/v1/chat/completions",
+            {"model": "fake", "messages": [{"role": "user", "content": "x"} | {f"a{i}": 1 for i in range(MANY // 4)}]},
+            None,
+        ),
+        ("/v1/chat/completions", {"model": "fake"} | {f"a{i}": 1 for i in range(MANY // 4)}, None),
+        ("/v1/messages", {"model": "fake", "max_tokens": 5, "messages": [1] * MANY}, None),
+        ("/api/embed", {"model": "fake", "input": [1] * MANY}, None),
+    ],
+)
+def test_hostile_lists_end_at_the_first_bad_item(path: str, body: dict[str, Any], param: str | None) -> None:
+    response, seconds = posted(path, body)
+    assert response.status_code == 400, response.text[:300]
+    assert seconds < REFUSED_SECONDS
+    assert len(response.text) < 2000
+    if param is not None:
+        assert response.json()["error"]["param"] == param, response.text
+
+
+COMPLETION = {"model": "fake", "prompt": LONG, "max_tokens": 0, "echo": True, "logprobs": 20}
+CHAT: dict[str, Any] = {"model": "fake", "messages": [{"role": "user", "content": "x"}], "logprobs": True, "n": 128}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/completions", COMPLETION | {"n": 128, "prompt_logprobs": 20}, "prompt_logprobs"),
+        ("/v1/completions", COMPLETION | {"n": 128}, "logprobs"),
+        ("/v1/completions", COMPLETION | {"n": 128, "stream": True}, "logprobs"),
+        ("/v1/completions", {"model": "fake", "prompt": LONG, "prompt_logprobs": 20, "n": 16}, "prompt_logprobs"),
+        ("/v1/completions", {"model": "fake", "prompt": "x", "logprobs": 20, "n": 128, "max_tokens": 2000}, "logprobs"),
+        ("/v1/completions", {"model": "fake", "prompt": ["x"] * 128, "logprobs": 9, "n": 128}, "logprobs"),
+        ("/v1/chat/completions", CHAT | {"top_logprobs": 20}, "top_logprobs"),
+        ("/v1/chat/completions", CHAT | {"top_logprobs": 20, "max_tokens": 2000}, "top_logprobs"),
+    ],
+)
+def test_answers_are_bounded_before_any_work(path: str, body: dict[str, Any], param: str) -> None:
+    response, _ = posted(path, body, max_prompt_work=4_000_000 if len(str(body)) > 30_000 else 200_000)
+    assert response.status_code == 400, response.text[:300]
+    error = response.json()["error"]
+    assert (error["code"], error["param"]) == ("too_much_work", param), response.text
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", COMPLETION),
+        ("/v1/completions", {"model": "fake", "prompt": "x", "n": 128, "logprobs": 5}),
+        ("/v1/completions", {"model": "fake", "prompt": "x", "logprobs": 20, "max_tokens": 10**15}),
+        ("/v1/chat/completions", CHAT | {"n": 1, "top_logprobs": 20}),
+        ("/v1/chat/completions", CHAT | {"n": 1}),
+    ],
+)
+def test_what_is_usual_is_answered(path: str, body: dict[str, Any]) -> None:
+    response, _ = posted(path, body)
+    assert response.status_code == 200, response.text[:300]
