@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Sequence
@@ -59,6 +60,8 @@ def create_app(settings: ServerSettings, *, launch: Launch = Process) -> FastAPI
             state.draining = True
             state.stop_all("the server is shutting down")
             await state.models.close()
+            if state.counts.tracing is not None:
+                await asyncio.to_thread(state.counts.tracing.close)
 
     app = FastAPI(
         title="herd",
@@ -83,7 +86,7 @@ def create_app(settings: ServerSettings, *, launch: Launch = Process) -> FastAPI
 
 async def _refused(request: Request, error: Exception) -> Response:
     refusal = api_error(error)
-    if refusal.status >= 500:
+    if refusal.status >= 500 and refusal.code != "server_busy":  # many of those are no fault; they are counted
         log.error("%s %s: %s: %s", request.method, request.url.path, type(error).__name__, error)
     return error_response(refusal, shape_of(request.url.path))
 

@@ -13,7 +13,8 @@ __all__ = ["CALLER", "Caller", "caller", "calling", "salted"]
 @dataclass(slots=True)
 class Caller:
     """A request's id and whose it is. `key` names the API key (None: none is asked for), `secret` tells keys apart and never
-    leaves the server. `headers` are added to the answer when it begins. What the request came to is noted for the log."""
+    leaves the server. `headers` are added to the answer when it begins. What the request came to is noted for the log. `server` is
+    the address that was reached, `trace` the headers of W3C Trace Context."""
 
     request: str = ""
     key: str | None = None
@@ -23,6 +24,8 @@ class Caller:
     model: str | None = None
     prompt_tokens: int = 0
     generated_tokens: int = 0
+    server: tuple[str, int | None] | None = None
+    trace: dict[str, str] = field(default_factory=dict)
 
     @property
     def account(self) -> str:

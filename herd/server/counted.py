@@ -12,6 +12,7 @@ from herd.server.metrics import Metrics
 from herd.server.protocol import Began, Call, Event, Finished
 from herd.server.rates import Rates
 from herd.server.replycache import ReplyCache
+from herd.server.tracing import tracing_for
 
 if TYPE_CHECKING:
     from herd.server.models import Launched
@@ -30,15 +31,26 @@ class Counts:
         self.replies = ReplyCache(settings.reply_cache)
         self.metrics = Metrics()
         self.metrics.serve(state)
+        self.tracing = tracing_for(settings)
+        self.bodies = 0
+        """Bytes of requests' bodies that are in memory, beyond `gate.FREE` of each."""
 
 
-async def counted(state: State, name: str, process: Launched, call: Call, began: float) -> AsyncGenerator[Event, None]:
-    """The events of `call`, from the reply cache or else from `process`, counted in metrics and rates.
+def counted(state: State, name: str, process: Launched, call: Call, began: float) -> AsyncGenerator[Event, None]:
+    """The events of `call`, from the reply cache or else from `process`, counted in metrics and rates, and traced.
 
     Prompts of two API keys never share cached prefixes: the key becomes part of the call's salt here.
     """
-    counts, who = state.counts, caller()
     model = state.models.find(name)[0].spec.name
+    events = _counted(state, name, model, process, call, began)
+    tracing = state.counts.tracing
+    return events if tracing is None else tracing.watch(name, model, call, events, began)
+
+
+async def _counted(
+    state: State, name: str, model: str, process: Launched, call: Call, began: float
+) -> AsyncGenerator[Event, None]:
+    counts, who = state.counts, caller()
     who.model = name
     owner = "" if state.settings.reply_cache_shared else who.secret
     key = counts.replies.key(call, process.about, owner)

@@ -37,6 +37,9 @@ MOST_HEAD = 64 << 10
 """Bytes of a path and headers together."""
 FORM = 64 << 10
 """Bytes of a form around a file."""
+FREE = 64 << 10
+"""Bytes of every body that `max_bodies` does not count: every connection has a buffer of that size anyway, and small requests
+are taken while large ones fill the rest."""
 LATE = 499
 """The status in the log of a request whose client went away before it was answered."""
 
@@ -54,6 +57,7 @@ class Gate:
         settings = state.settings
         self.keys = Keys(settings.api_keys)
         self.rates: Rates = state.counts.rates
+        self.most_bodies = max(settings.max_bodies, settings.max_body)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -74,17 +78,20 @@ class _Visit:
         self.settings = gate.state.settings
         client = scope.get("client")
         self.caller = Caller(_request_id(self._first(b"x-request-id")), address=client[0] if client else "")
+        self.caller.server, self.caller.trace = scope.get("server"), self._trace()
         self.path: str = scope["path"].removeprefix(self.settings.root_path)
         self.method: str = scope["method"]
         self.most = self.settings.max_body
         """Bytes of the body, at most. Files that are uploaded have a limit of their own, and go to disk."""
-        if self.path.rstrip("/") == "/v1/files":
+        self.kept = self.path.rstrip("/") != "/v1/files"
+        """Whether the body is kept in memory. Files go to disk as they come."""
+        if not self.kept:
             self.most = max(self.most, getattr(self.settings, "max_file", 0) + FORM)
         self.origin = _text(self._first(b"origin"))
         self.began = time.perf_counter()
         self.status: int | None = None
         self.entered = False
-        self.got = 0
+        self.got = self.held = 0
 
     async def run(self) -> None:
         """Answer it."""
@@ -173,6 +180,20 @@ class _Visit:
         length = self._first(b"content-length")
         if length is not None and (not length.isdigit() or len(length) > 18 or int(length) > self.most):
             raise self._too_large()
+        if length is not None:
+            self._check_bodies(int(length))
+
+    def _check_bodies(self, size: int) -> None:
+        """Raise ApiError when a body of `size` bytes does not fit beside the others."""
+        more = max(0, size - FREE) - self.held if self.kept else 0
+        if more > 0 and self.gate.state.counts.bodies + more > self.gate.most_bodies:
+            self.gate.state.counts.metrics.refused("bodies")
+            raise ApiError(
+                503,
+                f"the bodies of all requests together are larger than {self.gate.most_bodies:,} bytes: try again later",
+                code="server_busy",
+                retry_after=1,
+            )
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the body is larger than {self.most:,} bytes, which is all that this server takes at once",
@@ -184,6 +205,10 @@ class _Visit:
             self.got += len(message.get("body", b""))
             if self.got > self.most:
                 raise self._too_large()
+            self._check_bodies(self.got)
+            if self.kept and (more := max(0, self.got - FREE) - self.held) > 0:
+                self.held += more
+                self.gate.state.counts.bodies += more
         return message
 
     async def _send(self, message: Message) -> None:
@@ -221,6 +246,7 @@ class _Visit:
 
     def _end(self) -> None:
         state, seconds = self.gate.state, time.perf_counter() - self.began
+        self.gate.state.counts.bodies -= self.held
         if self.entered:
             self.gate.rates.leave(self.caller.account)
         route = self.scope.get("route")
@@ -235,6 +261,14 @@ class _Visit:
             }  # fmt: skip
             polled = self.path in ("/health", "/metrics") and self.status in (200, 503)
             log.log(logging.DEBUG if polled else logging.INFO, "request", extra={"fields": fields})
+
+    def _trace(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for key, value in self.headers:
+            if key in (b"traceparent", b"tracestate"):
+                name, text = key.decode(), value.decode("latin-1").strip()
+                found[name] = f"{found[name]},{text}" if name in found else text
+        return found
 
     def _first(self, name: bytes) -> bytes | None:
         return next((value for key, value in self.headers if key == name), None)

@@ -120,7 +120,7 @@ class Metrics:
         self._http.labels(handler, known, str(status)).inc()
 
     def refused(self, limit: str) -> None:
-        """A request was refused: limit is "rate" or "queue"."""
+        """A request was refused: limit is "rate", "queue" or "bodies"."""
         self._refused.labels(limit).inc()
 
     def cache(self, model: str, outcome: str) -> None:

@@ -143,13 +143,17 @@ class ServerSettings:
     max_file: int = 200 << 20
     max_files: int = 10 << 30
     """Bytes of one file that is uploaded, and of all together."""
+    otel: bool = False
+    """Spans for OpenTelemetry, also without an endpoint in the environment (`tracing`)."""
+    max_bodies: int = 64 << 20
+    """Bytes of the bodies of all requests together, beyond the first of each (`gate.FREE`); one of `max_body` always fits."""
     pooling: Literal["mean", "last"] = "mean"
     """What embeddings make of a text's states: their average, or the last one."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
             raise ConfigError(f"port is {self.port}: expected 0 (any free one) to 65535")
-        for name in ("max_queue", "max_body", "max_loaded", "max_prompt_work", "max_connections"):
+        for name in ("max_queue", "max_body", "max_loaded", "max_prompt_work", "max_connections", "max_bodies"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: expected at least 1")
         object.__setattr__(self, "api_keys", tuple(hashed(key) for key in self.api_keys))

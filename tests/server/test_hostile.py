@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import os
 import random
+import re
 import socket
 import statistics
 import threading
@@ -19,8 +21,8 @@ import httpx
 import pytest
 
 from herd.server.process import WorkerError
-from herd.server.settings import ServerSettings
-from tests.server.conftest import Live, faked
+from herd.server.settings import ModelSpec, ServerSettings
+from tests.server.conftest import Live, faked, serving
 from tests.server.fakes import Scripted, saying
 
 URL = "/v1/chat/completions"
@@ -207,6 +209,86 @@ def test_huge_posts_take_no_memory(live: Live) -> None:
         thread.join()
     assert [reply[:12] for reply in replies] == [b"HTTP/1.1 413"] * PARALLEL
     assert _memory() - before < GROWTH
+
+
+BODIES = 8 << 20
+"""What all bodies together may take in this test."""
+ROOM = 24 << 20
+"""Memory beside it: pieces before they are joined, buffers of twenty connections, what the allocator keeps."""
+
+
+def test_many_bodies_of_unknown_length_take_little_memory() -> None:
+    """Twenty chunked bodies of 6 MB each that do not end: most get 503, and small requests are answered beside them."""
+
+    def launch(spec: ModelSpec) -> Scripted:
+        return Scripted(spec, lambda call: saying("Hello"))
+
+    piece = b"100000\r\n" + b" " * (1 << 20) + b"\r\n"
+    spec = ModelSpec(source="fake", name="fake")
+    settings = ServerSettings(models=(spec,), port=0, max_body=7 << 20, max_bodies=BODIES)
+    with contextlib.contextmanager(serving)(settings, launch=launch) as live:
+        host, port = live.url.removeprefix("http://").split(":")
+        with live.client() as client:
+            assert client.post(URL, json={"model": "fake", "messages": [HI]}).status_code == 200
+        before, most, replies = _memory(), 0, []
+        ended = threading.Event()
+        held = threading.Semaphore(0)
+
+        def post() -> None:
+            with socket.create_connection((host, int(port))) as connection:
+                connection.settimeout(20)
+                head = f"POST {URL} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+                with contextlib.suppress(ConnectionError):
+                    connection.sendall(head.encode())
+                    for _ in range(6):
+                        connection.sendall(piece)
+                connection.settimeout(0.5)
+                reply = b""
+                with contextlib.suppress(TimeoutError, ConnectionError):
+                    while b"server_busy" not in reply and (more := connection.recv(4096)):
+                        reply += more
+                replies.append(reply)
+                held.release()
+                ended.wait(60)
+
+        threads = [threading.Thread(target=post) for _ in range(PARALLEL)]
+        for thread in threads:
+            thread.start()
+        for _ in threads:
+            while not held.acquire(timeout=0.01):
+                most = max(most, _memory())
+        with live.client() as client:
+            small = client.post(URL, json={"model": "fake", "messages": [HI]})
+            assert 0 < live.state.counts.bodies <= BODIES
+            counted = client.get("/metrics").text
+        most = max(most, _memory())
+        ended.set()
+        for thread in threads:
+            thread.join()
+        assert small.status_code == 200, "small requests are taken while large ones fill the rest"
+        read = [reply for reply in replies if b"server_busy" in reply]
+        assert read, "somebody has read why, though who sends on for more than a megabyte may not"
+        for reply in read:
+            assert reply[:12] == b"HTTP/1.1 503"
+            assert b"retry-after: 1" in reply.lower()
+        found = re.search(r'herd_requests_refused_total{limit="bodies"} ([0-9.]+)', counted)
+        assert found is not None
+        assert PARALLEL - BODIES // (5 << 20) - 1 <= float(found[1]) < PARALLEL, (
+            "8 MiB hold one body of 6, and part of others"
+        )
+        assert most - before < BODIES + ROOM
+        with live.client() as client:
+            until = time.monotonic() + 10
+            while live.state.counts.bodies:
+                assert time.monotonic() < until, "what was held is not given back"
+                time.sleep(0.01)
+            large = {"model": "fake", "messages": [HI], "user": " " * 10}
+            content = json.dumps(large).encode() + b" " * (6 << 20)
+            assert client.post(URL, content=content, headers={"Content-Type": "application/json"}).status_code == 200
+        until = time.monotonic() + 10
+        while live.state.counts.bodies:
+            assert time.monotonic() < until, "the last one is not given back"
+            time.sleep(0.01)
 
 
 def _memory() -> int:
