@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import click
 
 from herd.cli.console import note
-from herd.cli.options import DTYPES
+from herd.cli.serve_options import REFUSED, serve_options
 from herd.errors import ConfigError, HerdError
 
 if TYPE_CHECKING:
+    from herd.server.providers.spec import ProviderSpec
     from herd.server.settings import ServerSettings
     from herd.server.state import State
 
@@ -28,6 +30,7 @@ Examples:
   herd serve llama3.2:1b coder=./CodeLlama-7b    several; NAME= says what clients call one
   herd serve ./Llama-3.2-1B --quantization int4 -c 8192 --port 8080
   herd serve MODEL --lora-modules support=./adapter     model "support", or "MODEL@support"
+  herd serve nano --provider far=https://HOST/v1        models of another server, as far/MODEL
   herd serve MODEL --replicas 4                  copies on Ray; --print-kuberay IMAGE for Kubernetes
 
 Talk to it with any OpenAI client:
@@ -35,31 +38,6 @@ Talk to it with any OpenAI client:
 \b
   client = openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
 """
-
-F = TypeVar("F", bound=Callable[..., Any])
-KEYS = ("auto", "f32", "f16", "bf16", "int8", "q8_0", "fp8", "fp8_e4m3", "fp8_e5m2", "float32", "float16", "bfloat16")
-
-REFUSED = {
-    "--tensor-parallel-size": "one model over several devices is not supported yet",
-    "-tp": "one model over several devices is not supported yet",
-    "--pipeline-parallel-size": "one model over several devices is not supported yet",
-    "--gpu-memory-utilization": "say the memory for keys and values in bytes: --memory '4 GiB'",
-    "--max-num-batched-tokens": "use --step-tokens",
-    "--enable-auto-tool-choice": "tools are always on for models that were trained with them: leave it out",
-    "--tool-call-parser": "calls are read in every dialect of Llama: leave it out",
-    "--max-lora-rank": "adapters of any rank are taken: leave it out",
-    "--max-loras": "any number of adapters may be loaded: leave it out",
-    "--speculative-config": "use --draft lookup, or --draft MODEL",
-    "--enforce-eager": "use it with GPUs only; there is nothing to switch off on a CPU",
-    "-ngl": "layers are not split between devices: use --device",
-    "--n-gpu-layers": "layers are not split between devices: use --device",
-    "-fa": "attention is always computed block by block: leave it out",
-    "--mmproj": "vision models are not supported yet",
-    "--jinja": "prompts are written by herd's own formats: leave it out, or name one with --chat-template",
-    "-hf": "give the repository as MODEL: ORG/NAME:QUANT",
-    "--fit": "the context is fitted to the memory already; -c and --memory change it",
-}
-"""Flags of other servers -> what to do instead."""
 
 
 class _Serve(click.Command):
@@ -75,239 +53,7 @@ class _Serve(click.Command):
 
 @click.command(cls=_Serve, epilog=EPILOG)
 @click.argument("models", nargs=-1, metavar="[[NAME=]MODEL]...")
-@click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Address to listen on.")
-@click.option(
-    "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, metavar="N", help="0: any free one."
-)
-@click.option(
-    "--api-key",
-    "api_keys",
-    multiple=True,
-    envvar="HERD_API_KEY",
-    metavar="KEY",
-    help="Clients must send one of these (repeatable). Others see arguments of programs: prefer the file, or HERD_API_KEY.",
-)
-@click.option(
-    "--api-key-file",
-    envvar="HERD_API_KEY_FILE",
-    metavar="FILE",
-    help="API keys, one a line: KEY, NAME KEY, or NAME sha256:HEX.",
-)
-@click.option("--open-metrics", is_flag=True, help="/metrics needs no API key.")
-@click.option(
-    "--allowed-hosts",
-    multiple=True,
-    metavar="NAME",
-    help="Names that the server may be called by, * for any (default: those of loopback, or any when it listens elsewhere).",
-)
-@click.option(
-    "--allowed-origins",
-    multiple=True,
-    metavar="ORIGIN",
-    help="Web pages from elsewhere that may use the server, such as https://example.org, * for any (default: none).",
-)
-@click.option(
-    "--rate-requests",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Requests a minute for each API key, or each address.",
-)
-@click.option("--rate-tokens", type=click.IntRange(min=1), metavar="N", help="Tokens a minute, prompts included.")
-@click.option("--max-concurrent", type=click.IntRange(min=1), metavar="N", help="Requests at once, for each key.")
-@click.option(
-    "--max-body",
-    default="16 MiB",
-    show_default=True,
-    metavar="SIZE",
-    help="Largest body of a request; more is refused (413).",
-)
-@click.option("--ssl-certfile", metavar="FILE", help="Serve HTTPS with this certificate (PEM).")
-@click.option("--ssl-keyfile", metavar="FILE", help="The certificate's key.")
-@click.option(
-    "--response-cache",
-    "reply_cache",
-    metavar="SIZE",
-    help="Remember replies to greedy and seeded requests, and give them again; they say so.",
-)
-@click.option("--response-cache-shared", "reply_cache_shared", is_flag=True, help="... also to other API keys.")
-@click.option(
-    "--served-model-name",
-    "names",
-    multiple=True,
-    metavar="NAME",
-    help="What clients call the model (repeatable: more names).",
-)
-@click.option(
-    "-c",
-    "--ctx-size",
-    "--max-model-len",
-    "max_len",
-    type=click.IntRange(min=2),
-    metavar="N",
-    help="Tokens of context of one request (default: what the model was made for and memory holds).",
-)
-@click.option(
-    "-np",
-    "--parallel",
-    "--max-num-seqs",
-    "max_seqs",
-    type=click.IntRange(1, 1024),
-    default=16,
-    show_default=True,
-    metavar="N",
-    help="Replies that grow at once.",
-)
-@click.option(
-    "--step-tokens",
-    type=click.IntRange(1, 65536),
-    default=512,
-    show_default=True,
-    metavar="N",
-    help="Most tokens computed in one step.",
-)
-@click.option(
-    "--memory", metavar="SIZE", help='Memory for keys and values, such as "4 GiB" (default: from what is free).'
-)
-@click.option(
-    "--kv-cache-dtype",
-    "--kv",
-    "kv",
-    default="auto",
-    metavar="TYPE",
-    help="Numbers of keys and values: auto, f32, f16, bf16, int8.",
-)
-@click.option(
-    "--weights",
-    "--quantization",
-    "weights",
-    metavar="FORM",
-    help="Form of the matrices: auto, plain, stored, int8, int4, q4_k_m, ...",
-)
-@click.option("--dtype", type=click.Choice(DTYPES), default="auto", help="Number type of the weights (default: auto).")
-@click.option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps (default: auto).")
-@click.option(
-    "--lora-modules",
-    "--lora",
-    "adapters",
-    multiple=True,
-    metavar="NAME=PATH",
-    help="A LoRA adapter, a model of its own for clients (repeatable).",
-)
-@click.option("--enable-lora", is_flag=True, hidden=True)
-@click.option(
-    "--chat-template",
-    "--format",
-    "format_name",
-    metavar="NAME",
-    help="Prompt format, by name, instead of the model's own.",
-)
-@click.option("--draft", metavar="MODEL", help="Guess tokens ahead: lookup, or a smaller model of the same vocabulary.")
-@click.option(
-    "--enable-prefix-caching/--no-prefix-caching",
-    "prefix_cache",
-    default=True,
-    help="Remember what prompts begin with (default: on).",
-)
-@click.option("--deterministic", is_flag=True, help="Replies do not depend on what runs beside them, to the last bit.")
-@click.option(
-    "--seed",
-    type=click.IntRange(min=0),
-    metavar="N",
-    help="Where requests without a seed get theirs (default: fresh ones).",
-)
-@click.option(
-    "--max-queue",
-    type=click.IntRange(min=1),
-    default=256,
-    show_default=True,
-    metavar="N",
-    help="Requests that may wait; more are refused (429).",
-)
-@click.option(
-    "--max-loaded",
-    "--max-loaded-models",
-    "max_loaded",
-    type=click.IntRange(min=1),
-    default=3,
-    show_default=True,
-    envvar=["HERD_MAX_LOADED_MODELS", "OLLAMA_MAX_LOADED_MODELS"],
-    metavar="N",
-    help="Models in memory at once.",
-)
-@click.option(
-    "--keep-alive",
-    default=None,
-    envvar=["HERD_KEEP_ALIVE", "OLLAMA_KEEP_ALIVE"],
-    metavar="TIME",
-    help="Unload idle models after 5m, 1h, 30 (seconds); -1: never (default: never for models named here, 5m for others).",
-)
-@click.option("--lazy", is_flag=True, help="Load models when they are first asked for.")
-@click.option(
-    "--drain",
-    "drain_seconds",
-    type=click.FloatRange(min=0),
-    default=30.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="Time for replies to end after Ctrl-C.",
-)
-@click.option(
-    "--guard",
-    metavar="[NAME=]MODEL",
-    help="A Llama Guard that answers /v1/moderations.",
-)
-@click.option(
-    "--pooling",
-    type=click.Choice(["mean", "last"]),
-    default="mean",
-    show_default=True,
-    help="What embeddings make of a text's states.",
-)
-@click.option(
-    "--state-dir",
-    envvar="HERD_STATE_DIR",
-    type=click.Path(file_okay=False),
-    metavar="FOLDER",
-    help="Where files and batches are kept (default: there are none).",
-)
-@click.option(
-    "--adapter-dir",
-    type=click.Path(exists=True, file_okay=False),
-    metavar="FOLDER",
-    help="Clients may load LoRA adapters from here while the server runs.",
-)
-@click.option(
-    "--replicas",
-    type=click.IntRange(1, 1024),
-    metavar="N",
-    help="Copies of the server on Ray, which spreads the requests (needs herd[ray]).",
-)
-@click.option(
-    "--print-kuberay",
-    "image",
-    metavar="IMAGE",
-    help="Print the manifest that runs this server (--replicas copies) on Kubernetes, and exit.",
-)
-@click.option(
-    "--log-level",
-    type=click.Choice(["debug", "info", "warning", "error"]),
-    default="warning",
-    show_default=True,
-    help="What the log on stderr says; info: a line for each request, without its content.",
-)
-@click.option(
-    "--log-format",
-    type=click.Choice(["text", "json"]),
-    default="text",
-    show_default=True,
-    help="How the log is written.",
-)
-@click.option(
-    "--log-requests/--disable-log-requests",
-    "log_requests",
-    default=True,
-    help="Lines for requests (default: at level info).",
-)
+@serve_options
 def command(models: tuple[str, ...], **options: Any) -> None:
     """Serve models over HTTP: OpenAI's API with every parameter honoured or refused by name.
 
@@ -417,7 +163,34 @@ def settings_from(models: Sequence[str], options: Mapping[str, Any]) -> ServerSe
         reply_cache=0 if options["reply_cache"] is None else _bytes(options["reply_cache"], "--response-cache"),
         reply_cache_shared=options["reply_cache_shared"],
         log_requests=options["log_requests"],
+        otel=options["otel"],
+        providers=_providers(options["providers"], options["provider_keys"], any_model=not models),
     )
+
+
+def _providers(given: Sequence[str], keys: Sequence[str], *, any_model: bool) -> tuple[ProviderSpec, ...]:
+    """What --provider and --provider-key-env say. Keys are looked for now, and kept nowhere."""
+    from herd.server.here import here
+    from herd.server.providers.spec import ProviderSpec
+
+    variables = dict(_pair(text, "--provider-key-env", "NAME=VARIABLE") for text in keys)
+    if len(variables) < len(keys):
+        raise click.UsageError("--provider-key-env: a provider has one key")
+    specs = []
+    for text in given:
+        name, url = _pair(text, "--provider", "NAME=URL")
+        specs.append(ProviderSpec(name=name, url=url, key_env=variables.pop(name, "")))
+        specs[-1].key()
+    if variables:
+        raise click.UsageError(f"--provider-key-env {next(iter(variables))}: there is no provider of that name")
+    if specs and any_model:
+        for model in here():
+            if any(model.name.startswith(f"{one.name}/") for one in specs):
+                raise click.UsageError(
+                    f"--provider {model.name.partition('/')[0]}: a model of this machine is called {model.name}: give the "
+                    "provider another name"
+                )
+    return tuple(specs)
 
 
 def _bytes(text: str, option: str) -> int:
@@ -430,10 +203,10 @@ def _bytes(text: str, option: str) -> int:
         raise click.UsageError(f"{option} {text!r}: expected bytes, or a size such as '16 MiB'") from None
 
 
-def _pair(text: str, option: str) -> tuple[str, str]:
+def _pair(text: str, option: str, form: str = "NAME=PATH") -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not (name and equals and value):
-        raise click.UsageError(f"{option or 'MODEL'} {text!r}: expected NAME=PATH")
+        raise click.UsageError(f"{option or 'MODEL'} {text!r}: expected {form}")
     return name, value
 
 
@@ -478,6 +251,12 @@ def _said(url: str, state: State, settings: ServerSettings) -> None:
     for spec in settings.models:
         more = f" (also {', '.join(spec.aliases)})" if spec.aliases else ""
         note(f"  model          {spec.name}{more}: {'loaded when it is asked for' if settings.lazy else 'loading'}")
+    for one in settings.providers:
+        key = f"with the key in {one.variable}" if one.key() else "without a key"
+        note(f"  provider       {one.name}/...: {one.url}, {key}")
+        host = urlsplit(one.url).hostname or ""
+        if one.key() and one.url.startswith("http://") and not is_loopback(host):
+            note(f"  WARNING: the key of {one.name} and all it is sent go there without encryption", "bold yellow")
     if settings.models and not settings.lazy:
         task = asyncio.get_running_loop().create_task(_ready(state, settings))
         _TASKS.add(task)

@@ -60,6 +60,7 @@ def create_app(settings: ServerSettings, *, launch: Launch = Process) -> FastAPI
             state.draining = True
             state.stop_all("the server is shutting down")
             await state.models.close()
+            await state.providers.close()
             if state.counts.tracing is not None:
                 await asyncio.to_thread(state.counts.tracing.close)
 

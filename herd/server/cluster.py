@@ -39,6 +39,7 @@ def check_replicas(settings: ServerSettings) -> None:
     why = {
         "state_dir": "files and batches belong to one server: leave --state-dir out with --replicas",
         "adapter_dir": "an adapter would be loaded by one copy only: name it with --lora-modules instead of --adapter-dir",
+        "providers": "the copies would need the keys, which are on this machine: leave --provider out with --replicas",
         **dict.fromkeys(("ssl_certfile", "ssl_keyfile"), tls),
         **dict.fromkeys(("rate_requests", "rate_tokens", "max_concurrent"), counts),
         **dict.fromkeys(("max_connections", "head_seconds", "body_seconds", "idle_seconds", "send_seconds"), waits),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
@@ -19,7 +21,10 @@ async def health(request: Request) -> Response:
     state = state_of(request)
     good, rows = state.models.health()
     status = "draining" if state.draining else "ok" if good else _worst(rows)
-    return JSONResponse({"status": status, "models": rows}, 200 if status == "ok" else 503)
+    body: dict[str, Any] = {"status": status, "models": rows}
+    if state.providers.all:
+        body["providers"] = state.providers.health()
+    return JSONResponse(body, 200 if status == "ok" else 503)
 
 
 def _worst(rows: list[dict[str, object]]) -> str:

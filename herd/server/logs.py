@@ -63,6 +63,6 @@ def start_log(level: str, form: str = "text", stream: TextIO | None = None) -> l
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    for noisy in ("uvicorn", "asyncio"):
+    for noisy in ("uvicorn", "asyncio", "httpx", "httpcore"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))
     return handler

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
@@ -57,6 +57,8 @@ ALIASES = {
 }
 """Our metric families -> vLLM's names of the same numbers."""
 MODEL = ("model_name",)
+REASONS = ("stop", "length", "tool_calls", "content_filter", "function_call")
+"""How a provider's reply may end; others are counted as "other"."""
 
 
 class Metrics:
@@ -160,6 +162,28 @@ class Metrics:
                 else:
                     self._left.labels(model).inc()
             raise
+
+    def remote(
+        self, model: str, prompt: int, made: int, reasons: Sequence[str], seconds: float, first: float | None
+    ) -> None:
+        """A provider has answered: tokens of the prompt and the reply, how choices ended, and times since it was asked."""
+        self._prompt.labels(model).inc(prompt)
+        self._made.labels(model).inc(made)
+        self._of_prompt.labels(model).observe(prompt)
+        self._of_reply.labels(model).observe(made)
+        self._whole.labels(model).observe(seconds)
+        if first is not None:
+            self._first.labels(model).observe(first)
+        for reason in reasons or ("stop",):
+            self._success.labels(model, reason if reason in REASONS else "other").inc()
+
+    def remote_failed(self, model: str, kind: str) -> None:
+        """A provider's answer is an error."""
+        self._failed.labels(model, kind).inc()
+
+    def remote_left(self, model: str) -> None:
+        """The client went away before a provider had answered."""
+        self._left.labels(model).inc()
 
     def _finished(self, model: str, event: Finished, seconds: float) -> None:
         usage = event.usage

@@ -135,7 +135,16 @@ class Models:
         return out
 
     def find(self, name: str) -> tuple[Slot, str | None]:
-        """The model that a client means and its adapter. Raises UnknownModelError listing what there is."""
+        """The model that a client means and its adapter. Raises UnknownModelError listing what there is, and ApiError (400) for
+        the model of a provider, which nothing here runs."""
+        if (provider := self.settings.provider_of(name)) is not None:
+            raise ApiError(
+                400,
+                f"{_shown(name)} is a model of the provider {provider.name}, and those answer through /v1/chat/completions, "
+                "/v1/completions and /v1/embeddings only",
+                param="model",
+                code="unsupported_model",
+            )
         for spelled in (name, *_tags(name)):
             if (found := self._known(spelled)) is not None:
                 return found

@@ -9,6 +9,7 @@ from herd.chat.formats import FORMATS
 from herd.errors import ConfigError
 from herd.server.auth import hashed
 from herd.server.protocol import Chat
+from herd.server.providers.spec import ProviderSpec
 
 __all__ = ["EngineOptions", "ModelSpec", "ServerSettings"]
 
@@ -149,6 +150,13 @@ class ServerSettings:
     """Bytes of the bodies of all requests together, beyond the first of each (`gate.FREE`); one of `max_body` always fits."""
     pooling: Literal["mean", "last"] = "mean"
     """What embeddings make of a text's states: their average, or the last one."""
+    providers: tuple[ProviderSpec, ...] = ()
+    """Servers elsewhere whose models are served, too."""
+
+    def provider_of(self, name: str) -> ProviderSpec | None:
+        """The provider that a model called `name` would be of."""
+        head, slash, own = name.partition("/")
+        return next((one for one in self.providers if slash and own and one.name == head), None)
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
@@ -173,7 +181,25 @@ class ServerSettings:
         ]
         if self.guard is not None and self.guard not in names:
             raise ConfigError(f"guard is {self.guard!r}, which is not one of the models")
+        self._check_providers(names)
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ConfigError(
                 f"two models are called {twice!r}: give them different names (--served-model-name, NAME=MODEL)"
             )
+
+    def _check_providers(self, names: list[str]) -> None:
+        for number, one in enumerate(self.providers):
+            for other in self.providers[:number]:
+                if other.name == one.name:
+                    raise ConfigError(f"two providers are called {one.name!r}: give them different names")
+                if other.variable == one.variable and not (other.key_env and one.key_env):
+                    raise ConfigError(
+                        f"providers {other.name!r} and {one.name!r} would both get the key in {one.variable}: give one of them "
+                        "another name, or each a variable with --provider-key-env"
+                    )
+        for name in names:
+            if (provider := self.provider_of(name)) is not None:
+                raise ConfigError(
+                    f"a model cannot be called {name!r}: such names are those of provider {provider.name!r}; give one of them "
+                    "another name"
+                )

@@ -9,7 +9,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 
@@ -18,12 +18,14 @@ from herd.server.errors import ApiError
 from herd.server.models import Models
 from herd.server.process import WorkerError
 from herd.server.protocol import Began, Call, Chat, Event, Ready
+from herd.server.providers.remote import Providers
 from herd.server.settings import ServerSettings
 from herd.server.stored import Stored
 
-__all__ = ["Running", "State", "begun", "new_id", "state_of"]
+__all__ = ["Running", "State", "begun", "new_id", "state_of", "until_stopped"]
 
 log = logging.getLogger("herd.server")
+T = TypeVar("T")
 
 
 class State:
@@ -37,6 +39,7 @@ class State:
         self.running: set[Running] = set()
         """Calls that have not ended."""
         self.counts = Counts(self)
+        self.providers = Providers(settings)
 
     async def run(self, name: str, call: Call) -> AsyncGenerator[Event, None]:
         """The events of `call` from the model that clients call `name`, from Began to Finished.
@@ -46,7 +49,7 @@ class State:
         later.
         """
         self._admit(name)
-        running = Running(name, call)
+        running = Running(name, call.id)
         self.running.add(running)
         try:
             async with self.models.use(name) as (slot, process, adapter):
@@ -55,7 +58,7 @@ class State:
                 if isinstance(call.prompt, Chat):
                     call = replace(call, prompt=slot.spec.opened(call.prompt))
                 async with contextlib.aclosing(counted(self, name, process, call, running.began)) as events:
-                    async for event in _until(events, running):
+                    async for event in until_stopped(events, running):
                         yield event
         finally:
             self.running.discard(running)
@@ -100,8 +103,8 @@ class State:
 class Running:
     """A call that runs."""
 
-    def __init__(self, name: str, call: Call) -> None:
-        self.name, self.id = name, call.id
+    def __init__(self, name: str, id: str) -> None:
+        self.name, self.id = name, id
         self.began = time.monotonic()
         self.stopped: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
@@ -111,8 +114,8 @@ class Running:
             self.stopped.set_result(why)
 
 
-async def _until(events: AsyncGenerator[Event, None], running: Running) -> AsyncGenerator[Event, None]:
-    """`events`, until the call is stopped from outside."""
+async def until_stopped(events: AsyncGenerator[T, None], running: Running) -> AsyncGenerator[T, None]:
+    """`events`, until the call is stopped from outside. Raises WorkerError then."""
     iterator = events.__aiter__()
     while True:
         following = asyncio.ensure_future(anext(iterator))  # type: ignore[arg-type]

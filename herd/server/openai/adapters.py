@@ -161,6 +161,9 @@ def _path(state: State, given: str) -> Path:
 
 
 def _check_name(state: State, name: str) -> None:
+    if (provider := state.settings.provider_of(name)) is not None:
+        what = f"lora_name: names with {provider.name}/ are those of a provider"
+        raise ApiError(400, what, param="lora_name", code="invalid_value")
     if not name.isprintable() or "@" in name:
         what = "lora_name: names are printable, without @"
         raise ApiError(400, what, param="lora_name", code="invalid_value")

@@ -14,10 +14,11 @@ from pydantic import Field, StringConstraints, model_validator
 from herd.chat.params import MAX_INT
 from herd.errors import HerdError
 from herd.server.errors import ApiError, api_error, error_body
-from herd.server.fields import LIMITS, Body, body_of, parse
+from herd.server.fields import LIMITS, Body, body_of, checked, content_of
 from herd.server.openai.replies import chat_logprob, prompt_logprobs, timings, truncation, usage
 from herd.server.openai.sampling import JsonSchema, SamplingBody, check_sampling, sampling_of
 from herd.server.protocol import Began, Call, Chat, Ended, Event, Finished, Piece, Usage
+from herd.server.providers.relay import relayed
 from herd.server.sse import DONE, EventStream, event, until_gone
 from herd.server.state import State, begun, new_id, state_of
 
@@ -219,7 +220,10 @@ class ChatBody(SamplingBody):
 async def chat_completions(request: Request) -> Response:
     """OpenAI's chat completions, with vLLM's extra fields."""
     state = state_of(request)
-    body = await parse(request, ChatBody)
+    content = await content_of(request)
+    if (provider := state.providers.of(content)) is not None:
+        return await relayed(request, provider, "chat/completions", content)
+    body = checked(content, ChatBody)
     call = call_of(body, state)
     events = state.run(body.model, call)
     if body.stream:

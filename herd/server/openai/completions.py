@@ -15,11 +15,12 @@ from pydantic import Field, StringConstraints, model_validator
 from herd.chat.params import MAX_INT, MAX_N
 from herd.errors import HerdError
 from herd.server.errors import api_error, error_body
-from herd.server.fields import LIMITS, body_of, parse
+from herd.server.fields import LIMITS, body_of, checked, content_of
 from herd.server.openai.chat import ResponseFormat, check_told, check_work, longest
 from herd.server.openai.replies import prompt_logprobs, timings, total, usage
 from herd.server.openai.sampling import SamplingBody, check_sampling, sampling_of
 from herd.server.protocol import Began, Call, Ended, Event, Finished, Ids, Piece, Text, TokenInfo, Usage
+from herd.server.providers.relay import relayed
 from herd.server.sse import DONE, EventStream, event, until_gone
 from herd.server.state import State, begun, new_id, state_of
 
@@ -78,7 +79,10 @@ class CompletionBody(SamplingBody):
 async def completions(request: Request) -> Response:
     """OpenAI's completions: a text, ids, or lists of them; `suffix` fills in the middle with Code Llama."""
     state = state_of(request)
-    body = await parse(request, CompletionBody)
+    content = await content_of(request)
+    if (provider := state.providers.of(content)) is not None:
+        return await relayed(request, provider, "completions", content)
+    body = checked(content, CompletionBody)
     calls = calls_of(body, state)
     answer = _Answer(state, body, len(calls))
     runs = [state.run(body.model, call) for call in calls]

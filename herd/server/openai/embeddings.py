@@ -15,9 +15,10 @@ from pydantic import Field, model_validator
 from herd.chat.params import MAX_INT
 from herd.server.caller import caller
 from herd.server.errors import ApiError
-from herd.server.fields import LIMITS, Body, body_of, parse
+from herd.server.fields import LIMITS, Body, body_of, checked, content_of
 from herd.server.openai.chat import check_work
 from herd.server.process import WorkerError
+from herd.server.providers.relay import relayed
 from herd.server.sse import until_gone
 from herd.server.state import State, state_of
 
@@ -68,7 +69,10 @@ class EmbeddingBody(Body):
 async def embeddings(request: Request) -> Response:
     """OpenAI's embeddings: a Llama's final states, pooled."""
     state = state_of(request)
-    body = await parse(request, EmbeddingBody)
+    content = await content_of(request)
+    if (provider := state.providers.of(content)) is not None:
+        return await relayed(request, provider, "embeddings", content)
+    body = checked(content, EmbeddingBody)
     inputs: list[Any] = [body.input] if isinstance(body.input, str) or isinstance(body.input[0], int) else body.input  # type: ignore[list-item]
     check_work(state, 1, sum(map(len, inputs)), "input")
     found = await until_gone(

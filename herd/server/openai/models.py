@@ -25,14 +25,19 @@ async def models(request: Request) -> dict[str, Any]:
     rows = {name: _row(name, slot, adapter) for name, slot, adapter in state.models.names()}
     if state.settings.any_model:
         for model in await asyncio.to_thread(lambda: list(here())):
-            rows.setdefault(model.name, _found(model))
+            if state.settings.provider_of(model.name) is None:
+                rows.setdefault(model.name, _found(model))
+    rows |= {row["id"]: row for row in await state.providers.models()}
     return {"object": "list", "data": list(rows.values())}
 
 
 @router.get("/v1/models/{name:path}", summary="One model")
 async def model(request: Request, name: str) -> dict[str, Any]:
     """A model by name."""
-    for known, slot, adapter in state_of(request).models.names():
+    state = state_of(request)
+    if (row := await state.providers.model(name)) is not None:
+        return row
+    for known, slot, adapter in state.models.names():
         if known == name:
             return _row(known, slot, adapter)
     raise UnknownModelError(f"there is no model {name[:80]!a} here")
