@@ -13,8 +13,8 @@ __all__ = ["CALLER", "Caller", "caller", "calling", "salted"]
 @dataclass(slots=True)
 class Caller:
     """A request's id and whose it is. `key` names the API key (None: none is asked for), `secret` tells keys apart and never
-    leaves the server. `headers` are added to the answer when it begins. What the request came to is noted for the log. `server` is
-    the address that was reached, `trace` the headers of W3C Trace Context."""
+    leaves the server. `headers` are added to the answer when it begins. What the request came to is noted for the log.
+    `server` is the address that was reached, `trace` the headers of W3C Trace Context."""
 
     request: str = ""
     key: str | None = None
