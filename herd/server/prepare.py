@@ -7,14 +7,16 @@ its own, `herd.engine.grammar_trial`).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from inspect import signature
+from types import UnionType
+from typing import Any, Literal, Protocol, Union, get_args, get_origin
 
 from herd.chat.base import BaseFormat
 from herd.chat.callgrammar import calls_grammar
 from herd.chat.format import ChatFormat, StreamParser, ToolSpec
-from herd.chat.formats import format_named
+from herd.chat.formats import FORMATS, format_named
 from herd.chat.infill import Infill
 from herd.chat.messages import Image, Message
 from herd.chat.params import Constraint, SamplingParams
@@ -118,6 +120,7 @@ class Preparer:
     def _chat(self, chat: Chat, sampling: Mapping[str, Any]) -> _Prompt:
         format = self._model.format
         if chat.format_options:
+            _check_options(format.name, chat.format_options)
             format = format_named(format.name, self._model.tokenizer, **chat.format_options)
         messages = messages_from(chat.messages)
         for i, message in enumerate(messages):
@@ -233,6 +236,41 @@ class Preparer:
 
 
 _FORMS = ("schema", "json_object", "regex", "choices", "grammar")
+
+
+def _check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Raise PromptError for an option of a format whose JSON value is not of the type that its parameter says."""
+    if name not in FORMATS:
+        return
+    known = signature(FORMATS[name], eval_str=True).parameters
+    for option, value in options.items():
+        if option in known and not _fits(value, known[option].annotation):
+            kind = known[option].annotation
+            expected = _SAID.get(kind) or " or ".join(json.dumps(one) for one in get_args(kind)) or kind
+            raise PromptError(f"chat_template_kwargs.{option} is {json.dumps(value)[:60]}: expected {expected}")
+
+
+_SAID: Mapping[Any, str] = {
+    str: "a string",
+    bool: "true or false",
+    str | None: "a string or null",
+    Collection[str]: "a list of strings",
+    Mapping[str, str] | None: "an object of strings, or null",
+}
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a JSON value is of an annotation's type."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in args)
+    if origin is Literal:
+        return value in args
+    if origin is Mapping:
+        return isinstance(value, dict) and all(_fits(one, args[1]) for one in value.values())
+    if origin is Collection:
+        return isinstance(value, list) and all(_fits(one, args[0]) for one in value)
+    return type(value) is kind
 
 
 def _strict(tool: Mapping[str, Any]) -> bool:

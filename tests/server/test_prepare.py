@@ -111,6 +111,27 @@ def test_options_of_formats() -> None:
         Preparer(model).prepared(Call("1", Chat(chat.messages, format_options={"tokenize": True})))
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama3.1", {"dialect": []}),
+        ("llama3.1", {"dialect": "klingon"}),
+        ("llama3.1", {"date": 5}),
+        ("llama3.1-hf", {"date": None}),
+        ("llama3.1", {"strip_content": "no"}),
+        ("llama3.1", {"preamble": 1}),
+        ("llama-guard-3", {"exclude": "S1"}),
+        ("llama-guard-3", {"exclude": [1]}),
+        ("llama-guard-3", {"categories": {"S1": 1}}),
+        ("llama-guard-3", {"policy": []}),
+    ],
+)
+def test_options_of_formats_are_of_their_types(name: str, options: dict[str, Any]) -> None:
+    chat = Chat(({"role": "user", "content": "Hi"},), format_options=options)
+    with pytest.raises(PromptError, match=next(iter(options)) if "klingon" not in options.values() else "klingon"):
+        Preparer(Model(name=name)).prepared(Call("1", chat))
+
+
 @pytest.mark.parametrize("name", ["llama3.1", "llama3.2"])
 def test_promised_calls(name: str) -> None:
     model = Model(name=name)
