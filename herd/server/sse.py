@@ -83,6 +83,8 @@ class EventStream(Response):
                 following.cancel()
                 with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration):
                     await following
+            elif following is not None and not following.cancelled():
+                following.exception()  # its end came with that of the client: asyncio shall not report it as lost
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

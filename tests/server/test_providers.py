@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import click
@@ -374,6 +375,25 @@ async def test_other_apis_say_what_works(stub: Stub) -> None:
         unknown = await fake.client.post("/v1/chat/completions", json=chat | {"model": "other/small"})
         assert unknown.status_code == 404, "a prefix that is no provider's"
     assert stub.seen == []
+
+
+@in_loop
+async def test_batches_may_be_for_a_provider(stub: Stub, tmp_path: Path) -> None:
+    stub.answer = lambda handler, body: reply(handler, 200, whole(body["model"]))
+    line = {"custom_id": "one", "method": "POST", "url": "/v1/chat/completions", "body": CHAT}
+    async with faked(**settings(stub, state_dir=str(tmp_path))) as fake:
+        given = {"file": ("in.jsonl", json.dumps(line).encode())}
+        sent = await fake.client.post("/v1/files", data={"purpose": "batch"}, files=given)
+        body = {"input_file_id": sent.json()["id"], "endpoint": line["url"], "completion_window": "24h"}
+        batch = (await fake.client.post("/v1/batches", json=body)).json()
+        end = time.monotonic() + WAIT_SECONDS
+        while batch["status"] != "completed":
+            assert time.monotonic() < end, batch
+            await asyncio.sleep(0.02)
+            batch = (await fake.client.get(f"/v1/batches/{batch['id']}")).json()
+        told = (await fake.client.get(f"/v1/files/{batch['output_file_id']}/content")).json()
+    assert (told["response"]["status_code"], told["response"]["body"]["model"]) == (200, CHAT["model"])
+    assert stub.seen[-1][2]["model"] == "big/model"
 
 
 @in_loop
