@@ -9,8 +9,11 @@ import json
 import os
 import re
 import shutil
+import threading
 import time
-from contextlib import ExitStack
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,6 +26,8 @@ from herd.server.state import new_id
 __all__ = ["Files", "Kept", "plain_name", "write_json"]
 
 MOST = 10_000
+MOST_UPLOADS = 16
+"""Uploads at once."""
 CHUNK = 1 << 20
 _ID = re.compile(r"file-[0-9a-f]{24}")
 
@@ -56,7 +61,10 @@ class Files:
             self._held.enter_context(locked(folder / "herd.lock", lambda seconds: _taken(folder), lambda: None))
         except OSError as error:
             raise ConfigError(f"the state folder {folder} cannot be used: {error.strerror or error}") from None
+        self._lock, self._adopting = threading.RLock(), threading.Lock()
         self._kept: dict[str, Kept] = {}
+        self._reserved: dict[object, int] = {}
+        self._readers: Counter[str] = Counter()
         for path in sorted(self.folder.iterdir()):
             if (found := _read(path)) is not None:
                 self._kept[found.id] = found
@@ -70,7 +78,8 @@ class Files:
     def find(self, id: str, owner: str) -> Kept:
         """The file `id` of `owner`. Raises ApiError (404)."""
         self._forget_expired()
-        found = self._kept.get(id)
+        with self._lock:
+            found = self._kept.get(id)
         if found is None or found.owner != owner:
             raise ApiError(404, f"there is no file {id[:80]!a}")
         return found
@@ -78,20 +87,52 @@ class Files:
     def every(self, owner: str) -> list[Kept]:
         """All files of `owner`, the newest first."""
         self._forget_expired()
-        return sorted((one for one in self._kept.values() if one.owner == owner), key=lambda one: -one.created_at)
+        with self._lock:
+            kept = list(self._kept.values())
+        return sorted((one for one in kept if one.owner == owner), key=lambda one: -one.created_at)
 
     def path(self, kept: Kept) -> Path:
         """Where its bytes are."""
         assert _ID.fullmatch(kept.id)
         return self.folder / kept.id / "content"
 
-    def check_room(self, size: int) -> None:
-        """Raise ApiError (413, 507) when `size` bytes more are too much."""
+    def hold(self, id: str) -> None:
+        """The file `id` is read: it does not expire until as many `release` it."""
+        with self._lock:
+            self._readers[id] += 1
+
+    def release(self, id: str) -> None:
+        """The file `id` is read by one less."""
+        with self._lock:
+            self._readers[id] -= 1
+            if self._readers[id] <= 0:
+                del self._readers[id]
+
+    @contextmanager
+    def uploading(self, size: int) -> Iterator[object]:
+        """Room for an upload of `size` bytes, to be handed to `add`. Raises ApiError (429, 507)."""
+        place = object()
+        with self._lock:
+            if len(self._reserved) >= MOST_UPLOADS:
+                what = f"{MOST_UPLOADS} files are being uploaded, which is all that may at once: try again later"
+                raise ApiError(429, what, code="rate_limit_exceeded", retry_after=1)
+            self._reserve(place, size)
+        try:
+            yield place
+        finally:
+            with self._lock:
+                self._reserved.pop(place, None)
+
+    def _reserve(self, place: object, size: int) -> None:
+        """Set `size` bytes aside for `place`. Raises ApiError (507)."""
         self._forget_expired()
-        used = sum(one.bytes for one in self._kept.values())
-        if len(self._kept) >= MOST or used + size > self._most_bytes:
-            what = f"{len(self._kept):,} files of {used:,} bytes are kept, and {self._most_bytes:,} bytes may be"
-            raise ApiError(507, f"there is no room for {size:,} bytes: {what}: delete some", code="storage_full")
+        with self._lock:
+            others = [room for one, room in self._reserved.items() if one is not place]
+            count, used = len(self._kept) + len(others), sum(one.bytes for one in self._kept.values()) + sum(others)
+            if count >= MOST or used + size > self._most_bytes:
+                what = f"{count:,} files of {used:,} bytes are kept, and {MOST:,} of {self._most_bytes:,} may be"
+                raise ApiError(507, f"there is no room for {size:,} bytes: {what}: delete some", code="storage_full")
+            self._reserved[place] = size
 
     def add(
         self,
@@ -101,41 +142,79 @@ class Files:
         purpose: str,
         expires_after: int | None = None,
         *,
-        id: str | None = None,
-        check: bool = True,
+        place: object = None,
     ) -> Kept:
-        """Keep what `source` holds, under `id` when that is given and new. Blocks. Raises ApiError when there is no room."""
+        """Keep what `source` holds, in the room of `uploading` if there is one. Blocks. Raises ApiError when there is none."""
         size = source.seek(0, os.SEEK_END)
         source.seek(0)
-        if check:
-            self.check_room(size)
-        now = int(time.time())
-        until = None if expires_after is None else now + expires_after
-        kept = Kept(id or new_id("file-"), owner, plain_name(filename), purpose, size, now, until)
-        path = self.path(kept)
+        place = object() if place is None else place
+        self._reserve(place, size)
         try:
-            path.parent.mkdir(exist_ok=True)
-            with path.open("wb") as file:
-                shutil.copyfileobj(source, file, CHUNK)
-                file.flush()
-                os.fsync(file.fileno())
-            write_json(path.parent / "meta.json", asdict(kept))  # last: without it there is no file
-        except OSError as error:
-            shutil.rmtree(path.parent, ignore_errors=True)
-            what = f"the file cannot be kept: {error.strerror or error}"
-            raise ApiError(507, what, code="storage_full") from None
-        self._kept[kept.id] = kept
+            kept = _made(new_id("file-"), owner, filename, purpose, size, expires_after)
+            path = self.path(kept)
+            try:
+                path.parent.mkdir()
+                with path.open("wb") as file:
+                    shutil.copyfileobj(source, file, CHUNK)
+                    file.flush()
+                    os.fsync(file.fileno())
+                self._enter(kept)
+            except OSError as error:
+                shutil.rmtree(path.parent, ignore_errors=True)
+                what = f"the file cannot be kept: {error.strerror or error}"
+                raise ApiError(507, what, code="storage_full") from None
+        finally:
+            with self._lock:
+                self._reserved.pop(place, None)
         return kept
+
+    def adopt(self, source: Path, id: str, owner: str, filename: str, purpose: str, expires_after: int | None) -> None:
+        """Keep the file `source` of a server's own under `id`, unless that is kept: no second copy is made where links are
+        possible, and no limit counts. `source` stays. Blocks. Raises OSError, and nothing is kept."""
+        with self._adopting:
+            if id not in self._kept:
+                self._adopt(source, id, owner, filename, purpose, expires_after)
+
+    def _adopt(self, source: Path, id: str, owner: str, filename: str, purpose: str, expires_after: int | None) -> None:
+        kept = _made(id, owner, filename, purpose, source.stat().st_size, expires_after)
+        path = self.path(kept)
+        shutil.rmtree(path.parent, ignore_errors=True)
+        try:
+            path.parent.mkdir()
+            with source.open("rb") as file:
+                os.fsync(file.fileno())
+            try:
+                path.hardlink_to(source)
+            except OSError:  # not every file system has them
+                with source.open("rb") as file, path.open("wb") as copy:
+                    shutil.copyfileobj(file, copy, CHUNK)
+                    copy.flush()
+                    os.fsync(copy.fileno())
+            self._enter(kept)
+        except OSError:
+            shutil.rmtree(path.parent, ignore_errors=True)
+            raise
+
+    def _enter(self, kept: Kept) -> None:
+        write_json(self.path(kept).parent / "meta.json", asdict(kept))  # last: without it there is no file
+        with self._lock:
+            self._kept[kept.id] = kept
 
     def delete(self, kept: Kept) -> None:
         """Forget a file."""
-        self._kept.pop(kept.id, None)
+        with self._lock:
+            self._kept.pop(kept.id, None)
         shutil.rmtree(self.folder / kept.id, ignore_errors=True)
 
     def _forget_expired(self) -> None:
         now = time.time()
-        for kept in [one for one in self._kept.values() if one.expires_at is not None and one.expires_at <= now]:
-            self.delete(kept)
+        with self._lock:
+            kept = [one for one in self._kept.values() if one.expires_at is not None and one.expires_at <= now]
+            late = [one for one in kept if one.id not in self._readers]
+            for one in late:
+                del self._kept[one.id]
+        for one in late:
+            self.delete(one)
 
 
 def plain_name(name: str) -> str:
@@ -152,6 +231,12 @@ def write_json(path: Path, content: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
+
+
+def _made(id: str, owner: str, filename: str, purpose: str, size: int, expires_after: int | None) -> Kept:
+    now = int(time.time())
+    until = None if expires_after is None else now + expires_after
+    return Kept(id, owner, plain_name(filename), purpose, size, now, until)
 
 
 def _read(folder: Path) -> Kept | None:

@@ -52,6 +52,12 @@ async def upload(request: Request) -> dict[str, Any]:
     kind = request.headers.get("content-type", "")
     if kind.partition(";")[0].strip().lower() != "multipart/form-data":
         raise ApiError(415, f"the body is {kind[:80]!a}: send a form, with Content-Type: multipart/form-data")
+    # What the form has beside its file is not known yet; `add` looks at the file's own size.
+    with files.uploading(min(max(0, _told(request, most) - FORM_BYTES), most)) as place:
+        return await _upload(request, files, most, place)
+
+
+async def _upload(request: Request, files: Files, most: int, place: object) -> dict[str, Any]:
     parser = MultiPartParser(request.headers, _counted(request, most), max_files=1, max_fields=8, max_part_size=1024)
     try:
         form = await parser.parse()
@@ -73,7 +79,7 @@ async def upload(request: Request) -> dict[str, Any]:
         after = seconds_of(fields.get("expires_after[anchor]"), fields.get("expires_after[seconds]"), "expires_after")
         name = given.filename or "file"
         after = MONTH if after is None else after  # OpenAI's own default for what batches read
-        kept = await asyncio.to_thread(files.add, given.file, owner_of(request), name, "batch", after)
+        kept = await asyncio.to_thread(files.add, given.file, owner_of(request), name, "batch", after, place=place)
     finally:
         await form.close()
     return kept.shown()
@@ -166,10 +172,15 @@ def _kept(request: Request, id: str) -> Kept:
     return files_of(request).find(id, owner_of(request))
 
 
+def _told(request: Request, default: int) -> int:
+    """How long the body says that it is."""
+    told = request.headers.get("content-length", "")
+    return int(told) if told.isdecimal() and len(told) < 16 else default
+
+
 async def _counted(request: Request, most: int) -> AsyncGenerator[bytes, None]:
     """The body, until it is too long."""
-    told = request.headers.get("content-length", "0")
-    seen = int(told) if told.isdecimal() and len(told) < 16 else 0
+    seen = _told(request, 0)
     if seen <= most + FORM_BYTES:
         seen = 0
         async for data in request.stream():
