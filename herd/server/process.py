@@ -32,12 +32,13 @@ from herd.server.protocol import (
     Event,
     Failed,
     Finished,
+    Gone,
     Load,
     Progress,
     Ready,
 )
 from herd.server.settings import ModelSpec
-from herd.server.wire import HEADER, frame, split_header
+from herd.server.wire import HEADER, split_header
 
 __all__ = ["Process", "WorkerError"]
 
@@ -68,6 +69,9 @@ class Process:
         self._loaded = asyncio.Event()
         self._calls: dict[str, asyncio.Queue[Event | WorkerError]] = {}
         self._asks: dict[str, asyncio.Future[Any]] = {}
+        self._leaving: set[str] = set()
+        """Calls and questions that were left here and that the worker still has its hands on."""
+        self._turn = asyncio.Lock()
         self._numbers = itertools.count()
         self._child: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
@@ -117,9 +121,9 @@ class Process:
         self._check()
         found: asyncio.Queue[Event | WorkerError] = asyncio.Queue()
         self._calls[call.id] = found
-        over = False
+        over, sent = False, [False]
         try:
-            self._send(call)
+            await self._put(call, sent)
             while not over:
                 event = await found.get()
                 if isinstance(event, WorkerError):
@@ -132,8 +136,8 @@ class Process:
                 yield event
         finally:
             self._calls.pop(call.id, None)
-            if not over and self.error is None:
-                self._send(Cancel(call.id))
+            if sent[0] and not over:
+                self._leave(call.id)
 
     async def ask(self, what: str, **args: Any) -> Any:
         """The answer to a question of `herd.server.asks`. Raises WorkerError."""
@@ -141,11 +145,16 @@ class Process:
         id = f"ask {next(self._numbers)}"
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._asks[id] = future
+        sent = [False]
         try:
-            self._send(Ask(id, what, args))
+            await self._put(Ask(id, what, args), sent)
             return await future
         finally:
             self._asks.pop(id, None)
+            if sent[0] and (not future.done() or future.cancelled()):
+                self._leave(id)
+            elif future.done() and not future.cancelled():
+                future.exception()  # it is told by what is raised here
 
     @property
     def pid(self) -> int | None:
@@ -154,8 +163,8 @@ class Process:
 
     @property
     def calls(self) -> int:
-        """Calls that have not ended."""
-        return len(self._calls)
+        """Calls and questions that have not ended, and those that were left as long as the worker is busy with them."""
+        return len(self._calls) + len(self._asks) + len(self._leaving)
 
     def memory(self) -> int | None:
         """Bytes of memory that the worker takes now, measured; None when it is gone or the system does not say."""
@@ -171,7 +180,7 @@ class Process:
         """End the process; what it was doing fails with `why`. Its memory is free when this returns."""
         self._fail(WorkerError(why, kind="Stopped"))
         if self._writer is not None:
-            self._writer.close()
+            self._writer.transport.abort()  # and not close, which would wait for what was not sent yet
         if self._child is not None:
             try:
                 await asyncio.wait_for(self._child.wait(), STOP_SECONDS)
@@ -189,7 +198,24 @@ class Process:
 
     def _send(self, message: Any) -> None:
         if self._writer is not None and not self._writer.is_closing():
-            self._writer.write(frame(DOWN.encode([message])))
+            for data in DOWN.frames([message], _too_large):
+                self._writer.write(data)
+
+    async def _put(self, message: Any, sent: list[bool]) -> None:
+        """Send a call or question when the worker has read what was sent before: no more than one at a time waits as bytes.
+        `sent` tells, also when this is cancelled, whether the worker will see it. Raises WorkerError."""
+        async with self._turn:
+            self._check()
+            self._send(message)
+            sent[0] = True
+            if self._writer is not None:
+                with contextlib.suppress(ConnectionError):  # `_watch` says how it ended
+                    await self._writer.drain()
+
+    def _leave(self, id: str) -> None:
+        if self.error is None:
+            self._leaving.add(id)
+            self._send(Cancel(id))
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:
         try:
@@ -199,6 +225,11 @@ class Process:
                     self._take(message)
         except (asyncio.IncompleteReadError, ConnectionError):
             return
+        except Exception as error:  # a frame that makes no sense: there is no telling what the next bytes are
+            log.error("%s: what its process says cannot be read (%s)", self.spec.name, type(error).__name__)
+            self._fail(WorkerError(f"what the process of {self.spec.name} says cannot be read", kind="Crashed"))
+            if self._writer is not None:
+                self._writer.transport.abort()  # the worker ends with its socket
 
     def _take(self, message: Any) -> None:
         match message:
@@ -211,6 +242,8 @@ class Process:
                 self._fail(WorkerError(message.message, kind=message.kind))
             case Beat():
                 self.stats = message.stats
+            case Gone():
+                self._leaving.discard(message.call)
             case Answer():
                 future = self._asks.get(message.call)
                 if future is not None and not future.done():
@@ -253,12 +286,17 @@ class Process:
         if self.error is not None:
             return
         self.error = error
+        self._leaving.clear()
         self._loaded.set()
         for found in list(self._calls.values()):
             found.put_nowait(error)
         for future in list(self._asks.values()):
             if not future.done():
                 future.set_exception(error)
+
+
+def _too_large(message: Any, size: int) -> Any:
+    raise WorkerError(f"the request is larger than a model takes ({size:,} bytes)", kind="ConfigError")
 
 
 _SIGNALS: Sequence[int] = [int(one) for one in signal.Signals]

@@ -1,9 +1,9 @@
 """What the HTTP process and the worker of a model say to each other: frozen dataclasses, written by `herd.server.wire`. No torch.
 
-To the worker: `Load` first, then `Call` (a reply is wanted), `Cancel` (it is not wanted any more; at any time, twice is fine)
-and `Ask` (anything with one answer). Back: `Progress` while the model is loaded, then `Ready` or `Broken`; for each Call `Began`,
-`Piece`s, an `Ended` for each choice and `Finished`, or `Failed` at any moment; `Answer` or `Failed` for each Ask; `Beat` about
-once a second.
+To the worker: `Load` first, then `Call` (a reply is wanted), `Ask` (anything with one answer) and `Cancel` (one of these is not
+wanted any more; at any time, twice is fine). Back: `Progress` while the model is loaded, then `Ready` or `Broken`; for each Call
+`Began`, `Piece`s, an `Ended` for each choice and `Finished`, or `Failed` at any moment; `Answer` or `Failed` for each Ask; `Gone`
+for each Cancel; `Beat` about once a second.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ __all__ = [
     "Event",
     "Failed",
     "Finished",
+    "Gone",
     "Ids",
     "Load",
     "Piece",
@@ -110,7 +111,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """The call `id` is not wanted any more. Nothing comes of it from now on; unknown ids are fine."""
+    """The call or question `id` is not wanted any more. Nothing but `Gone` comes of it from now on; unknown ids are fine."""
 
     id: str
 
@@ -213,6 +214,13 @@ class Finished:
 
 
 @dataclass(frozen=True, slots=True)
+class Gone:
+    """Nobody in the worker does anything for the cancelled `call` any more: until then it takes the place of another."""
+
+    call: str
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """The call, or the question, came to nothing. `kind` is the name of a HerdError, or "Bug"; `details` are its numbers."""
 
@@ -284,5 +292,5 @@ class Beat:
 
 DOWN = Codec([Load, Call, Cancel, Ask])
 """To the worker."""
-UP = Codec([Began, Piece, Ended, Finished, Failed, Answer, Progress, Ready, Broken, Beat])
+UP = Codec([Began, Piece, Ended, Finished, Failed, Gone, Answer, Progress, Ready, Broken, Beat])
 """From it."""

@@ -88,12 +88,14 @@ class State:
             raise ApiError(503, "the server is shutting down: try another one", code="shutting_down", retry_after=5)
         slot, _ = self.models.find(name)
         most = self.settings.max_queue + (slot.about.seqs if slot.about is not None else slot.spec.options.max_seqs)
-        if slot.users >= most:
+        # Those that clients have left count until the worker lets go of them.
+        users = slot.users if slot.process is None else max(slot.users, slot.process.calls)
+        if users >= most:
             raise ApiError(
                 429,
-                f"{slot.users} requests are running or waiting for {slot.spec.name}, which is all that may: try again later",
+                f"{users} requests are running or waiting for {slot.spec.name}, which is all that may: try again later",
                 code="queue_full",
-                retry_after=self._retry_after(slot.users),
+                retry_after=self._retry_after(users),
             )
 
     def _retry_after(self, waiting: int) -> float:

@@ -11,7 +11,7 @@ import base64
 import json
 import struct
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -20,6 +20,8 @@ __all__ = ["MAX_FRAME", "Codec", "frame", "split_header"]
 
 MAX_FRAME = 256 << 20
 """Bytes of one frame; more is a bug on the other side."""
+TOGETHER = 1 << 20
+"""Bytes of a frame from which on further messages go into the next one: whoever reads it does nothing else meanwhile."""
 _HEADER = struct.Struct("<I")
 Made = Callable[[Any], Any]
 
@@ -50,7 +52,38 @@ class Codec:
 
     def encode(self, messages: Iterable[Any]) -> bytes:
         """A frame's content."""
-        return json.dumps([[type(m).__name__, _plain(m)] for m in messages], ensure_ascii=True).encode()
+        return b"[" + b", ".join(map(self._text, messages)) + b"]"
+
+    def frames(
+        self,
+        messages: Iterable[Any],
+        too_large: Callable[[Any, int], Any],
+        *,
+        together: int = TOGETHER,
+        most: int | None = None,
+    ) -> Iterator[bytes]:
+        """Frames of all messages, in order. A message of more than `most` bytes (MAX_FRAME) becomes `too_large(message, bytes)`.
+        Raises ValueError when that is too large as well."""
+        most = MAX_FRAME if most is None else most
+        together = min(together, most)
+        texts: list[bytes] = []
+        size = 0
+        for message in messages:
+            text = self._text(message)
+            if len(text) + 2 > most:
+                text = self._text(too_large(message, len(text)))
+                if len(text) + 2 > most:
+                    raise ValueError(f"a message of {len(text):,} bytes is more than a frame holds")
+            if texts and size + len(text) + 2 > together:
+                yield frame(b"[" + b", ".join(texts) + b"]")
+                texts, size = [], 0
+            texts.append(text)
+            size += len(text) + 2
+        if texts:
+            yield frame(b"[" + b", ".join(texts) + b"]")
+
+    def _text(self, message: Any) -> bytes:
+        return json.dumps([type(message).__name__, _plain(message)], ensure_ascii=True).encode()
 
     def decode(self, data: bytes) -> list[Any]:
         """The messages of a frame. Raises ValueError for what is none of them."""

@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -42,6 +43,7 @@ from herd.server.protocol import (
     Ended,
     Failed,
     Finished,
+    Gone,
     Load,
     Piece,
     Progress,
@@ -50,7 +52,7 @@ from herd.server.protocol import (
     Usage,
 )
 from herd.server.replies import Teller
-from herd.server.wire import HEADER, frame, split_header
+from herd.server.wire import HEADER, split_header
 
 if TYPE_CHECKING:
     from herd.engine.llm import LLM
@@ -62,6 +64,8 @@ THREADS = 4
 """Calls that are prepared and questions that are answered at once."""
 NICE = 5
 BEAT_SECONDS = 1.0
+NOTED = 200
+"""Lines about a bug from which on its causes are left out."""
 SHOWN_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens")
 SWITCH_SECONDS = 0.0005
 """How long a thread may keep Python to itself while others wait: the engine's must not wait long for one that reads a prompt."""
@@ -73,7 +77,7 @@ class Worker:
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._out: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._calls: dict[str, _Reading] = {}
+        self._work: dict[str, _Work] = {}
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="herd-call", initializer=_behind)
         self._llm: LLM | None = None
         self._preparer: Preparer | None = None
@@ -86,7 +90,10 @@ class Worker:
                 head = file.read(HEADER)
                 if len(head) < HEADER:
                     return
-                for message in DOWN.decode(file.read(split_header(head))):
+                data = file.read(length := split_header(head))
+                if len(data) < length:
+                    return
+                for message in DOWN.decode(data):
                     self._take(message)
 
     def send(self, message: Any) -> None:
@@ -99,31 +106,51 @@ class Worker:
             while not self._out.empty():
                 messages.append(self._out.get())
             try:
-                self._connection.sendall(frame(UP.encode(messages)))
+                for data in UP.frames(messages, self._too_large):
+                    self._connection.sendall(data)
             except OSError:
                 os._exit(0)  # nobody is there any more
+            except BaseException as error:
+                _note("the process ends, for nothing can be said any more", error)
+                os._exit(1)
+
+    def _too_large(self, message: Any, size: int) -> Failed:
+        """What is said instead of `message`; its call ends."""
+        self._stop(message.call)
+        return Failed(
+            message.call, "ConfigError", f"the answer is larger than can be given ({size:,} bytes): ask for less"
+        )
 
     def _take(self, message: Any) -> None:
         match message:
             case Load():
                 threading.Thread(target=self._load, args=(message,), name="herd-load", daemon=True).start()
             case Call(id):
-                reading = _Reading(self, id, message.only_prompt)
-                self._calls[id] = reading
-                self._pool.submit(self._begin, message, reading)
+                self._work[id] = reading = _Reading(self, message)
+                self._pool.submit(self._begin, reading)
+            case Ask(id):
+                self._work[id] = work = _Work(message)
+                self._pool.submit(self._answer, work)
             case Cancel(id):
-                reading = self._calls.pop(id, None)
-                if reading is not None:
-                    reading.cancelled = True
-                    if reading.submitted and self._llm is not None:
-                        self._llm.abort(id)
-            case Ask():
-                self._pool.submit(self._answer, message)
+                if self._stop(id):
+                    self.send(Gone(id))
+
+    def _stop(self, id: str) -> bool:
+        """Cancel a call or question; whether nobody is at it, who would say Gone at its end."""
+        work = self._work.pop(id, None)
+        if work is None:
+            return True
+        idle = work.cancel()
+        if isinstance(work, _Reading) and work.submitted and self._llm is not None:
+            self._llm.abort(id)
+        return idle
 
     def _load(self, load: Load) -> None:
         try:
             ready = self._opened(load)
         except Exception as error:
+            if not isinstance(error, HerdError):
+                _note("loading", error)
             self.send(Broken(type(error).__name__, _said(error)))
             return
         self.send(ready)
@@ -160,8 +187,11 @@ class Worker:
         self._llm, self._preparer = llm, Preparer(llm)
         return _ready(load, llm)
 
-    def _begin(self, call: Call, reading: _Reading) -> None:
+    def _begin(self, reading: _Reading) -> None:
         """Prepare a call and hand it to the engine, unless it was cancelled meanwhile. In a thread of the pool."""
+        call = reading.take()
+        if call is None:
+            return
         try:
             if self._llm is None or self._preparer is None:
                 raise HerdError("the model is not loaded yet")
@@ -181,29 +211,72 @@ class Worker:
             )
         except Exception as error:
             reading.failed(error)
+        finally:
+            self._over(call.id, reading)
 
-    def _answer(self, ask: Ask) -> None:
+    def _answer(self, work: _Work) -> None:
+        ask = work.take()
+        if ask is None:
+            return
         try:
             if self._llm is None:
                 raise HerdError("the model is not loaded yet")
             if ask.what not in ASKS:
                 raise ConfigError(f"there is no question {ask.what!r}")
-            self.send(Answer(ask.id, ASKS[ask.what](self._llm, **ask.args)))
+            said: Any = Answer(ask.id, ASKS[ask.what](self._llm, **ask.args))
         except Exception as error:
-            self.send(_failure(ask.id, error))
+            said = _failure(ask.id, error)
+        if not work.cancelled:
+            self.send(said)
+        self.forget(ask.id)
+        self._over(ask.id, work)
+
+    def _over(self, id: str, work: _Work) -> None:
+        if work.done():
+            self.send(Gone(id))
 
     def forget(self, id: str) -> None:
-        """A call is over."""
-        self._calls.pop(id, None)
+        """A call or question is over."""
+        self._work.pop(id, None)
 
 
-class _Reading:
-    """A `ChoiceReader` that makes messages of what a call's sink says."""
+class _Work:
+    """A message for the pool: kept until a thread takes it, and no longer when it is cancelled before."""
 
-    def __init__(self, worker: Worker, call: str, only_prompt: bool) -> None:
-        self.call = call
-        self.cancelled = self.submitted = False
-        self._worker, self._only_prompt = worker, only_prompt
+    def __init__(self, message: Any) -> None:
+        self.cancelled = False
+        self._message: Any = message
+        self._busy = False
+        self._state = threading.Lock()
+
+    def take(self) -> Any:
+        """The message, to work on it until `done`; None when it was cancelled."""
+        with self._state:
+            message, self._message = self._message, None
+            self._busy = message is not None
+            return message
+
+    def cancel(self) -> bool:
+        """It is not wanted any more; whether no thread is working on it."""
+        with self._state:
+            self.cancelled, self._message = True, None
+            return not self._busy
+
+    def done(self) -> bool:
+        """The thread lets go of it; whether it was cancelled while it worked."""
+        with self._state:
+            self._busy = False
+            return self.cancelled
+
+
+class _Reading(_Work):
+    """A call, and the `ChoiceReader` that makes messages of what its sink says."""
+
+    def __init__(self, worker: Worker, call: Call) -> None:
+        super().__init__(call)
+        self.call = call.id
+        self.submitted = False
+        self._worker, self._only_prompt = worker, call.only_prompt
         self._early: list[Any] | None = []
         self._over = False
         self._lock = threading.Lock()
@@ -299,8 +372,23 @@ def _failure(call: str, error: BaseException) -> Failed:
     details = {}
     if isinstance(error, ContextFullError):
         details = {"needed": error.needed, "available": error.available}
-    kind = type(error).__name__ if isinstance(error, HerdError) else "Bug"
-    return Failed(call, kind, _said(error).removeprefix(f"request {call!r}: "), details)
+    if not isinstance(error, HerdError):
+        _note(call, error)
+        return Failed(call, "Bug", f"{type(error).__name__}: the lines of the worker in the log say where")
+    return Failed(call, type(error).__name__, _said(error).removeprefix(f"request {call!r}: "), details)
+
+
+def _note(what: str, error: BaseException) -> None:
+    """Say on stderr, which the server logs, where a bug is: code only, for the message of an error may quote a prompt."""
+    lines = [f"a bug in herd ({what}):"]
+    one: BaseException | None = error
+    while one is not None and len(lines) < NOTED:
+        frames = traceback.format_list(traceback.extract_tb(one.__traceback__))
+        lines += [line for frame in frames for line in frame.rstrip().splitlines()] + [f"{type(one).__name__} (above)"]
+        one = one.__cause__ or (None if one.__suppress_context__ else one.__context__)
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write("\n".join(lines) + "\n")
+        sys.stderr.flush()
 
 
 def _said(error: BaseException) -> str:
@@ -363,7 +451,11 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it lets replies end first
     sys.setswitchinterval(SWITCH_SECONDS)
     worker = Worker(socket.socket(fileno=int(sys.argv[1])))
-    worker.run()
+    try:
+        worker.run()
+    except BaseException as error:
+        _note("messages cannot be read any more", error)
+        os._exit(1)
     os._exit(0)  # at once, whatever threads are doing: nothing here outlives the model
 
 

@@ -6,13 +6,34 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import pytest
 
+from herd.server import wire
+from herd.server.asks import ASKS
 from herd.server.process import Process, WorkerError
-from herd.server.protocol import Began, Call, Chat, Ended, Finished, Ids, Piece, Text
+from herd.server.protocol import (
+    UP,
+    Answer,
+    Ask,
+    Began,
+    Call,
+    Cancel,
+    Chat,
+    Ended,
+    Failed,
+    Finished,
+    Gone,
+    Ids,
+    Piece,
+    Text,
+)
 from herd.server.settings import EngineOptions, ModelSpec
+from herd.server.worker import THREADS, Worker
 
 LONG = {"ignore_stop_ids": True, "temperature": 1.0, "seed": 1}
 SOON = 20.0
@@ -85,7 +106,7 @@ async def cancelled_at_every_stage(process: Process) -> None:
                 pass
         await events.aclose()
         await events.aclose()
-        assert process.calls == 0
+        await until(lambda: process.calls == 0, "the worker does not let go of a call")
     process.stats = {}
     await until(lambda: idle(process), "a cancelled call still runs")
 
@@ -116,6 +137,10 @@ async def questions(process: Process) -> None:
     assert await process.ask("detokenize", tokens=tokens["tokens"]) == "Once upon"
     chat = await process.ask("tokenize", messages=[{"role": "user", "content": "Hi"}], pieces=True)
     assert chat["pieces"][0] == "<|begin_of_text|>"
+    left = asyncio.ensure_future(process.ask("tokenize", text="a b " * 500_000))
+    await asyncio.sleep(0)
+    left.cancel()
+    await until(lambda: process.calls == 0, "the worker does not let go of a question")
     for what, args, kind in (
         ("rm_rf", {}, "ConfigError"),
         ("detokenize", {"tokens": [10**9]}, "TokenizerError"),
@@ -188,5 +213,147 @@ def test_a_worker_ends_with_its_server() -> None:
             assert process._writer is not None
             process._writer.transport.abort()
             await until(lambda: process.pid is None, f"worker {pid} is still there")
+
+    asyncio.run(run())
+
+
+@contextlib.contextmanager
+def worker_here() -> Iterator[Worker]:
+    """A worker without a process or a model. What it says is in its queue."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        worker = Worker(theirs)
+        worker._llm = object()  # type: ignore[assignment]
+        try:
+            yield worker
+        finally:
+            worker._pool.shutdown()
+
+
+def test_what_is_left_is_not_begun_and_counts_until_it_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    go, began = threading.Event(), []
+
+    def hold(llm: object, number: int) -> int:
+        began.append(number)
+        assert go.wait(SOON)
+        return number
+
+    class Preparer:
+        def prepared(self, call: Call) -> None:
+            raise AssertionError("a call that was cancelled is prepared")
+
+    monkeypatch.setitem(ASKS, "hold", hold)
+    with worker_here() as worker:
+        worker._preparer = Preparer()  # type: ignore[assignment]
+        for number in range(THREADS):
+            worker._take(Ask(f"a{number}", "hold", {"number": number}))
+        worker._take(Ask("late", "hold", {"number": 99}))
+        worker._take(Call("call", Text("x")))
+        end = time.monotonic() + SOON
+        while len(began) < THREADS and time.monotonic() < end:
+            time.sleep(0.01)
+        for id in ("late", "call", "unknown"):
+            worker._take(Cancel(id))
+            assert worker._out.get(timeout=SOON) == Gone(id), "nobody is at it"
+        worker._take(Cancel("a0"))
+        time.sleep(0.05)
+        assert worker._out.empty(), "it is let go of at its end"
+        go.set()
+        worker._pool.shutdown()
+        said = [worker._out.get(timeout=SOON) for _ in range(THREADS)]
+        assert sorted(said, key=repr) == sorted(
+            [Gone("a0"), *(Answer(f"a{n}", n) for n in range(1, THREADS))], key=repr
+        )
+        assert worker._out.empty()
+        assert 99 not in began
+
+
+def test_a_bug_leaves_its_frames_and_no_text_of_a_user(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(llm: object, text: str) -> None:
+        try:
+            raise KeyError(text)
+        except KeyError as error:
+            raise TypeError(f"because of {text}") from error
+
+    monkeypatch.setitem(ASKS, "broken", broken)
+    with worker_here() as worker:
+        worker._take(Ask("a", "broken", {"text": "my secret"}))
+        failed = worker._out.get(timeout=SOON)
+    assert isinstance(failed, Failed)
+    assert failed.kind == "Bug"
+    told = capsys.readouterr().err
+    assert "in broken" in told
+    assert "KeyError" in told
+    assert "TypeError" in told
+    assert "my secret" not in told + failed.message
+
+
+def test_an_answer_that_is_too_large_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "MAX_FRAME", 4000)
+    got: list[object] = []
+    ours, theirs = socket.socketpair()
+    ours.settimeout(SOON)
+    with ours, theirs, ours.makefile("rb") as file:
+        worker = Worker(theirs)
+        for message in (
+            Answer("a", 1),
+            Answer("b", "x" * 9000),
+            *(Piece("c", text="y" * 900) for _ in range(9)),
+            Gone("d"),
+        ):
+            worker.send(message)
+        threading.Thread(target=worker._write, daemon=True).start()  # it waits for more until the tests end
+        while not got or got[-1] != Gone("d"):
+            got += UP.decode(file.read(wire.split_header(file.read(wire.HEADER))))
+    assert [type(one).__name__ for one in got] == ["Answer", "Failed", *["Piece"] * 9, "Gone"]
+    assert isinstance(got[1], Failed)
+    assert (got[1].call, got[1].kind) == ("b", "ConfigError")
+
+
+def test_frames_that_make_no_sense_end_a_worker() -> None:
+    async def run() -> None:
+        for data in (wire.frame(b"nonsense"), b"\xff\xff\xff\xff"):
+            process = Process(ModelSpec(source="nano", name="it"))
+            events = process.run(Call("1", Text("x")))
+            waiting = asyncio.ensure_future(anext(events))
+            await asyncio.sleep(0)
+            reader = asyncio.StreamReader()
+            reader.feed_data(data)
+            async with asyncio.timeout(SOON):
+                await process._listen(reader)
+                with pytest.raises(WorkerError, match="cannot be read"):
+                    await waiting
+            assert process.error is not None
+
+    asyncio.run(run())
+
+
+def test_requests_wait_as_long_as_the_worker_does_not_read() -> None:
+    """Of many large ones one is in memory as bytes, and one that is left meanwhile is never sent."""
+
+    async def run() -> None:
+        process = Process(ModelSpec(source="nano", name="it"))
+        ours, theirs = socket.socketpair()
+        with theirs:
+            _, process._writer = await asyncio.open_connection(sock=ours)
+            size = 2_000_000
+            calls = [process.run(Call(str(number), Text("x" * size))) for number in range(8)]
+            waiting = [asyncio.ensure_future(anext(call)) for call in calls]
+            await asyncio.sleep(0.05)
+            assert process._writer.transport.get_write_buffer_size() < 2 * size
+            waiting[-1].cancel()
+            await asyncio.wait({waiting[-1]})
+            assert process.calls == 7, "nobody has to let go of what was not sent"
+            waiting[0].cancel()
+            await asyncio.wait({waiting[0]})
+            assert process.calls == 7, "what was sent counts until the worker says Gone"
+            process._take(Gone("0"))
+            assert process.calls == 6
+            await process.stop()
+            async with asyncio.timeout(SOON):
+                for error in await asyncio.gather(*waiting[1:-1], return_exceptions=True):
+                    assert isinstance(error, WorkerError)
 
     asyncio.run(run())

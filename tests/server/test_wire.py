@@ -22,7 +22,7 @@ from herd.server.protocol import (
     ToolPiece,
     Truncated,
 )
-from herd.server.wire import frame, split_header
+from herd.server.wire import HEADER, frame, split_header
 
 TOOL = {"type": "function", "$": "Call", "function": {"name": "f", "parameters": {"$defs": {"x": {"type": "object"}}}}}
 MESSAGES_DOWN = [
@@ -70,6 +70,34 @@ def test_data_never_becomes_a_message() -> None:
 def test_hostile_frames_are_refused(frame_content: bytes) -> None:
     with pytest.raises(ValueError):
         DOWN.decode(frame_content)
+
+
+def test_many_messages_become_several_frames_and_one_too_large_is_replaced() -> None:
+    """What comes out holds every message once, in order, in frames that the other side takes."""
+    small = [Piece("1", text="x" * 300) for _ in range(40)]
+    large = Piece("2", text="y" * 5000)
+    found = list(
+        UP.frames([*small[:20], large, *small[20:]], lambda message, size: Failed(message.call, "E", str(size > 5000)),
+                  together=1000, most=2000)
+    )  # fmt: skip
+    told = [UP.decode(one[HEADER:]) for one in found]
+    assert [message for messages in told for message in messages] == [
+        *small[:20],
+        Failed("2", "E", "True"),
+        *small[20:],
+    ]
+    assert all(split_header(one[:HEADER]) == len(one) - HEADER <= 1000 for one in found)
+    assert len(found) < 30, "messages share frames"
+    alone = list(
+        UP.frames([small[0], Piece("3", text="z" * 1500), small[1]], lambda *_: None, together=1000, most=2000)
+    )
+    assert [len(UP.decode(one[HEADER:])) for one in alone] == [1, 1, 1]
+
+
+def test_no_frame_is_made_of_what_cannot_be_replaced() -> None:
+    """A replacement that is too large as well is a bug, and does not loop."""
+    with pytest.raises(ValueError, match="more than a frame"):
+        list(UP.frames([Piece("1", text="x" * 99)], lambda message, _: message, most=50))
 
 
 def test_lengths_are_bounded() -> None:
