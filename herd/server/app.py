@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from starlette.requests import ClientDisconnect
 from herd import __version__
 from herd.errors import HerdError
 from herd.server import anthropic, batches, engine, health, ollama, openai, pages
-from herd.server.errors import ApiError, api_error, error_response, shape_of
+from herd.server.errors import ApiError, api_error, error_response, shape_of, told
 from herd.server.gate import Gate
 from herd.server.metrics import router as metrics_router
 from herd.server.models import Launch, Models
@@ -29,8 +28,6 @@ from herd.server.settings import ServerSettings
 from herd.server.state import State
 
 __all__ = ["ROUTERS", "create_app"]
-
-log = logging.getLogger("herd.server")
 
 ROUTERS: Sequence[APIRouter] = (
     health.router,
@@ -86,10 +83,7 @@ def create_app(settings: ServerSettings, *, launch: Launch = Process) -> FastAPI
 
 
 async def _refused(request: Request, error: Exception) -> Response:
-    refusal = api_error(error)
-    if refusal.status >= 500 and refusal.code != "server_busy":  # many of those are no fault; they are counted
-        log.error("%s %s: %s: %s", request.method, request.url.path, type(error).__name__, error)
-    return error_response(refusal, shape_of(request.url.path))
+    return error_response(told(error, f"{request.method} {request.url.path}"), shape_of(request.url.path))
 
 
 async def _no_route(request: Request, error: Exception) -> Response:

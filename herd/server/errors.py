@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any, Literal
 
@@ -17,9 +18,12 @@ from herd.errors import (
     TokenizerError,
     UnknownModelError,
 )
+from herd.server.logs import frames
 from herd.server.process import WorkerError
 
-__all__ = ["ApiError", "Shape", "api_error", "error_body", "error_response", "shape_of"]
+__all__ = ["ApiError", "Shape", "api_error", "error_body", "error_response", "shape_of", "told"]
+
+log = logging.getLogger("herd.server")
 
 Shape = Literal["openai", "anthropic", "ollama"]
 
@@ -79,6 +83,21 @@ def api_error(error: BaseException) -> ApiError:
         return ApiError(500, "this is a bug in herd: the server's log says more", type=type_, code=code)
     retry = 1.0 if status == 503 else None
     return ApiError(status, str(error), type=type_, param=_param(kind), code=code, retry_after=retry)
+
+
+def told(error: BaseException, where: str) -> ApiError:
+    """The refusal that tells a client of `error`, which happened in `where`; what is the server's fault is logged.
+
+    Messages of errors that nobody foresaw can repeat what a request says: of these, the log has the kind and the places.
+    """
+    refusal = api_error(error)
+    if refusal.status >= 500 and refusal.code != "server_busy":  # many of those are no fault; they are counted
+        kind = error.kind if isinstance(error, WorkerError) else type(error).__name__
+        if isinstance(error, ApiError) or STATUS.get(kind, (500,))[0] > 500:
+            log.error("%s: %s: %s", where, kind, error)
+        else:
+            log.error("%s: %s (%s)", where, kind, " < ".join(frames(error)) or "nothing is known of the place")
+    return refusal
 
 
 def _param(kind: str) -> str | None:

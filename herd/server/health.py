@@ -15,9 +15,9 @@ __all__ = ["router"]
 router = APIRouter(tags=["server"])
 
 
-@router.get("/health", summary="200 when models are ready; 503 with the progress of loading, or why not")
+@router.get("/health", summary="200 when models are ready; 503 with the progress of loading")
 async def health(request: Request) -> Response:
-    """The state of the models that the server was started with."""
+    """The state of the models that were named. It needs no key: why one failed is in the log and at `/v1/engine`."""
     state = state_of(request)
     good, rows = state.models.health()
     status = "draining" if state.draining else "ok" if good else _worst(rows)

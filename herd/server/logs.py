@@ -10,13 +10,21 @@ import logging
 import re
 import sys
 import time
-from typing import TextIO
+import traceback
+from pathlib import Path
+from typing import Any, TextIO
 
 from herd.server.caller import CALLER
 
-__all__ = ["JsonLines", "TextLines", "plain", "start_log"]
+__all__ = ["JsonLines", "TextLines", "frames", "plain", "start_log"]
 
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\\\\]")
+
+
+def frames(error: BaseException) -> list[str]:
+    """Where an error happened, the innermost call first: files, lines and functions, and nothing of what it says."""
+    found = reversed(traceback.extract_tb(error.__traceback__))
+    return [f"{Path(one.filename).name}:{one.lineno} {one.name}" for one in found]
 
 
 def plain(text: str) -> str:
@@ -24,7 +32,17 @@ def plain(text: str) -> str:
     return _CONTROL.sub(lambda m: m[0].encode("unicode_escape", "surrogatepass").decode(), text)
 
 
-class TextLines(logging.Formatter):
+class _Lines(logging.Formatter):
+    """Tracebacks without messages: those of errors that nobody foresaw can repeat what a request says."""
+
+    def formatException(self, ei: Any) -> str:
+        """The places and the kind; of the system's own errors the system's own words."""
+        kind, error, places = ei
+        words = f": {error.strerror}" if isinstance(error, OSError) and error.strerror else ""
+        return "".join(traceback.format_tb(places)) + f"{getattr(kind, '__name__', kind)}{words}"
+
+
+class TextLines(_Lines):
     """`2026-11-21 12:00:00,000 INFO herd.access [req-...]: ...`"""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -40,7 +58,7 @@ class TextLines(logging.Formatter):
         return f"{when} {record.levelname} {record.name}{who}: {line}"
 
 
-class JsonLines(logging.Formatter):
+class JsonLines(_Lines):
     """One JSON object a line: time (UTC), level, logger, message, request, and the fields of a request's record."""
 
     def format(self, record: logging.LogRecord) -> str:

@@ -247,7 +247,7 @@ class Models:
         return out
 
     def health(self) -> tuple[bool, list[dict[str, Any]]]:
-        """Whether requests can be answered now, and how each model that was named does."""
+        """Whether requests can be answered now, and how each model that was named does: not why, which is not for everybody."""
         rows, good = [], True
         for slot in self.slots.values():
             if not self._expected(slot):
@@ -255,8 +255,6 @@ class Models:
             row: dict[str, Any] = {"model": slot.spec.name, "state": slot.state}
             if slot.process is not None and slot.state == "loading":
                 row["phase"], row["share"] = slot.process.progress.phase, slot.process.progress.share
-            if slot.process is not None and slot.process.error is not None:
-                row["error"] = str(slot.process.error)
             good = good and slot.state == "ready"
             rows.append(row)
         return good, rows

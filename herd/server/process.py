@@ -14,7 +14,6 @@ import os
 import signal
 import socket
 import sys
-from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,7 +75,6 @@ class Process:
         self._child: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._last_words: deque[str] = deque(maxlen=20)
 
     async def start(self) -> None:
         """Start the process and tell it what to load. Raises WorkerError when none can be started."""
@@ -258,7 +256,7 @@ class Process:
                     found.put_nowait(message)
 
     async def _hear(self) -> None:
-        """What the worker prints goes to the log, and is kept for the case that it dies."""
+        """What the worker prints goes to the log."""
         assert self._child is not None
         assert self._child.stdout is not None
         while True:
@@ -269,15 +267,15 @@ class Process:
             if not line:
                 return
             text = line.decode("utf-8", "replace").rstrip()
-            self._last_words.append(text)
             log.info("%s: %s", self.spec.name, text)
 
     async def _watch(self) -> None:
         assert self._child is not None
         status = await self._child.wait()
         how = f"signal {signal.Signals(-status).name}" if -status in _SIGNALS else f"status {status}"
-        words = f" ({self._last_words[-1][:200]})" if self._last_words else ""
-        self._fail(WorkerError(f"the process of {self.spec.name} has ended with {how}{words}", kind="Crashed"))
+        if self.error is None:  # what it said last can be anybody's text: it is in the log, and in no client's answer
+            log.error("the process of %s has ended with %s", self.spec.name, how)
+        self._fail(WorkerError(f"the process of {self.spec.name} has ended with {how}", kind="Crashed"))
         if self._writer is not None:
             self._writer.close()
 

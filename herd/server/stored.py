@@ -19,6 +19,8 @@ OWNER = "herd.owner"
 
 MOST = 10_000
 MOST_BYTES = 256 << 20
+ENTRY_BYTES, ITEM_BYTES, REFERENCE_BYTES = 4096, 1024, 64
+"""What a response, an item and a mention of one take beside their text, rounded up: dictionaries are larger than their JSON."""
 
 
 @dataclass(slots=True)
@@ -30,6 +32,9 @@ class Entry:
     body: dict[str, Any]
     given: list[dict[str, Any]]
     size: int = 0
+    """Bytes of what is its own alone, as JSON."""
+    counted: list[dict[str, Any]] = field(default_factory=list)
+    """The items that were counted for it."""
     cancelled: bool = False
     over: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -45,18 +50,28 @@ class Stored:
     def __init__(self, most: int = MOST, most_bytes: int = MOST_BYTES) -> None:
         self._most, self._most_bytes, self._bytes = most, most_bytes, 0
         self._entries: OrderedDict[str, Entry] = OrderedDict()
+        self._items: dict[int, list[int]] = {}
+        """Of every item that is kept, by its identity: how many responses have it, and its bytes. Conversations share items, and
+        one lives for as long as any response that has it."""
 
-    def put(self, entry: Entry, fresh: int) -> None:
-        """Keep a response; the last `fresh` items of what it was given are its own, the others are shared with earlier ones.
-
-        What would take all the room alone is not kept.
-        """
+    def put(self, entry: Entry) -> None:
+        """Keep a response. What would take all the room alone, with its whole conversation, is not kept."""
         self.drop(entry.id)
-        entry.size = len(json.dumps([entry.body, entry.given[len(entry.given) - fresh :]])) + 64 * len(entry.given)
-        if entry.size > self._most_bytes:
-            return
+        own = {key: value for key, value in entry.body.items() if key != "output"}
+        entry.counted = entry.items
+        entry.size = len(json.dumps(own)) + ENTRY_BYTES + REFERENCE_BYTES * len(entry.counted)
+        alone = entry.size
+        for item in entry.counted:
+            held = self._items.get(_identity(item))
+            if held is None:
+                held = self._items[_identity(item)] = [0, len(json.dumps(item)) + ITEM_BYTES]
+                self._bytes += held[1]
+            held[0] += 1
+            alone += held[1]
         self._entries[entry.id] = entry
         self._bytes += entry.size
+        if alone > self._most_bytes:
+            self.drop(entry.id)
         while self._entries and (len(self._entries) > self._most or self._bytes > self._most_bytes):
             self.drop(next(iter(self._entries)))
 
@@ -68,11 +83,27 @@ class Stored:
     def drop(self, id: str) -> None:
         """Forget one."""
         entry = self._entries.pop(id, None)
-        if entry is not None:
-            self._bytes -= entry.size
+        if entry is None:
+            return
+        self._bytes -= entry.size
+        for key in map(_identity, entry.counted):
+            held = self._items[key]
+            held[0] -= 1
+            if not held[0]:
+                self._bytes -= held[1]
+                del self._items[key]
+        entry.counted = []
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that all of it is taken to need."""
+        return self._bytes
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+_identity = id  # which is also the name of a response's
 
 
 def owner_of(request: Request) -> str:

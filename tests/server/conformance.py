@@ -17,6 +17,7 @@ from unittest.mock import patch
 
 from herd.server.fields import Body
 from herd.server.protocol import Began, Call, Ended, Finished, Piece, Usage
+from herd.server.settings import ModelSpec
 from tests.server import fakes
 from tests.server.conftest import Fake, faked
 
@@ -206,7 +207,9 @@ def names(api: Api) -> list[str]:
 
 async def rows(api: Api) -> list[Row]:
     with patch.object(fakes, "ABOUT", replace(fakes.ABOUT, infill=True)):
-        async with faked(_script) as fake:
+        async with faked(_script, any_model=True, models=()) as fake:
+            # Not named when the server was started: how long such a model stays is for clients to say.
+            fake.state.models.add(ModelSpec(source="fake", name="fake", adapters=(("a", "path"),)))
             return [await _row(fake, api, name) for name in names(api)]
 
 

@@ -18,6 +18,7 @@ from herd.errors import UnknownModelError
 from herd.server.ollama.fields import FOREVER, seconds_of
 from herd.server.process import WorkerError
 from herd.server.protocol import Began, Ended, Finished, Piece, ToolPiece, Truncated, Usage
+from herd.server.settings import ModelSpec
 from tests.server.conftest import Live, faked
 from tests.server.fakes import saying
 
@@ -142,9 +143,9 @@ def test_lists(client: ollama.Client, live: Live) -> None:
 def test_nothing_to_say_loads_and_unloads(client: ollama.Client, live: Live) -> None:
     assert client.generate("python").done_reason == "load"
     assert live.state.models.slots["python"].state == "ready"
-    assert client.generate("python", keep_alive=0).done_reason == "unload"
-    assert live.state.models.slots["python"].state == "unloaded"
-    assert "python" not in {model.model for model in client.ps().models}
+    with pytest.raises(ollama.ResponseError, match="keep_alive"):
+        client.generate("python", keep_alive=0)
+    assert live.state.models.slots["python"].state == "ready", "the operator named it"
 
 
 def test_the_spelling_of_tags(client: ollama.Client) -> None:
@@ -254,9 +255,9 @@ def test_errors_on_the_way_and_what_was_left_out() -> None:
 
 def test_how_long_a_model_stays() -> None:
     async def run() -> None:
-        async with faked(lambda call: saying("Yes."), keep_alive=None) as fake:
+        async with faked(lambda call: saying("Yes."), any_model=True, models=()) as fake:
             body: dict[str, Any] = {"model": "fake", "messages": HI, "stream": False}
-            slot = fake.state.models.slots["fake"]
+            slot = fake.state.models.add(ModelSpec(source="fake", name="fake", keep_alive=None))
             for given, kept in ((10, 10.0), ("1h30m", 5400.0), (-1, None), (None, None), ("90s", 90.0)):
                 await fake.client.post("/api/chat", json=body | {"keep_alive": given})
                 assert slot.keep_alive == kept
@@ -266,6 +267,26 @@ def test_how_long_a_model_stays() -> None:
             assert (await fake.client.post("/api/generate", json={"model": "fake", "keep_alive": 0})).status_code == 200
             assert slot.state == "unloaded"
             assert slot.keep_alive is None, "as it was set up"
+
+    asyncio.run(run())
+
+
+def test_clients_do_not_change_how_long_a_named_model_stays() -> None:
+    async def run() -> None:
+        async with faked(lambda call: saying("Yes.")) as fake:
+            slot = fake.state.models.slots["fake"]
+            for path, more in (("chat", {"messages": HI}), ("chat", {}), ("generate", {}), ("embed", {"input": "a"})):
+                for given in (0, "5m", 1e-9):
+                    body = {"model": "fake", "stream": False, "keep_alive": given} | more
+                    if path == "embed":
+                        del body["stream"]
+                    answer = await fake.client.post(f"/api/{path}", json=body)
+                    assert (answer.status_code, answer.json()["error"][:11]) == (400, "keep_alive:"), answer.text
+            assert slot.keep_alive is None
+            for given in (-1, None):
+                body = {"model": "fake", "messages": HI, "stream": False, "keep_alive": given}
+                assert (await fake.client.post("/api/chat", json=body)).status_code == 200, "that is what it does"
+            assert (slot.state, slot.keep_alive) == ("ready", None)
 
     asyncio.run(run())
 

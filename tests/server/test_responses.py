@@ -368,13 +368,56 @@ def test_only_allowed_tools_are_offered() -> None:
 def test_stored_responses_have_an_owner_and_a_limit() -> None:
     kept = Stored(most=3, most_bytes=1 << 20)
     for i in range(4):
-        kept.put(Entry(f"r{i}", "me", {"output": []}, [{"x": i}]), 1)
+        kept.put(Entry(f"r{i}", "me", {"output": []}, [{"x": i}]))
     assert kept.find("r0", "me") is None
     assert kept.find("r3", "me") is not None
     assert kept.find("r3", "you") is None
-    kept.put(Entry("r4", "me", {"output": ["x" * (1 << 20)]}, []), 0)
+    kept.put(Entry("r4", "me", {"output": [{"x": "x" * (1 << 20)}]}, []))
     assert len(kept) == 3, "what is too large alone is not kept"
-    kept.put(Entry("r5", "me", {"output": ["x" * (1 << 19)]}, []), 0)
-    kept.put(Entry("r6", "me", {"output": ["x" * (1 << 19)]}, []), 0)
+    kept.put(Entry("r5", "me", {"output": [{"x": "x" * (1 << 19)}]}, []))
+    kept.put(Entry("r6", "me", {"output": [{"x": "x" * (1 << 19)}]}, []))
     assert kept.find("r5", "me") is None
     assert kept.find("r6", "me") is not None
+
+
+def test_what_conversations_share_is_counted_once_and_for_as_long_as_it_is_kept() -> None:
+    kept = Stored(most=3, most_bytes=1 << 20)
+    long: dict[str, Any] = {"text": "x" * (400 << 10)}
+    kept.put(Entry("first", "me", {"output": []}, [long]))
+    once = kept.nbytes
+    assert once > 400 << 10
+    for i in range(3):  # each has the long item, too, and the first one is forgotten
+        kept.put(Entry(f"r{i}", "me", {"output": []}, [long, {"i": i}]))
+    assert kept.find("first", "me") is None
+    assert 400 << 10 < kept.nbytes < once + (50 << 10), "the item is held by the later ones, and counted, once"
+    kept.put(Entry("r2", "me", {"output": []}, [long]))
+    assert kept.nbytes < once + (50 << 10), "put again"
+    kept.put(Entry("other", "me", {"output": [{"text": "y" * (700 << 10)}]}, []))
+    assert kept.find("r2", "me") is None, "there is no room for both"
+    assert kept.nbytes < 1 << 20
+    kept.put(Entry("large", "me", {"output": []}, [long, {"text": "z" * (700 << 10)}]))
+    assert kept.find("large", "me") is None, "the whole conversation is larger than the room"
+    assert kept.find("other", "me") is not None
+    kept.drop("other")
+    assert (len(kept), kept.nbytes) == (0, 0)
+
+
+def test_a_conversation_has_its_limits() -> None:
+    call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}" + " " * 3000}
+
+    async def run() -> None:
+        async with faked(max_prompt_work=2500) as fake:
+            answer = await fake.client.post("/v1/responses", json=ASKED | {"input": [call]})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (400, "too_much_work"), "arguments count"
+        async with faked() as fake:
+            given = [{"role": "user", "content": "x"}] * 2000
+            first = (await fake.client.post("/v1/responses", json=ASKED | {"input": given})).json()["id"]
+            again = {"input": given, "previous_response_id": first}
+            second = await fake.client.post("/v1/responses", json=ASKED | again)
+            assert second.status_code == 200
+            third = await fake.client.post(
+                "/v1/responses", json=ASKED | again | {"previous_response_id": second.json()["id"]}
+            )
+            assert (third.status_code, third.json()["error"]["code"]) == (400, "too_much_work")
+
+    asyncio.run(run())

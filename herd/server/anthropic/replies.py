@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 from herd.errors import HerdError
-from herd.server.errors import api_error, error_body
+from herd.server.errors import error_body, told
 from herd.server.protocol import Began, Ended, Event, Finished, Piece, ToolPiece, Usage
 from herd.server.sse import event
 
@@ -65,13 +65,13 @@ class Answer:
                 message = {**self._head, "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}
                 yield _event({"type": "message_start", "message": message})
                 async for one in events:
-                    for told in self.take(one):
-                        yield _event(told)
+                    for made in self.take(one):
+                        yield _event(made)
             assert self._usage is not None
             yield _event({"type": "message_delta", "delta": self._stop(), "usage": _usage(self._usage)})
             yield _event({"type": "message_stop"})
         except HerdError as error:
-            yield _event(error_body(api_error(error), "anthropic"))
+            yield _event(error_body(told(error, "a stream of messages"), "anthropic"))
 
     def _text(self, text: str) -> list[dict[str, Any]]:
         told = []

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from herd.server.errors import ApiError
 from herd.server.fields import LIMITS, Body, body_of
-from herd.server.ollama.fields import ReplyBody, check_context, keep, read, sampling_of, seconds_of
+from herd.server.ollama.fields import ReplyBody, check_context, keep, lasting, read, sampling_of
 from herd.server.ollama.lines import Answer, Begun, answered, moment
 from herd.server.openai.chat import FunctionName, check_work
 from herd.server.protocol import Call, Chat
@@ -103,7 +103,7 @@ async def chat(request: Request) -> Response:
     """Ollama's chat."""
     state = state_of(request)
     body = await read(request, OllamaChatBody)
-    sampling, seconds = sampling_of(body), seconds_of(body.keep_alive)
+    sampling, seconds = sampling_of(body), lasting(state, body.model, body.keep_alive)
     if not body.messages:
         return await loaded(request, state, body.model, seconds, {"message": {"role": "assistant", "content": ""}})
     messages = tuple(_message(message) for message in body.messages)

@@ -12,7 +12,7 @@ from pydantic import Field
 from herd.chat.params import MAX_INT
 from herd.server.errors import ApiError
 from herd.server.fields import LIMITS, Body, body_of
-from herd.server.ollama.fields import check_context, keep, read, seconds_of
+from herd.server.ollama.fields import check_context, keep, lasting, read
 from herd.server.openai.chat import check_work
 from herd.server.openai.embeddings import embedded, floats
 from herd.server.sse import until_gone
@@ -79,7 +79,7 @@ async def _vectors(
     state: State, body: _Common, inputs: list[str], dimensions: int | None, normalize: bool
 ) -> tuple[list[list[float]], int, int, int]:
     """The vectors, their tokens, and nanoseconds: in all, and until the model was there."""
-    seconds = seconds_of(body.keep_alive)
+    seconds = lasting(state, body.model, body.keep_alive)
     if others := [name for name in body.options or {} if name != "num_ctx"]:
         raise ApiError(400, f"options.{others[0][:60]}: embeddings have no such option", param=f"options.{others[0]}")
     check_work(state, 1, sum(map(len, inputs)), "input")

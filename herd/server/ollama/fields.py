@@ -15,8 +15,9 @@ from herd.server.fields import LIMITS, B, Body, checked, parse
 from herd.server.models import Slot
 from herd.server.openai.sampling import check_sampling
 from herd.server.protocol import Ready
+from herd.server.state import State
 
-__all__ = ["Options", "ReplyBody", "check_context", "keep", "read", "sampling_of", "seconds_of"]
+__all__ = ["Options", "ReplyBody", "check_context", "keep", "lasting", "read", "sampling_of", "seconds_of"]
 
 MAX_STOPS = 16
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=LIMITS["stop_length"])]
@@ -168,6 +169,24 @@ def seconds_of(value: float | str | None) -> float | None:
 
 
 _UNITS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def lasting(state: State, model: str, given: float | str | None) -> float | None:
+    """`seconds_of(given)` for the model that a client calls `model`.
+
+    Raises ApiError (400) when the server was started with that model: how long it stays is for its operator to say.
+    """
+    seconds = seconds_of(given)
+    if seconds is None:
+        return None
+    slot, _ = state.models.find(model)
+    if any(slot.spec.name == spec.name for spec in state.settings.models):
+        own = slot.spec.keep_alive
+        if seconds != (FOREVER if own is None else own):
+            stays = "as long as it runs" if own is None else f"for {own:g} idle seconds"
+            what = f"keep_alive: the server was started with {slot.spec.name}, which stays loaded {stays}: leave it out"
+            raise ApiError(400, what, param="keep_alive", code="unsupported_parameter")
+    return seconds
 
 
 def keep(slot: Slot, seconds: float | None) -> None:

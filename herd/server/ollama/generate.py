@@ -11,7 +11,7 @@ from herd.errors import PromptError
 from herd.server.errors import ApiError
 from herd.server.fields import body_of
 from herd.server.ollama.chat import loaded
-from herd.server.ollama.fields import ReplyBody, check_context, keep, read, sampling_of, seconds_of
+from herd.server.ollama.fields import ReplyBody, check_context, keep, lasting, read, sampling_of
 from herd.server.ollama.lines import Answer, Begun, answered
 from herd.server.openai.chat import check_work
 from herd.server.protocol import Call, Chat, Ready, Text
@@ -42,7 +42,7 @@ async def generate(request: Request) -> Response:
     """Ollama's generate."""
     state = state_of(request)
     body = await read(request, GenerateBody)
-    sampling, seconds = sampling_of(body), seconds_of(body.keep_alive)
+    sampling, seconds = sampling_of(body), lasting(state, body.model, body.keep_alive)
     if not body.prompt and not body.suffix:
         return await loaded(request, state, body.model, seconds, {"response": ""})
     if body.system and (body.raw or body.suffix is not None):

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from herd.errors import HerdError
-from herd.server.errors import api_error, error_body
+from herd.server.errors import error_body, told
 from herd.server.openai.replies import chat_logprob
 from herd.server.protocol import Began, Ended, Event, Finished, Piece, Usage
 from herd.server.sse import EventStream, until_gone
@@ -92,12 +92,12 @@ class Answer:
         try:
             async with contextlib.aclosing(events):
                 async for one in events:
-                    told = self.take(one)
-                    if told is not None:
-                        yield line(told)
+                    made = self.take(one)
+                    if made is not None:
+                        yield line(made)
             yield line(self._line("", []) | self._end())
         except HerdError as error:
-            yield line(error_body(api_error(error), "ollama"))
+            yield line(error_body(told(error, "a stream of Ollama's API"), "ollama"))
 
     def _line(self, text: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
         return {"model": self._model, "created_at": moment(), **self._told(text, calls), "done": False}

@@ -14,7 +14,7 @@ from pydantic import Field
 from herd.errors import ConfigError, HerdError, UnknownModelError
 from herd.hub import created
 from herd.hub.pull import pull
-from herd.server.errors import ApiError, api_error, error_body
+from herd.server.errors import ApiError, error_body, told
 from herd.server.fields import Body, body_of
 from herd.server.here import spec_of
 from herd.server.ollama.fields import read
@@ -108,20 +108,20 @@ class _Download:
         yield line({"status": "pulling manifest"})
         working = asyncio.ensure_future(self._work())
         try:
-            told: dict[str, int] = {}
+            shown: dict[str, int] = {}
             while not working.done():
                 await asyncio.wait({working}, timeout=TELL_SECONDS)
                 while self._notes:
                     yield line({"status": self._notes.pop(0)})
                 for name, size in self._sizes.items():
                     done = self._done.get(name, 0)
-                    if told.get(name) != done:
-                        told[name] = done
+                    if shown.get(name) != done:
+                        shown[name] = done
                         yield line({"status": f"pulling {name}", "digest": name, "total": size, "completed": done})
             await working
             yield line({"status": "success"})
         except HerdError as error:
-            yield line(error_body(api_error(error), "ollama"))
+            yield line(error_body(told(error, "a download"), "ollama"))
         finally:
             if not working.done():
                 working.cancel()

@@ -13,7 +13,7 @@ from pydantic import Field, StringConstraints, model_validator
 
 from herd.chat.params import MAX_INT
 from herd.errors import HerdError
-from herd.server.errors import ApiError, api_error, error_body
+from herd.server.errors import ApiError, error_body, told
 from herd.server.fields import LIMITS, Body, body_of, checked, content_of
 from herd.server.openai.replies import chat_logprob, prompt_logprobs, timings, truncation, usage
 from herd.server.openai.sampling import JsonSchema, SamplingBody, check_sampling, sampling_of
@@ -410,7 +410,7 @@ class _Answer:
                 counts = {"usage": usage(self.usage), "timings": timings(self.usage)}
                 yield event({**self.head, **_CHUNK, "choices": [], **counts})
         except HerdError as error:
-            yield event(error_body(api_error(error), "openai"))
+            yield event(error_body(told(error, "a stream of chat completions"), "openai"))
         yield DONE
 
     def _piece(self, piece: Piece) -> bytes:

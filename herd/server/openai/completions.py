@@ -14,7 +14,7 @@ from pydantic import Field, StringConstraints, model_validator
 
 from herd.chat.params import MAX_INT, MAX_N
 from herd.errors import HerdError
-from herd.server.errors import api_error, error_body
+from herd.server.errors import error_body, told
 from herd.server.fields import LIMITS, body_of, checked, content_of
 from herd.server.openai.chat import ResponseFormat, check_told, check_work, longest
 from herd.server.openai.replies import prompt_logprobs, timings, total, usage
@@ -282,7 +282,7 @@ class _Answer:
                 counts = total(self.usages)
                 yield event({**self.head, "choices": [], "usage": usage(counts), "timings": timings(counts)})
         except HerdError as error:
-            yield event(error_body(api_error(error), "openai"))
+            yield event(error_body(told(error, "a stream of completions"), "openai"))
         yield DONE
 
     def _chunk(

@@ -169,7 +169,10 @@ async def _judge(state: State, guard: str, facts: Mapping[str, Any], i: int, tex
     verdict = parse_verdict("".join(said), facts["categories"])
     score = _score(tokens, facts["safe"], facts["unsafe"])
     if verdict.label == "failed" or score is None:
-        why = verdict.reason or "neither safe nor unsafe was likely"
+        # What it said instead can repeat the text, and errors are logged.
+        why = (
+            "neither safe nor unsafe was likely" if verdict.label != "failed" else "its reply is not of the form of one"
+        )
         raise ApiError(500, f"the guard gave no verdict on input[{i}]: {why}", code="moderation_failed")
     return Judged(verdict, score, notes, counts)
 

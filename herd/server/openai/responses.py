@@ -13,8 +13,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from herd.errors import HerdError
-from herd.server.errors import ApiError, api_error
-from herd.server.fields import body_of, checked, known_query, parse
+from herd.server.errors import ApiError, api_error, told
+from herd.server.fields import LIMITS, body_of, checked, known_query, parse
 from herd.server.openai.chat import check_work
 from herd.server.openai.response_body import (
     LOGPROBS,
@@ -39,6 +39,8 @@ router = APIRouter(tags=["openai"])
 Json = dict[str, Any]
 CANCEL_SECONDS = 5.0
 """How long `cancel` waits for the engine to let go."""
+MOST_ITEMS = 2 * LIMITS["messages"]
+"""Of a conversation, those of the responses that it goes on from included."""
 PAGE = 100
 """Most items of a page of input items."""
 
@@ -155,8 +157,12 @@ class _Answer:
 
     def __init__(self, state: State, body: ResponseBody, owner: str) -> None:
         self._state = state
-        fresh = items_from(body.input)
-        self._given, self._fresh = [*_earlier(state, body.previous_response_id, owner), *fresh], len(fresh)
+        self._given = [*_earlier(state, body.previous_response_id, owner), *items_from(body.input)]
+        if len(self._given) > MOST_ITEMS:
+            what = (
+                f"the conversation has {len(self._given):,} items, and {MOST_ITEMS:,} is all that may: begin a new one"
+            )
+            raise ApiError(400, what, param="input", code="too_much_work")
         id = new_id("resp_")
         tools = _tools(body)
         self.call = Call(id, _chat(state, body, self._given, tools), _sampling(body), salt=body.cache_salt or "")
@@ -171,7 +177,7 @@ class _Answer:
         if left := began.truncated:
             self.headers["X-Herd-Truncated"] = f"messages={left.dropped_messages}; tokens={left.dropped_tokens}"
         if self._entry is not None:
-            self._state.stored.put(self._entry, self._fresh)
+            self._state.stored.put(self._entry)
 
     async def whole(self, events: AsyncGenerator[Event, None]) -> bool:
         """Wait for all of it. Raises what went wrong, unless somebody cancelled it."""
@@ -199,7 +205,7 @@ class _Answer:
                         yield _sent(made)
         except HerdError as error:
             stopped = self._entry is not None and self._entry.cancelled
-            for made in self.growing.cancel() if stopped else self.growing.fail(api_error(error)):
+            for made in self.growing.cancel() if stopped else self.growing.fail(told(error, "a stream of responses")):
                 yield _sent(made)
         finally:
             self._over()
@@ -210,7 +216,7 @@ class _Answer:
             self.growing.cancel()
         if self._entry is not None:
             if self._state.stored.find(self._entry.id, self._entry.owner) is not None:
-                self._state.stored.put(self._entry, self._fresh)
+                self._state.stored.put(self._entry)
             self._entry.over.set()
 
 
@@ -249,7 +255,7 @@ def _chat(state: State, body: ResponseBody, items: list[Json], tools: list[Funct
     messages = messages_from_items(items)
     if body.instructions is not None:
         messages.insert(0, {"role": "system", "content": body.instructions})
-    check_work(state, 1, sum(len(str(message["content"])) for message in messages), "input")
+    check_work(state, 1, sum(map(_length, messages)), "input")
     choice, name = body.tool_choice or "auto", None
     if isinstance(choice, NamedFunction):
         choice, name = "named", choice.name
@@ -264,6 +270,12 @@ def _chat(state: State, body: ResponseBody, items: list[Json], tools: list[Funct
         parallel=body.parallel_tool_calls is not False,
         truncate=body.truncation == "auto",
     )
+
+
+def _length(message: Json) -> int:
+    """Characters of a message, those of its calls included."""
+    calls = [call["function"] for call in message.get("tool_calls", ())]
+    return len(str(message["content"])) + sum(len(call["name"]) + len(call["arguments"]) for call in calls)
 
 
 def _function(tool: FunctionTool) -> Json:
