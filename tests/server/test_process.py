@@ -34,6 +34,7 @@ from herd.server.protocol import (
 )
 from herd.server.settings import EngineOptions, ModelSpec
 from herd.server.worker import THREADS, Worker
+from tests.server.conftest import faked
 
 LONG = {"ignore_stop_ids": True, "temperature": 1.0, "seed": 1}
 SOON = 20.0
@@ -355,5 +356,19 @@ def test_requests_wait_as_long_as_the_worker_does_not_read() -> None:
             async with asyncio.timeout(SOON):
                 for error in await asyncio.gather(*waiting[1:-1], return_exceptions=True):
                     assert isinstance(error, WorkerError)
+
+    asyncio.run(run())
+
+
+def test_what_the_worker_is_still_busy_with_takes_a_place_in_the_queue() -> None:
+    async def run() -> None:
+        async with faked(max_queue=1) as fake:
+            body = {"model": "fake", "messages": [{"role": "user", "content": "Hi"}]}
+            assert (await fake.client.post("/v1/chat/completions", json=body)).status_code == 200
+            fake.model.running = 3  # two that run and one that waits, all left by their clients
+            refused = await fake.client.post("/v1/chat/completions", json=body)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+            fake.model.running = 2
+            assert (await fake.client.post("/v1/chat/completions", json=body)).status_code == 200
 
     asyncio.run(run())
