@@ -12,6 +12,7 @@ from herd.server.errors import told
 from herd.server.logs import start_log
 from herd.server.process import WorkerError
 from herd.server.protocol import Began, Piece
+from herd.server.settings import ModelSpec
 from tests.server.conftest import faked
 
 SECRET = "the words of a prompt"
@@ -83,3 +84,20 @@ def test_tracebacks_have_no_words_of_requests(form: str) -> None:
     assert "OSError: No space left on device" in out.getvalue()
     assert "test_told.py" in out.getvalue()
     assert SECRET not in out.getvalue()
+
+
+def test_no_client_is_told_where_files_lie(caplog: pytest.LogCaptureFixture) -> None:
+    place = "/srv/secret/models"
+    spec = ModelSpec(source=f"{place}/none", name="fake", adapters=(("a", f"{place}/a"),))
+
+    async def run() -> None:
+        async with faked(models=(spec,)) as fake:
+            for path in ("/v1/models", "/v1/models/a", "/lora-adapters", "/api/tags", "/api/ps", "/health"):
+                answer = await fake.client.get(path)
+                assert place not in answer.text, path
+            answer = await fake.client.post("/api/show", json={"model": "fake"})
+            assert (answer.status_code, place in answer.text) == (503, False)
+
+    with caplog.at_level(logging.ERROR, "herd.server"):
+        asyncio.run(run())
+    assert "fake cannot be inspected" in caplog.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from herd.server.settings import ModelSpec
 
 __all__ = ["Facts", "facts_of"]
 
+log = logging.getLogger("herd.server")
 SECONDS = 60.0
 
 
@@ -41,11 +43,11 @@ async def facts_of(spec: ModelSpec) -> Facts:
     if spec.source not in _KNOWN:
         if len(_KNOWN) >= MOST:
             _KNOWN.clear()
-        _KNOWN[spec.source] = _facts(await _inspected(spec.source))
+        _KNOWN[spec.source] = _facts(await _inspected(spec))
     return _KNOWN[spec.source]
 
 
-async def _inspected(source: str) -> dict[str, Any]:
+async def _inspected(spec: ModelSpec) -> dict[str, Any]:
     child = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -53,7 +55,7 @@ async def _inspected(source: str) -> dict[str, Any]:
         "inspect",
         "--json",
         "--",
-        source,
+        spec.source,
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
@@ -67,7 +69,9 @@ async def _inspected(source: str) -> dict[str, Any]:
     try:
         found = json.loads(out)
     except ValueError:
-        raise CheckpointError(words.decode("utf-8", "replace").strip()[:500] or "it cannot be read") from None
+        # What it says has paths, which are not for clients.
+        log.error("%s cannot be inspected: %s", spec.name, words.decode("utf-8", "replace").strip()[:500])
+        raise CheckpointError(f"{spec.name} cannot be read: the server's log says why") from None
     return found if isinstance(found, dict) else {}
 
 

@@ -112,7 +112,7 @@ async def show(request: Request) -> dict[str, Any]:
         "herd.prompt_format": format,
     }
     return {
-        "modelfile": made.modelfile if made is not None and made.modelfile else f"FROM {slot.spec.source}\n",
+        "modelfile": made.modelfile if made is not None and made.modelfile else f"FROM {slot.spec.name}\n",
         "parameters": _parameters(made),
         "template": format or "",
         "system": slot.spec.system,

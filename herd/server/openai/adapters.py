@@ -126,7 +126,11 @@ async def scaled(request: Request, model: str | None = None) -> list[dict[str, A
 
 
 def _rows(slot: Slot) -> list[dict[str, Any]]:
-    return [{"id": i, "name": name, "path": path, "scale": 0.0} for i, (name, path) in enumerate(slot.adapters.items())]
+    # Where they lie is for nobody to know: the last part tells files apart.
+    return [
+        {"id": i, "name": name, "path": Path(path).name, "scale": 0.0}
+        for i, (name, path) in enumerate(slot.adapters.items())
+    ]
 
 
 def _base(state: State, name: str | None) -> str:

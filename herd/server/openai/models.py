@@ -65,7 +65,7 @@ def _row(name: str, slot: Slot, adapter: str | None) -> dict[str, Any]:
         "object": "model",
         "created": slot.created,
         "owned_by": "herd",
-        "root": slot.spec.name if adapter is None else slot.adapters[adapter],
+        "root": slot.spec.name if adapter is None else adapter,
         "parent": None if adapter is None else slot.spec.name,
         "max_model_len": None if about is None else about.context,
         "meta": {"state": slot.state}
