@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime
 import json
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -310,6 +311,31 @@ def test_only_servers_of_a_whole_machine_change_it() -> None:
             for method, path in (("POST", "pull"), ("DELETE", "delete")):
                 answer = await fake.client.request(method, f"/api/{path}", json={"model": "x"})
                 assert answer.status_code == 403
+
+    asyncio.run(run())
+
+
+def test_downloads_are_few_and_leave_the_other_threads_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    go, names = threading.Event(), []
+
+    def pull(name: str, *, watch: Any) -> None:
+        names.append(threading.current_thread())
+        go.wait(20)
+
+    monkeypatch.setattr("herd.server.ollama.manage.pull", pull)
+
+    async def run() -> None:
+        async with faked(any_model=True) as fake:
+            body = {"stream": False}
+            two = [asyncio.create_task(fake.client.post("/api/pull", json=body | {"model": m})) for m in ("a", "b")]
+            while len(names) < 2:
+                await asyncio.sleep(0.01)
+            third = await fake.client.post("/api/pull", json=body | {"model": "c"})
+            assert third.status_code == 429
+            go.set()
+            assert [one.status_code for one in await asyncio.gather(*two)] == [200, 200]
+            assert (await fake.client.post("/api/pull", json=body | {"model": "c"})).status_code == 200
+        assert all(thread.daemon for thread in names), "the end of the server does not wait for them"
 
     asyncio.run(run())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import AsyncIterator
 from typing import ClassVar
 
@@ -25,6 +26,8 @@ from herd.server.state import State, state_of
 __all__ = ["router"]
 
 router = APIRouter(tags=["ollama"])
+AT_ONCE = 2
+_PLACES = threading.BoundedSemaphore(AT_ONCE)
 TELL_SECONDS = 0.2
 """How often a download says how far it is."""
 
@@ -129,7 +132,30 @@ class _Download:
                     await working
 
     async def _work(self) -> None:
-        await asyncio.to_thread(pull, self._name, watch=self)
+        """Download in a thread of its own: the server's other threads stay free, and its end does not wait for this one."""
+        if not _PLACES.acquire(blocking=False):
+            what = f"{AT_ONCE} downloads are running, which is all that may: try again later"
+            raise ApiError(429, what, code="queue_full", retry_after=30)
+        loop = asyncio.get_running_loop()
+        over: asyncio.Future[None] = loop.create_future()
+
+        def end(error: BaseException | None) -> None:
+            if not over.done():
+                over.set_result(None) if error is None else over.set_exception(error)
+
+        def work() -> None:
+            failed: BaseException | None = None
+            try:
+                pull(self._name, watch=self)
+            except BaseException as error:
+                failed = error
+            finally:
+                _PLACES.release()
+            with contextlib.suppress(RuntimeError):  # the server has ended
+                loop.call_soon_threadsafe(end, failed)
+
+        threading.Thread(target=work, name="pull", daemon=True).start()
+        await over
 
 
 @router.post("/api/copy", summary="Give a model another name", openapi_extra=body_of(CopyBody), response_model=None)
