@@ -7,7 +7,7 @@ A request is a `Body` (pydantic, strict, no unknown fields). Fields that an API 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError, model_validator
@@ -83,17 +83,18 @@ class Body(BaseModel):
 B = TypeVar("B", bound=Body)
 
 
-async def parse(request: Request, model: type[B], *, any_type: bool = False) -> B:
-    """The body of a request. Raises ApiError (400, or 415 for a body that is not JSON); `any_type` as in `content_of`."""
-    return checked(await content_of(request, any_type=any_type), model)
+async def parse(request: Request, model: type[B], *, any_type: bool = False, query: Sequence[str] = ()) -> B:
+    """The body of a request. Raises ApiError (400, or 415 for a body that is not JSON); all else as in `content_of`."""
+    return checked(await content_of(request, any_type=any_type, query=query), model)
 
 
-async def content_of(request: Request, *, any_type: bool = False) -> Any:
+async def content_of(request: Request, *, any_type: bool = False, query: Sequence[str] = ()) -> Any:
     """The JSON of a request. Raises ApiError (400 or 415).
 
     Bodies must say that they are JSON, or nothing, so that a form on some web page cannot send one unasked; `any_type` is for
-    APIs whose users never say it, behind a check of the Origin header.
+    APIs whose users never say it, behind a check of the Origin header. `query`: the query parameters that it may have.
     """
+    known_query(request, *query)
     kind = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json") and not any_type:
         raise ApiError(415, f"the body is {kind[:80]!r}: send JSON, with Content-Type: application/json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from typing import Any
 
@@ -18,13 +19,14 @@ LONG = "x" * 31_000
 
 
 def posted(path: str, body: Any, **settings: Any) -> tuple[httpx.Response, float]:
-    """The answer of a server over a scripted model, and its seconds."""
+    """The answer of a server over a scripted model, and its seconds of a core, whatever else the machine does."""
 
     async def run() -> tuple[httpx.Response, float]:
         async with faked(**settings) as fake:
             await fake.client.post("/v1/completions", json={"model": "fake", "prompt": "x"})  # loads the model
-            began = time.monotonic()
-            return await fake.client.post(path, json=body), time.monotonic() - began
+            sent, kind = json.dumps(body), {"content-type": "application/json"}
+            began = time.thread_time()
+            return await fake.client.post(path, content=sent, headers=kind), time.thread_time() - began
 
     return asyncio.run(run())
 
@@ -105,3 +107,65 @@ def test_answers_are_bounded_before_any_work(path: str, body: dict[str, Any], pa
 def test_what_is_usual_is_answered(path: str, body: dict[str, Any]) -> None:
     response, _ = posted(path, body)
     assert response.status_code == 200, response.text[:300]
+
+
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": "' + "x" * 900 + '"}'}}
+USER = {"role": "user", "content": "x"}
+TOOL = {"name": "f", "description": "x" * 900, "parameters": {"type": "object"}}
+CALLED = [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": CALLED}),
+        ("/v1/chat/completions", {"messages": [USER], "tools": [{"type": "function", "function": TOOL}]}),
+        ("/v1/responses", {"input": "x", "tools": [{"type": "function"} | TOOL]}),
+        ("/v1/responses/input_tokens", {"input": "x", "tools": [{"type": "function"} | TOOL]}),
+        ("/v1/messages/count_tokens", {"messages": [{"role": "user", "content": "x" * 900}]}),
+        ("/tokenize", {"prompt": "x" * 900}),
+        ("/tokenize", {"messages": CALLED}),
+        ("/api/chat", {"messages": [USER], "tools": [{"type": "function", "function": TOOL}]}),
+    ],
+)
+def test_all_of_a_prompt_counts(path: str, body: dict[str, Any]) -> None:
+    response, _ = posted(path, {"model": "fake"} | body, max_prompt_work=800)
+    assert response.status_code == 400, response.text[:300]
+    assert "more than this server takes at once" in response.text
+    assert posted(path, {"model": "fake"} | body)[0].status_code != 400
+
+
+PART = {"type": "input_text", "text": "x"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "named"),
+    [
+        ("/v1/chat/completions?x=1", {"messages": [USER]}, "x"),
+        ("/v1/completions?api-version=1", {"prompt": "x"}, "api-version"),
+        ("/v1/embeddings?x=1", {"input": "x"}, "x"),
+        ("/v1/messages?x=1", {"messages": [USER], "max_tokens": 2}, "x"),
+        ("/v1/responses?x=1", {"input": "x"}, "x"),
+        ("/tokenize?x=1", {"prompt": "x"}, "x"),
+        ("/api/chat?x=1", {"messages": [USER]}, "x"),
+        ("/v1/chat/completions", {"messages": [USER], "add_special_tokens": True}, "add_special_tokens"),
+        (
+            "/v1/chat/completions",
+            {"messages": [USER, {"role": "assistant", "tool_calls": [CALL | {"index": 3}]}]},
+            "tool_calls",
+        ),
+        ("/v1/responses", {"input": [{"role": "user", "content": [PART | {"refusal": "no"}]}]}, "input_text"),
+        ("/v1/responses", {"input": [{"role": "user", "content": [PART | {"logprobs": [1]}]}]}, "logprobs"),
+        ("/api/show", {"name": "other"}, "name"),
+        ("/api/pull", {"name": "other"}, "name"),
+    ],
+)
+def test_what_changes_nothing_is_refused(path: str, body: dict[str, Any], named: str) -> None:
+    response, _ = posted(path, {"model": "fake"} | body, any_model=path == "/api/pull")
+    assert response.status_code == 400, response.text[:300]
+    assert named in response.text
+
+
+def test_clients_of_anthropics_beta_say_so_in_the_query() -> None:
+    response, _ = posted("/v1/messages?beta=true", {"model": "fake", "messages": [USER], "max_tokens": 2})
+    assert response.status_code == 200, response.text

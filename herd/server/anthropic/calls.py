@@ -7,7 +7,7 @@ from typing import Any
 
 from herd.server.anthropic.fields import CountBody, InputMessage, MessagesBody, NamedChoice, TextBlock
 from herd.server.errors import ApiError
-from herd.server.openai.chat import check_work
+from herd.server.openai.chat import check_work, size_of
 from herd.server.openai.sampling import check_sampling
 from herd.server.protocol import Call, Chat
 from herd.server.state import State, new_id
@@ -30,7 +30,7 @@ def call_of(body: MessagesBody, state: State) -> Call:
         sampling["schema"] = body.output_config.format.schema_
     check_sampling(sampling, stop="stop_sequences", schema="output_config.format.schema")
     chat = chat_of(body)
-    check_work(state, 1, sum(len(str(m["content"])) for m in chat.messages), "messages")
+    check_work(state, 1, size_of(chat.messages, chat.tools), "messages")
     return Call(new_id("msg_"), chat, sampling)
 
 

@@ -15,6 +15,7 @@ from herd.server.anthropic.fields import CountBody, MessagesBody
 from herd.server.anthropic.replies import PING, Answer
 from herd.server.errors import ApiError
 from herd.server.fields import body_of, parse
+from herd.server.openai.chat import check_work, size_of
 from herd.server.protocol import Call, Event
 from herd.server.sse import EventStream, until_gone
 from herd.server.state import State, begun, state_of
@@ -25,13 +26,16 @@ router = APIRouter(tags=["anthropic"])
 VERSIONS = ("2023-06-01", "2026-10-21")
 """They differ in what they refuse. temperature, top_p and top_k are taken in both: Llama models have them."""
 
+BETA = ("beta",)
+"""Clients of the beta API say ?beta=true, which changes no path and no field."""
+
 
 @router.post("/v1/messages", summary="Answer a conversation", openapi_extra=body_of(MessagesBody), response_model=None)
 async def messages(request: Request) -> Response:
     """Anthropic's messages."""
     _check_version(request)
     state = state_of(request)
-    body = await parse(request, MessagesBody)
+    body = await parse(request, MessagesBody, query=BETA)
     call = call_of(body, state)
     events = state.run(body.model, call)
     if body.stream:
@@ -56,15 +60,16 @@ async def count_tokens(request: Request) -> Response:
     """How many tokens the prompt of such a request has. The model is loaded for that."""
     _check_version(request)
     state = state_of(request)
-    body = await parse(request, CountBody)
+    body = await parse(request, CountBody, query=BETA)
     counted = await until_gone(request, _counted(state, body))
     return Response(status_code=499) if counted is None else JSONResponse({"input_tokens": counted})
 
 
 async def _counted(state: State, body: CountBody) -> int:
     chat = chat_of(body)
-    async with state.models.use(body.model) as (slot, process, _):
-        told: dict[str, Any] = await process.ask("count", chat=asdict(slot.spec.opened(chat)))
+    check_work(state, 1, size_of(chat.messages, chat.tools), "messages")
+    slot, _ = state.models.find(body.model)
+    told: dict[str, Any] = await state.ask(body.model, "count", chat=asdict(slot.spec.opened(chat)))
     return told["count"]
 
 

@@ -13,7 +13,7 @@ from herd.server.errors import ApiError
 from herd.server.fields import LIMITS, Body, body_of
 from herd.server.ollama.fields import ReplyBody, check_context, keep, lasting, read, sampling_of
 from herd.server.ollama.lines import Answer, Begun, answered, moment
-from herd.server.openai.chat import FunctionName, check_work
+from herd.server.openai.chat import FunctionName, check_work, size_of
 from herd.server.protocol import Call, Chat
 from herd.server.sse import until_gone
 from herd.server.state import State, begun, new_id, state_of
@@ -107,7 +107,7 @@ async def chat(request: Request) -> Response:
     if not body.messages:
         return await loaded(request, state, body.model, seconds, {"message": {"role": "assistant", "content": ""}})
     messages = tuple(_message(message) for message in body.messages)
-    check_work(state, 1, sum(len(m["content"]) for m in messages), "messages")
+    check_work(state, 1, size_of(messages, body.tools or ()), "messages")
     call = Call(
         new_id("chat-"),
         Chat(

@@ -43,6 +43,8 @@ class NameBody(Body):
         """The name. Raises ApiError (400) when there is none."""
         if not (self.model or self.name):
             raise ApiError(400, "model is missing", param="model", code="missing_required_parameter")
+        if self.model and self.name and self.model != self.name:
+            raise ApiError(400, "name is not model: give one of them", param="name", code="invalid_value")
         return self.model or self.name or ""
 
 

@@ -13,6 +13,7 @@ from pydantic import Field
 from herd import __version__
 from herd.hub.created import Created, find
 from herd.hub.found import Found
+from herd.server.errors import ApiError
 from herd.server.fields import Body, body_of
 from herd.server.here import digest, here
 from herd.server.models import Slot
@@ -91,6 +92,8 @@ async def ps(request: Request) -> dict[str, Any]:
 async def show(request: Request) -> dict[str, Any]:
     """A model's files, parameters, prompt format and capabilities. It is not loaded for that."""
     body = await read(request, ShowBody)
+    if body.model and body.name and body.model != body.name:
+        raise ApiError(400, "name is not model: give one of them", param="name", code="invalid_value")
     name = body.model or body.name or ""
     models = state_of(request).models
     slot, _ = models.find(name)

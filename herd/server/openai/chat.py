@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter, Request
@@ -22,7 +22,7 @@ from herd.server.providers.relay import relayed
 from herd.server.sse import DONE, EventStream, event, until_gone
 from herd.server.state import State, begun, new_id, state_of
 
-__all__ = ["ChatBody", "call_of", "check_told", "check_work", "longest", "message_of", "router"]
+__all__ = ["ChatBody", "call_of", "check_told", "check_work", "longest", "message_of", "router", "size_of"]
 
 router = APIRouter(tags=["openai"])
 UNKNOWN_CONTEXT = 1 << 17
@@ -98,6 +98,8 @@ class ChatMessage(Body):
     def _fits(self) -> ChatMessage:
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
             raise ValueError(f"a {self.role} message has content")
+        if any(call.index not in (None, i) for i, call in enumerate(self.tool_calls or ())):
+            raise ValueError("tool_calls: an index is not the place of its call")
         if self.tool_calls and self.role != "assistant":
             raise ValueError("only assistant messages have tool_calls")
         if self.name is not None and self.role != "tool":
@@ -191,7 +193,7 @@ class ChatBody(SamplingBody):
         "modalities": (["text"],),
         "service_tier": ("auto", "default"),
         "echo": (False,),
-        "add_special_tokens": (False, True),
+        "add_special_tokens": (False,),
         "include_reasoning": (True,),
         "best_of": (1,),
     }
@@ -250,7 +252,8 @@ def call_of(body: ChatBody, state: State) -> Call:
         sampling |= {"json_object": True} if form.json_schema is None else {"schema": form.json_schema.schema_}
     check_sampling(sampling, max_tokens="max_tokens" if body.max_completion_tokens is None else "max_completion_tokens")
     messages = tuple(message_of(m, i) for i, m in enumerate(body.messages))
-    characters = sum(len(str(m["content"])) for m in messages)
+    tools = tuple(tool.model_dump(exclude_none=True) for tool in body.tools or ())
+    characters = size_of(messages, tools)
     check_work(state, body.n or 1, characters, "messages")
     if body.prompt_logprobs is not None:
         check_told(state, characters * (body.prompt_logprobs + 1), "prompt_logprobs")
@@ -262,7 +265,7 @@ def call_of(body: ChatBody, state: State) -> Call:
     assert chosen in ("auto", "none", "required", "named")
     chat = Chat(
         messages=messages,
-        tools=tuple(tool.model_dump(exclude_none=True) for tool in body.tools or ()),
+        tools=tools,
         tool_choice=chosen,  # type: ignore[arg-type]
         tool_name=named,
         parallel=body.parallel_tool_calls is not False,
@@ -284,6 +287,12 @@ def check_work(state: State, count: int, size: int, param: str) -> None:
             param=param,
             code="too_much_work",
         )
+
+
+def size_of(messages: Iterable[Mapping[str, Any]], tools: Iterable[Any] = ()) -> int:
+    """Characters of a conversation: texts, calls of tools, and the tools."""
+    said = sum(len(str(m["content"])) + len(str(m.get("tool_calls", ""))) for m in messages)
+    return said + sum(len(str(tool)) for tool in tools)
 
 
 def check_told(state: State, told: int, param: str) -> None:

@@ -32,6 +32,10 @@ class InputPart(Body):
     def _whole(self) -> InputPart:
         if (self.refusal if self.type == "refusal" else self.text) is None:
             raise ValueError(f"a part of type {self.type} has its text")
+        if (self.text if self.type == "refusal" else self.refusal) is not None:
+            raise ValueError(f"a part of type {self.type} has no other content")
+        if self.type != "output_text" and (self.annotations or self.logprobs):
+            raise ValueError("annotations and logprobs are of output_text only")
         return self
 
     @property

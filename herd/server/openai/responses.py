@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, Response
 from herd.errors import HerdError
 from herd.server.errors import ApiError, api_error, told
 from herd.server.fields import LIMITS, body_of, checked, known_query, parse
-from herd.server.openai.chat import check_work
+from herd.server.openai.chat import check_work, size_of
 from herd.server.openai.response_body import (
     LOGPROBS,
     AllowedTools,
@@ -84,8 +84,8 @@ async def input_tokens(request: Request) -> Json:
 @router.get("/v1/responses/{id}", summary="A response that was stored")
 async def retrieve(request: Request, id: str) -> Json:
     """The response as it is now."""
-    for name, value in request.query_params.items():
-        if name in ("include", "include[]") or (name, value) == ("stream", "false"):
+    for name, value in request.query_params.multi_items():
+        if (name, value) in (("include", LOGPROBS), ("include[]", LOGPROBS), ("stream", "false")):
             continue  # whatever was made is there
         what = f"{name[:80]!a}: stored responses are told whole, and not streamed again"
         raise ApiError(400, what, param=name[:80], code="unsupported_parameter")
@@ -255,7 +255,7 @@ def _chat(state: State, body: ResponseBody, items: list[Json], tools: list[Funct
     messages = messages_from_items(items)
     if body.instructions is not None:
         messages.insert(0, {"role": "system", "content": body.instructions})
-    check_work(state, 1, sum(map(_length, messages)), "input")
+    check_work(state, 1, size_of(messages, (_function(tool) for tool in tools)), "input")
     choice, name = body.tool_choice or "auto", None
     if isinstance(choice, NamedFunction):
         choice, name = "named", choice.name
@@ -270,12 +270,6 @@ def _chat(state: State, body: ResponseBody, items: list[Json], tools: list[Funct
         parallel=body.parallel_tool_calls is not False,
         truncate=body.truncation == "auto",
     )
-
-
-def _length(message: Json) -> int:
-    """Characters of a message, those of its calls included."""
-    calls = [call["function"] for call in message.get("tool_calls", ())]
-    return len(str(message["content"])) + sum(len(call["name"]) + len(call["arguments"]) for call in calls)
 
 
 def _function(tool: FunctionTool) -> Json:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import Field, model_validator
 
 from herd.chat.params import MAX_INT
 from herd.server.errors import ApiError
 from herd.server.fields import LIMITS, Body, body_of, parse
-from herd.server.openai.chat import ChatMessage, Tool, message_of
+from herd.server.openai.chat import ChatMessage, Tool, check_work, message_of, size_of
 from herd.server.protocol import Chat
+from herd.server.sse import until_gone
 from herd.server.state import State, state_of
 
 __all__ = ["DetokenizeBody", "TokenizeBody", "router", "the_model"]
@@ -58,36 +59,43 @@ class DetokenizeBody(Body):
 
 
 @router.post("/tokenize", summary="The ids of a text or a conversation", openapi_extra=body_of(TokenizeBody))
-async def tokenize(request: Request) -> JSONResponse:
+async def tokenize(request: Request) -> Response:
     """vLLM's /tokenize."""
     state = state_of(request)
     body = await parse(request, TokenizeBody)
     name = the_model(state, body.model)
     messages = None
+    tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
+    check_work(state, 1, len(body.prompt or ""), "prompt")
     if body.messages is not None:
         chat = Chat(messages=tuple(message_of(m, i) for i, m in enumerate(body.messages)))
+        check_work(state, 1, size_of(chat.messages, tools), "messages")
         messages = state.models.find(name)[0].spec.opened(chat).messages
-    found = await state.ask(
+    asked = state.ask(
         name,
         "tokenize",
         text=body.prompt,
         messages=messages,
-        tools=[tool.model_dump(exclude_none=True) for tool in body.tools or ()],
+        tools=tools,
         special=body.add_special_tokens is not False,
         generate=body.add_generation_prompt is not False,
         pieces=bool(body.return_token_strs),
     )
+    found = await until_gone(request, asked)
+    if found is None:
+        return Response(status_code=499)
     out: dict[str, Any] = {"count": found["count"], "max_model_len": found["context"], "tokens": found["tokens"]}
     return JSONResponse(out | {"token_strs": found.get("pieces")})
 
 
 @router.post("/detokenize", summary="The text of ids", openapi_extra=body_of(DetokenizeBody))
-async def detokenize(request: Request) -> JSONResponse:
+async def detokenize(request: Request) -> Response:
     """vLLM's /detokenize. Special tokens stand as their names."""
     state = state_of(request)
     body = await parse(request, DetokenizeBody)
-    text = await state.ask(the_model(state, body.model), "detokenize", tokens=body.tokens, special=True)
-    return JSONResponse({"prompt": text})
+    asked = state.ask(the_model(state, body.model), "detokenize", tokens=body.tokens, special=True)
+    text = await until_gone(request, asked)
+    return Response(status_code=499) if text is None else JSONResponse({"prompt": text})
 
 
 def the_model(state: State, name: str | None) -> str:
