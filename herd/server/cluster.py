@@ -14,7 +14,7 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import asdict, fields
-from importlib import import_module, util
+from importlib import util
 from typing import Any
 
 from fastapi import FastAPI
@@ -104,7 +104,7 @@ def application(args: Mapping[str, Any]) -> Any:
 
 
 def _bound(settings: ServerSettings, replicas: int, cpus: float, gpus: float) -> Any:
-    serve = import_module("ray.serve")
+    from ray import serve  # pyright: ignore[reportMissingImports]
 
     def build() -> FastAPI:  # Ray takes plain functions only for builders
         return replica(settings)
@@ -131,7 +131,9 @@ def serve_replicas(settings: ServerSettings, replicas: int, *, on_start: Callabl
         raise ConfigError("--replicas needs Ray: pip install 'herd[ray]'")
     check_replicas(settings)
     port = _free_port(settings)
-    ray, serve = import_module("ray"), import_module("ray.serve")
+    import ray  # pyright: ignore[reportMissingImports]
+    from ray import serve  # pyright: ignore[reportMissingImports]
+
     ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     over = threading.Event()
