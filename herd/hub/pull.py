@@ -117,10 +117,17 @@ def _carry_out(source: Source, plan: Plan, jobs: int, watch: Watch) -> Pulled:
 
 
 def _one(source: Source, plan: Plan, file: RemoteFile, stop: threading.Event, watch: Watch) -> None:
-    fetch(source, plan.listing, file, plan.cache, Patience(stop), watch)
-    with _linking:
-        if not plan.cache.holds(plan.listing.commit, file.path, file.size, digest(file)):
-            plan.cache.link(plan.listing.commit, file.path, digest(file))
+    for rest in reversed(range(JOBS)):
+        fetch(source, plan.listing, file, plan.cache, Patience(stop), watch)
+        with _linking:
+            if plan.cache.holds(plan.listing.commit, file.path, file.size, digest(file)):
+                return
+            try:
+                plan.cache.link(plan.listing.commit, file.path, digest(file))
+                return
+            except FileNotFoundError:  # without links the content has moved to another name since it was fetched
+                if not rest or plan.cache.blob(digest(file)).exists():
+                    raise
 
 
 _linking = threading.Lock()

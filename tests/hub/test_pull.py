@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ from herd.hub import fetch as fetching
 from herd.hub import pull as pulling
 from herd.hub import remote
 from herd.hub.fetch import Quiet
+from herd.hub.listing import Listing, RemoteFile, Source
 from herd.hub.lock import locked
 from herd.hub.pull import pull, pulled
 from herd.hub.settings import settings
@@ -110,6 +112,24 @@ def test_without_symbolic_links(hub: str, monkeypatch: pytest.MonkeyPatch, mirro
     requests = len(mirror.seen)
     pull(TINY)
     assert len(mirror.seen) == requests + 1
+
+
+def test_without_links_two_copies_that_arrive_together(
+    hub: str, monkeypatch: pytest.MonkeyPatch, mirror: Mirror
+) -> None:
+    """The first name takes the content away after the second has seen it."""
+    monkeypatch.setenv("HF_HUB_DISABLE_SYMLINKS", "1")
+    mirror.repos[TINY]["again.json"] = mirror.repos[TINY]["config.json"]
+    both, met = threading.Barrier(2, timeout=20), set[str]()
+
+    def together(source: Source, listing: Listing, file: RemoteFile, *rest: Any) -> None:
+        fetching.fetch(source, listing, file, *rest)
+        if file.path in ("again.json", "config.json") and file.path not in met:
+            met.add(file.path)
+            both.wait()
+
+    monkeypatch.setattr(pulling, "fetch", together)
+    assert (pull(TINY) / "again.json").read_bytes() == mirror.repos[TINY]["config.json"]
 
 
 # What the line does
