@@ -8,6 +8,11 @@
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
 #endif
+#if defined(HERD_AMX) && !defined(HERD_TILES_EMULATED)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #include "api.h"
 #include "formats.h"
 #include "pack.h"
@@ -20,6 +25,7 @@ namespace scalar { extern const Api api; }
 namespace avx2 { extern const Api api; }
 namespace avx512 { extern const Api api; }
 namespace avx512bf16 { extern const Api api; }
+namespace amx { extern const Api api; }
 #elif defined(__aarch64__)
 namespace neon { extern const Api api; }
 #endif
@@ -38,6 +44,24 @@ bool has_dot_products() {
 }
 #endif
 
+#if defined(HERD_AMX)
+// Tiles for bytes, registers that the system saves, and its leave to use them, which the whole process then has.
+bool has_tiles() {
+#if defined(HERD_TILES_EMULATED)
+    return true;
+#else
+    constexpr unsigned OSXSAVE = 1u << 27, TILE = 1u << 24, INT8 = 1u << 25, STATES = 3u << 17;
+    constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+    unsigned a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & OSXSAVE)) return false;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & TILE) || !(d & INT8)) return false;
+    unsigned low, high;
+    asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (low & STATES) == STATES && syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#endif
+}
+#endif
+
 const Api* offered(const char* name) {
     if (!std::strcmp(name, "scalar")) return &scalar::api;
 #if defined(__x86_64__)
@@ -47,6 +71,9 @@ const Api* offered(const char* name) {
     if (__builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512vnni")) {
         if (!std::strcmp(name, "avx512")) return &avx512::api;
         if (!std::strcmp(name, "avx512bf16") && __builtin_cpu_supports("avx512bf16")) return &avx512bf16::api;
+#if defined(HERD_AMX)
+        if (!std::strcmp(name, "amx") && __builtin_cpu_supports("avx512bf16") && has_tiles()) return &amx::api;
+#endif
     }
 #elif defined(__aarch64__)
     if (!std::strcmp(name, "neon") && has_dot_products()) return &neon::api;

@@ -8,15 +8,12 @@ namespace herd::HERD_ISA {
 inline void matmul(const Matrix& m, const float* x, int64_t rows, float* y, const MatmulBuffers& b) {
     const Acts acts = shaped(b.acts, m.cols);
     const Inputs in{x, acts, form_of(m)};
-    #pragma omp parallel num_threads(b.threads)
+    #pragma omp parallel num_threads(int(b.team.threads))
     {
+        Crew crew(b.team, thread_number());
         float* spare = b.spare + thread_number() * b.spare_floats;
-        if (in.form != FLOATS) {
-            #pragma omp for schedule(static)
-            for (int64_t r = 0; r < rows; ++r) take_row(in.form, x + r * m.cols, acts, r, 0, m.cols);
-        }
-        #pragma omp for schedule(static)
-        for (int64_t i = 0; i < pieces(in, rows) * panels(m); ++i) product_piece(m, i, in, rows, y, spare);
+        if (in.form != FLOATS) crew.share(rows, [&](int64_t r) { take_row(in.form, x + r * m.cols, acts, r, 0, m.cols); });
+        product_of(crew, m, in, rows, y, spare);
     }
 }
 
@@ -25,17 +22,16 @@ inline void head(const Head& h, const float* x, const int64_t* index, int64_t ro
     const Matrix& m = h.output;
     const Acts acts = shaped(b.acts, m.cols);
     const Inputs in{b.normed, acts, form_of(m)};
-    #pragma omp parallel num_threads(b.threads)
+    #pragma omp parallel num_threads(int(b.team.threads))
     {
+        Crew crew(b.team, thread_number());
         float* spare = b.spare + thread_number() * b.spare_floats;
-        #pragma omp for schedule(static)
-        for (int64_t r = 0; r < rows; ++r) {
+        crew.share(rows, [&](int64_t r) {
             float* row = b.normed + r * m.cols;
             rms_norm(x + index[r] * m.cols, h.norm, m.cols, float(h.norm_eps), row);
             take_row(in.form, row, acts, r, 0, m.cols);
-        }
-        #pragma omp for schedule(static)
-        for (int64_t i = 0; i < pieces(in, rows) * panels(m); ++i) product_piece(m, i, in, rows, y, spare);
+        });
+        product_of(crew, m, in, rows, y, spare);
     }
 }
 

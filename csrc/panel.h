@@ -5,6 +5,9 @@
 #pragma once
 #include <cstring>
 #include "scratch.h"
+#ifdef HERD_TILES
+#include "tiles.h"
+#endif
 
 // The parts of a tile share its registers: as functions of their own, which is what a compiler may make of so many of them, they
 // would pass everything through memory.
@@ -167,11 +170,83 @@ void tile(const uint8_t* w, const Acts& a, int64_t first, float* y, int64_t stri
     for (int t = 0; t < T; ++t) std::memcpy(y + (first + t) * stride, total[t], sizeof total[t]);
 }
 
+#ifdef HERD_TILES
+template <int FORMAT, int k>
+HERD_INLINE void unpack(const uint8_t* g, uint8_t* to) {
+    if constexpr (k < 8) {
+        V::store_words(to + 64 * k, Fmt<FORMAT>::template numbers<k>(g, 0));
+        unpack<FORMAT, k + 1>(g, to);
+    }
+}
+
+// One panel for 16 tokens from `first` on, ACT_GROUP columns (or the rest of them) at a time; the same additions as `tile`.
+template <int FORMAT>
+void broad_tile(const Tiles& tiles, const uint8_t* w, const Acts& a, int64_t first, float* y, int64_t stride) {
+    using Form = Fmt<FORMAT>;
+    constexpr Layout l = layout(FORMAT);
+    constexpr int T = TILE_TOKENS, N = TILE_GROUPS, STEPS = 8 / Form::SCALES;
+    static_assert(N == ACT_GROUP / GROUP && PARTS == 1);
+    alignas(64) float total[T][PANEL] = {};
+    alignas(64) uint8_t numbers[N][8 * 64];
+    alignas(64) int32_t sums[N][T][PANEL];
+    const uint8_t *head = w, *g = w + l.head, *x = a.data + first * a.stride;
+    for (int64_t column = 0; column < a.columns; column += ACT_GROUP) {
+        const int n = a.columns - column < ACT_GROUP ? int(a.columns - column) / GROUP : N;
+        const uint8_t* at = x + column / GROUP * RECORD;
+        const uint8_t *inputs[N], *weights[N];
+        for (int i = 0; i < N; ++i) {
+            const int some = i < n ? i : 0;  // what is computed for groups beyond the last is not looked at
+            for (int j = 0; i < n && j < l.body; j += 64) __builtin_prefetch(g + i * l.body + AHEAD + j);
+            unpack<FORMAT, 0>(g + some * l.body, numbers[i]);
+            inputs[i] = at + some * RECORD;
+            weights[i] = numbers[i];
+        }
+        F run[T];
+        for (int t = 0; t < T; ++t) run[t] = V::zero();
+        int32_t later[Form::SCALES == 2 ? N : 1][T][PANEL];
+        tiles.product(inputs, a.stride, weights, sums);
+        if constexpr (Form::SCALES == 2) {
+            for (int i = 0; i < N; ++i) inputs[i] += 4 * STEPS, weights[i] += 64 * STEPS;
+            tiles.product(inputs, a.stride, weights, later);
+        }
+        for (int i = 0; i < n; ++i) {
+            const uint8_t *group = g + i * l.body, *records = at + i * RECORD;
+            for (int half = 0; half < Form::SCALES; ++half) {
+                const F s = Form::scale(head, group, 0, half);
+                constexpr int OFFSET = Form::SCALES == 2 ? REC_32 : Form::ZERO == 8 ? REC_8 : REC_128;
+                for (int t = 0; t < T; ++t) {
+                    const int32_t* sum = half ? later[Form::SCALES == 2 ? i : 0][t] : sums[i][t];
+                    const I offset = V::ints(Form::ZERO ? four(records + t * a.stride + OFFSET + 4 * half) : 0);
+                    run[t] = V::fma(V::floats(V::plus(V::words(reinterpret_cast<const uint8_t*>(sum)), offset)), s, run[t]);
+                }
+            }
+            if constexpr (Form::MINIMUM) {
+                const F m = Form::minimum(head, group, 0);
+                for (int t = 0; t < T; ++t) run[t] = V::fnma(m, float_at(records + t * a.stride + REC_SUM), run[t]);
+            }
+        }
+        for (int t = 0; t < T; ++t) V::store(total[t], V::fma(run[t], float_at(at + t * a.stride + REC_SCALE), V::load(total[t])));
+        g += n * l.body;
+        if (l.head && (column + ACT_GROUP) % l.columns == 0) {
+            head = g;
+            g += l.head;
+        }
+    }
+    for (int t = 0; t < T; ++t) std::memcpy(y + (first + t) * stride, total[t], sizeof total[t]);
+}
+#endif
+
 // One panel for tokens [0, rows): y [rows, stride], the panel's 16 columns of it.
 template <int FORMAT>
 void panel(const uint8_t* w, const Acts& a, int64_t rows, float* y, int64_t stride) {
     constexpr int MOST = V::LANES == 8 ? 4 : 12;  // AVX2 has 16 registers, the others 32
     int64_t t = 0;
+#ifdef HERD_TILES
+    if (rows >= TILE_TOKENS) {
+        const Tiles tiles(8 / Fmt<FORMAT>::SCALES);
+        for (; rows - t >= TILE_TOKENS; t += TILE_TOKENS) broad_tile<FORMAT>(tiles, w, a, t, y, stride);
+    }
+#endif
     for (; rows - t >= MOST && (MOST <= 8 || rows - t != 16); t += MOST) tile<FORMAT, MOST>(w, a, t, y, stride);
     if constexpr (MOST > 8) for (; rows - t >= 8; t += 8) tile<FORMAT, 8>(w, a, t, y, stride);
     if (rows - t >= 4) { tile<FORMAT, 4>(w, a, t, y, stride); t += 4; }

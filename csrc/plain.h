@@ -8,6 +8,8 @@
 
 namespace herd::HERD_ISA {
 
+constexpr int64_t SHORT = 32 << 10;  // bytes that rows side by side may span before the processor loses track of them
+
 template <int KIND> inline float number(const uint8_t* p, int64_t i) {
     if constexpr (KIND == F32) return reinterpret_cast<const float*>(p)[i];
     if constexpr (KIND == F16) return half_to_float(reinterpret_cast<const uint16_t*>(p)[i]);
@@ -59,8 +61,9 @@ void plain_tile(const uint8_t* w, const uint8_t* later, int64_t n, const uint8_t
     for (int j = 0; j < WHOLE; ++j) a[j] = V::zero();
     int64_t i = 0;
     for (; i + P::STEP <= n; i += P::STEP) {
-        typename P::W e[R];
-        for (int r = 0; r < R; ++r) e[r] = P::weight(w + r * w_stride + i * P::WIDTH);
+        typename P::W e[T > 1 ? R : 1];
+        if constexpr (T > 1)
+            for (int r = 0; r < R; ++r) e[r] = P::weight(w + r * w_stride + i * P::WIDTH);
         if constexpr (FETCH > 0) {
             constexpr int BYTES = FETCH * P::STEP * P::WIDTH;
             for (int b = 0; b < (BYTES < 64 ? 64 : BYTES); b += 64) __builtin_prefetch(later + b, 0, 2);
@@ -68,7 +71,7 @@ void plain_tile(const uint8_t* w, const uint8_t* later, int64_t n, const uint8_t
         }
         for (int t = 0; t < T; ++t) {
             const typename P::X f = P::input(x + t * x_stride + i * P::INPUT);
-            for (int r = 0; r < R; ++r) a[t * R + r] = P::add(a[t * R + r], e[r], f);
+            for (int r = 0; r < R; ++r) a[t * R + r] = P::add(a[t * R + r], T > 1 ? e[T > 1 ? r : 0] : P::weight(w + r * w_stride + i * P::WIDTH), f);
         }
     }
     alignas(64) float sum[WHOLE];
@@ -115,7 +118,11 @@ void plain_rows_of(const Matrix& m, int64_t first, int64_t last, const uint8_t* 
     auto go = [&]<int N, int M>() {
         for (; last - r >= N; r += N, w += N * row, y += N) plain_tokens<P, N, M>(w, m.cols, x, x_stride, rows, y, stride);
     };
-    if (rows == 1) go.template operator()<4, 1>();  // one row at a time would wait for its own additions
+    // One row at a time would wait for its own additions; where rows are short, summing across costs as much as the products, and is
+    // done for a whole vector of them.
+    constexpr int MANY = L > 4 ? L : 4;
+    if (rows == 1 && MANY * row <= SHORT) go.template operator()<MANY, 1>();
+    if (rows == 1) go.template operator()<4, 1>();
     go.template operator()<R, T>();
     go.template operator()<1, T>();
 }

@@ -1,5 +1,6 @@
 // One panel of a product, whatever the weight is stored as, and the forms its inputs must have.
 #pragma once
+#include "crew.h"
 #include "plain.h"
 
 namespace herd::HERD_ISA {
@@ -72,11 +73,34 @@ inline void product(const Matrix& m, int64_t p, const Inputs& in, int64_t rows, 
     for (int64_t r = 0; r < rows; ++r) std::memcpy(y + r * stride, spare + r * PANEL, n * sizeof(float));
 }
 
-// Piece and panel `i` of y [rows, m.rows] = inputs @ m^T; there are pieces(in, rows) * panels(m).
-inline void product_piece(const Matrix& m, int64_t i, const Inputs& in, int64_t rows, float* y, float* spare) {
-    const int64_t size = piece_rows(in, rows), first = i / panels(m) * size, p = i % panels(m);
-    const int64_t n = rows - first < size ? rows - first : size;
-    product(m, p, in.from(first), n, y + first * m.rows + p * PANEL, m.rows, spare);
+// Panels that one thread takes at a time, of `all`: few enough that there is something for everybody to the end.
+inline int64_t block_of(int64_t all, int64_t threads) {
+    const int64_t n = all / threads / PER_THREAD;
+    return n < 1 ? 1 : n < MAX_BLOCK ? n : MAX_BLOCK;
+}
+
+inline int64_t blocks(const Matrix& m, int64_t block) { return (panels(m) + block - 1) / block; }
+
+// Piece and block `i` of y [rows, m.rows] = inputs @ m^T; there are pieces(in, rows) * blocks(m, block).
+inline void product_block(const Matrix& m, int64_t i, int64_t block, const Inputs& all, int64_t rows, float* y, float* spare, const Turn& turn) {
+    const int64_t size = piece_rows(all, rows), n = blocks(m, block), first = i / n * size, begin = i % n * block;
+    const int64_t count = rows - first < size ? rows - first : size, end = begin + block < panels(m) ? begin + block : panels(m);
+    const Inputs in = all.from(first);
+    float* to = y + first * m.rows + begin * PANEL;
+    for (int64_t p = begin; p < end; ++p) {
+        const int64_t at = (p - begin) * PANEL;
+        if (turn.alone()) product(m, p, in, count, to + at, m.rows, spare);
+        else product(m, p, in, count, spare + at, block * PANEL, nullptr);
+    }
+    if (turn.alone() || !turn.mine()) return;
+    const int64_t width = (end * PANEL < m.rows ? end * PANEL : m.rows) - begin * PANEL;
+    for (int64_t r = 0; r < count; ++r) std::memcpy(to + r * m.rows, spare + r * block * PANEL, width * sizeof(float));
+}
+
+// y [rows, m.rows] = inputs @ m^T by the whole crew.
+inline void product_of(Crew& crew, const Matrix& m, const Inputs& in, int64_t rows, float* y, float* spare) {
+    const int64_t n = pieces(in, rows), block = block_of(n * panels(m), crew.threads());
+    crew.retake(n * blocks(m, block), [&](int64_t i, const Turn& turn) { product_block(m, i, block, in, rows, y, spare, turn); });
 }
 
 }  // namespace herd::HERD_ISA

@@ -1,5 +1,6 @@
 #include "scratch.h"
 #include <algorithm>
+#include <cstring>
 
 namespace herd {
 namespace {
@@ -26,6 +27,14 @@ Acts take_acts(Arena& arena, int64_t rows, int64_t columns) {
     return {arena.take<uint8_t>(rows * stride), columns, stride};
 }
 
+Team take_team(Arena& arena, int64_t phases, int threads) {
+    if (threads == 1) return {1, nullptr, nullptr, nullptr, nullptr};
+    const int64_t n = phases * threads + phases + threads + 1;
+    Count* all = arena.take<Count>(n);
+    if (all) std::memset(static_cast<void*>(all), 0, n * sizeof(Count));
+    return {threads, all, all + phases * threads, all + phases * threads + phases, all + n - 1};
+}
+
 bool plain(const Matrix& m) { return m.format == F32 || m.format == F16 || m.format == BF16; }
 
 }  // namespace
@@ -50,7 +59,7 @@ int64_t lay_out(const Model& m, const Step& s, int threads, uint8_t* base, Buffe
     const int64_t T = s.rows, places = T * std::max<int64_t>(1, top_k);
     const int64_t heads = m.n_heads * m.head_dim, kv = m.n_kv_heads * m.head_dim, narrow = std::max(m.dim, heads);
     Arena arena(base);
-    b.threads = threads;
+    b.team = take_team(arena, (s.last_layer - s.first_layer) * LAYER_PHASES + 1, threads);
     const int64_t together = std::max<int64_t>(1, MAX_QUERIES / (m.n_heads / m.n_kv_heads));
     b.n_tasks = 0;
     for (int64_t i = 0; i < s.n_spans; ++i) b.n_tasks += (s.spans[i].rows + together - 1) / together;
@@ -71,7 +80,7 @@ int64_t lay_out(const Model& m, const Step& s, int threads, uint8_t* base, Buffe
     b.gated = arena.take<float>(floats ? places * hidden : 0);
     b.narrow = take_acts(arena, places, narrow);
     b.wide = take_acts(arena, places, hidden);
-    const int64_t strips = 2 * std::min(places, MAX_PIECE) * ACT_GROUP, attention = (MAX_QUERIES + 2 * m.head_dim) * TILE;
+    const int64_t strips = std::min(places, MAX_PIECE) * std::max<int64_t>(2 * ACT_GROUP, MAX_BLOCK * PANEL), attention = (MAX_QUERIES + 2 * m.head_dim) * TILE;
     b.spare_floats = std::max(strips, attention);
     b.spare = arena.take<float>(threads * b.spare_floats);
     b.scaled = arena.take<float>(top_k ? places * m.dim : 0);
@@ -91,10 +100,10 @@ int64_t lay_out(const Model& m, const Step& s, int threads, uint8_t* base, Buffe
 
 int64_t lay_out(const Matrix& m, int64_t rows, int threads, uint8_t* base, MatmulBuffers& b, bool head) {
     Arena arena(base);
-    b.threads = threads;
+    b.team = take_team(arena, 2, threads);
     b.normed = arena.take<float>(head ? rows * m.cols : 0);
     b.acts = take_acts(arena, m.format == F32 || m.format == F16 ? 0 : rows, m.cols);
-    b.spare_floats = std::min(rows, MAX_PIECE) * PANEL;
+    b.spare_floats = std::min(rows, MAX_PIECE) * PANEL * MAX_BLOCK;
     b.spare = arena.take<float>(threads * b.spare_floats);
     return arena.used();
 }

@@ -28,11 +28,20 @@ constexpr int RECORD = 64, REC_8 = 32, REC_128 = 36, REC_32 = 40, REC_SUM = 48, 
 // An odd number of cache lines: rows a power of two apart would all compete for the same few places in the cache.
 static inline int64_t record_stride(int64_t columns) { return ((columns + GROUP - 1) / GROUP | 1) * RECORD; }
 
+// What the threads of a call know of each other (crew.h), all zero when it begins. Phases are numbered through the call.
+struct alignas(64) Count { int64_t value; };
+struct Team {
+    int64_t threads;
+    Count *taken, *done, *slot, *over;  // [phases, threads], [phases], [threads], [1]
+};
+constexpr int64_t LAYER_PHASES = 16;  // at most
+constexpr int64_t MAX_BLOCK = 16;     // panels that one thread takes at a time
+
 struct Task { int64_t row, rows, position, sequence; };  // query rows that are answered together
 struct Job { int64_t expert, part; };
 
 struct Buffers {
-    int threads;
+    Team team;
     int64_t n_tasks;
     Task* tasks;
     float *normed, *q, *k, *v, *out;   // [rows, their width]
@@ -49,7 +58,7 @@ struct Buffers {
 };
 
 struct MatmulBuffers {
-    int threads;
+    Team team;
     float* normed;                     // [rows, columns]: of a head
     Acts acts;
     float* spare;

@@ -57,6 +57,7 @@ struct V {
     static F floats(I a) { return _mm512_cvtepi32_ps(a); }
     static I ints(int32_t x) { return _mm512_set1_epi32(x); }
     static I words(const uint8_t* p) { return _mm512_loadu_si512(p); }
+    static void store_words(uint8_t* p, I a) { _mm512_storeu_si512(p, a); }
     static I both(I a, uint32_t mask) { return _mm512_and_si512(a, _mm512_set1_epi32(int32_t(mask))); }
     static I either(I a, I b) { return _mm512_or_si512(a, b); }
     template <int N> static I right(I a) { return _mm512_srli_epi32(a, N); }

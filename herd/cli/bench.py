@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import click
 
-from herd.cli.console import is_terminal, note
+from herd.cli.console import note
 from herd.cli.progress import progress
 
 __all__ = ["command"]
@@ -174,13 +173,13 @@ def _cores() -> int:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """What is being done: bytes as a bar; rounds as lines on a terminal."""
+    """What is being done: bytes as a bar, rounds as lines."""
     shown = ""
     with progress("measuring") as tick:
 
         def say(what: str, done: int, total: int) -> None:
             nonlocal shown
-            if what != shown and is_terminal(sys.stderr):
+            if what != shown:
                 note(what)
                 shown = what
             if done < total:

@@ -17,7 +17,7 @@ import herd.kernels
 
 __all__ = ["ISAS", "VERSION", "Head", "Layer", "Matrix", "Model", "Step", "library", "loaded"]
 
-ISAS = ("avx512bf16", "avx512", "avx2", "neon", "scalar")
+ISAS = ("amx", "avx512bf16", "avx512", "avx2", "neon", "scalar")
 """Best first. `HERD_ISA` chooses one, or `none` for torch alone."""
 
 VERSION = 4

@@ -225,12 +225,12 @@ class OutputHead:
 
     def __call__(self, x: Tensor, rows: Tensor) -> Tensor:
         """x [T, D] float32, rows [R] int64 -> logits [R, V] float32."""
-        count, columns = len(rows), self._output.columns
-        _check(x, torch.float32, (x.shape[0], columns))
+        count, (height, columns) = len(rows), x.shape
+        _check(x, torch.float32, (height, self._output.columns))
         _check(rows, torch.int64, (count,))
-        first, last = (int(rows.min()), int(rows.max())) if count else (0, 0)
-        if first < 0 or last >= max(x.shape[0], 1):  # not an `assert`: other memory would be read
-            raise AssertionError(f"rows {first} to {last} of {x.shape[0]}")
+        asked = rows.tolist()
+        if count and not 0 <= min(asked) <= max(asked) < height:  # not an `assert`: other memory would be read
+            raise AssertionError(f"rows {min(asked)} to {max(asked)} of {height}")
         out = torch.empty(count, self._output.rows)
         native, threads, head = library(), torch.get_num_threads(), byref(self._head)
         scratch = _scratch(native.herd_head_scratch(head, count, threads))

@@ -22,7 +22,7 @@ FORMATS = ("Q4_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 Hand = Callable[[Tensor], native.Weight]
 
 
-ARM, X86 = ("neon", "scalar"), ("avx512bf16", "avx512", "avx2", "scalar")
+ARM, X86 = ("neon", "scalar"), ("amx", "avx512bf16", "avx512", "avx2", "scalar")
 PATHS = ARM if platform.machine().lower() in ("aarch64", "arm64") else X86
 
 
