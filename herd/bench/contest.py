@@ -260,7 +260,8 @@ def _rounds(
         readings.append(limits.ask("bandwidth")["value"])
         shift = turn % len(players)  # in a new order each round: nobody always comes after the same one
         for player in [*players[shift:], *players[:shift]]:
-            say(f"{plan.task}{f' of {batch}' if batch > 1 else ''}: {player.who} {player.kind}", turn, plan.runs)
+            work = f"{plan.task}{f' of {batch}' if batch > 1 else ''}"
+            say(f"{work}, round {turn + 1} of {plan.runs}: {player.who} {player.kind}", turn, plan.runs)
             _sample(plan, batch, player, verb, words)
     return readings
 

@@ -225,7 +225,7 @@ class OutputHead:
 
     def __call__(self, x: Tensor, rows: Tensor) -> Tensor:
         """x [T, D] float32, rows [R] int64 -> logits [R, V] float32."""
-        count, (height, columns) = len(rows), x.shape
+        count, height = len(rows), x.shape[0]
         _check(x, torch.float32, (height, self._output.columns))
         _check(rows, torch.int64, (count,))
         asked = rows.tolist()

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from herd.kernels import native
-from tests.kernels.native import offered, packed
+from tests.build import TINY, build, tokens
+from tests.kernels.native import Paged, offered, packed
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parent.parent / "csrc"
@@ -52,3 +53,30 @@ def test_the_same_bits_on_any_number_of_threads(kind: str) -> None:
                     assert torch.equal(native.matmul(weight, x), alone), (rows, threads)
     finally:
         torch.set_num_threads(before)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", TINY)
+def test_whole_steps_on_any_number_of_threads(name: str) -> None:
+    """Layers with and without experts, a prompt and single rows."""
+    offered()
+    model = build(name)
+    x = model.embed(tokens(model.config, 40)[0])
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            torch.manual_seed(0)  # the same places in the cache
+            paged = Paged(model)
+            found.append(
+                torch.cat(
+                    [
+                        paged.step([(0, 0, x[:37])])[0],
+                        *(paged.step([(0, at, x[at : at + 1])])[0] for at in range(37, 40)),
+                    ]
+                )
+            )
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, found[0]) for one in found)
