@@ -24,16 +24,16 @@ int main() {
     const Team team{THREADS, at, at + PHASES * THREADS, at + PHASES * THREADS + PHASES, at + PHASES * THREADS + PHASES + THREADS};
     std::vector<int> written(PHASES * ITEMS), shared(PHASES * ITEMS);
     std::vector<int64_t> over(THREADS);
+    bool asleep = false;
     const int64_t began = herd::tested::nanoseconds();
     auto member = [&](int me) {
         Crew crew(team, me);
         for (int64_t p = 0; p < PHASES; p += 2) {
             // Thread 2 falls asleep in the midst of its first item, and thread 1 before it even comes to the second phase.
             if (me == 1 && p == 2) sleep(AWAY);
-            bool slept = false;
             crew.retake(ITEMS, [&](int64_t i, const Turn& turn) {
-                if (me == 2 && p == 0 && !slept) sleep(AWAY);
-                slept = true;
+                if (me == 2 && p == 0 && !__atomic_exchange_n(&asleep, true, __ATOMIC_ACQ_REL)) sleep(AWAY);
+                while (!__atomic_load_n(&asleep, __ATOMIC_ACQUIRE)) sched_yield();  // the others hold their first items until it does
                 if (turn.mine()) __atomic_fetch_add(&written[p * ITEMS + i], 1, __ATOMIC_RELAXED);
             });
             for (int64_t i = 0; i < ITEMS; ++i)
