@@ -86,10 +86,10 @@ def make_optimisers(model: nn.Module, config: OptimConfig) -> list[Optimizer]:
     matrices = [(n, p) for n, p in named if p.ndim >= 2]
     outer = [p for n, p in matrices if n.startswith(("tok_embeddings", "output"))]
     inner = [p for n, p in matrices if not n.startswith(("tok_embeddings", "output"))]
-    decayed = outer if config.muon else outer + inner
+    decayed = outer if config.kind == "muon" else outer + inner
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": norms, "weight_decay": 0.0}]
-    made: list[Optimizer] = [AdamW(groups, lr=config.adam_lr, betas=config.betas, eps=config.eps)]
-    if config.muon:
+    made: list[Optimizer] = [AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)]
+    if config.kind == "muon":
         made.append(Muon(inner, config.muon_lr, config.muon_momentum, config.weight_decay))
     for optimiser in made:
         for group in optimiser.param_groups:

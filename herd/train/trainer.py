@@ -30,6 +30,10 @@ __all__ = ["Trainer"]
 Log = Callable[[str], None]
 
 
+def _due(minutes: float | None, seconds: float) -> bool:
+    return minutes is not None and seconds > 60 * minutes
+
+
 def _print(line: str) -> None:
     print(line, flush=True)
 
@@ -69,7 +73,7 @@ class Trainer:
     @property
     def progress(self) -> float:
         """Share of the budget used, 0 to 1."""
-        return self.config.budget.progress(self.step, self.seconds)
+        return self.config.budget.progress(self.step, self.seconds, self.tokens)
 
     def run(self) -> dict[str, float]:
         """Train until the budget is used up; returns the last evaluation."""
@@ -87,10 +91,10 @@ class Trainer:
             if self.step % self.config.log_every == 0:
                 self._report(losses, norms, fresh / max(1e-9, self.seconds - logged))
                 losses, norms, fresh, logged = [], [], 0, self.seconds
-            if self.evaluate is not None and self.seconds - evaluated > 60 * self.config.eval_minutes:
+            if self.evaluate is not None and _due(self.config.evaluate.every_minutes, self.seconds - evaluated):
                 self._evaluate()
                 evaluated = time.monotonic() - started
-            if self.path is not None and self.seconds - saved > 60 * self.config.save_minutes:
+            if self.path is not None and _due(self.config.save.every_minutes, self.seconds - saved):
                 self.save(self.path)
                 saved = self.seconds
         figures = self._evaluate() if self.evaluate is not None else {}
@@ -106,7 +110,7 @@ class Trainer:
         total = 0.0
         for batch in batches:
             total += self._backward(batch, max(1, learned))
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip))
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip or math.inf))
         if not math.isfinite(norm):
             raise HerdError(
                 f"step {self.step}: the gradient norm is {norm}, so the step was not taken: "

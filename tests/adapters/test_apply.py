@@ -144,7 +144,7 @@ def trainer(model: Llama, steps: int, lines: list[str], rate: float = 2e-2) -> T
     config = TrainConfig(
         budget=Budget(steps=steps),
         schedule=ScheduleConfig(warmup_steps=2, decay_fraction=0.0),
-        optim=OptimConfig(muon=False, adam_lr=rate, weight_decay=0.0),
+        optim=OptimConfig(lr=rate, weight_decay=0.0),
         log_every=1,
     )
     return Trainer(model, Loader(pack_stream(documents, 32), 4, seed=1), config, log=lines.append)

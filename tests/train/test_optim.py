@@ -68,7 +68,7 @@ def test_every_parameter_is_optimised_once(tied, muon):
         dim=16, n_heads=2, n_kv_heads=1, head_dim=8, hidden_dim=24, vocab_size=32, layers=plain(2), tie_embeddings=tied
     )
     model = Llama(config)
-    optimisers = make_optimisers(model, OptimConfig(muon=muon))
+    optimisers = make_optimisers(model, OptimConfig(kind="muon" if muon else "adamw"))
     held = [p for o in optimisers for group in o.param_groups for p in group["params"]]
     assert len(held) == len({id(p) for p in held}) == len(list(model.parameters()))
     assert all(p.ndim == 1 for o in optimisers for g in o.param_groups if g["weight_decay"] == 0 for p in g["params"])

@@ -8,7 +8,7 @@ from herd.errors import CheckpointError
 from herd.model.config import ModelConfig, plain
 from herd.model.init import init_weights
 from herd.model.llama import Llama
-from herd.train.config import Budget, ScheduleConfig, TrainConfig
+from herd.train.config import Budget, OptimConfig, ScheduleConfig, TrainConfig
 from herd.train.measure import bits_per_byte
 from herd.train.trainer import Trainer
 
@@ -26,6 +26,7 @@ def trainer(steps, path=None, log=None, accumulate=2):
     model = init_weights(Llama(CONFIG))
     config = TrainConfig(
         budget=Budget(steps=steps),
+        optim=OptimConfig(kind="muon", lr=3e-3),
         schedule=ScheduleConfig(warmup_steps=2, decay_fraction=0.0),
         accumulate=accumulate,
         log_every=5,

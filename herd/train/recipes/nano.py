@@ -32,7 +32,7 @@ from herd.data.records import ChatRecord
 from herd.model.config import ModelConfig, plain
 from herd.model.init import init_weights
 from herd.model.llama import Llama
-from herd.train.config import Budget, OptimConfig, ScheduleConfig, TrainConfig
+from herd.train.config import Budget, OptimConfig, SavePart, ScheduleConfig, TrainConfig
 from herd.train.export import export_folder
 from herd.train.measure import bits_per_byte
 from herd.train.recipes.nano_card import write_card, write_credits
@@ -148,10 +148,10 @@ def run_stages(
         config = TrainConfig(
             budget=Budget(minutes=args.minutes * stage.share),
             schedule=ScheduleConfig(warmup_steps=stage.warmup, decay_fraction=stage.decay),
-            optim=OptimConfig(muon_lr=stage.muon_lr, adam_lr=stage.adam_lr),
+            optim=OptimConfig(kind="muon", muon_lr=stage.muon_lr, lr=stage.adam_lr),
             accumulate=stage.accumulate,
             compile=not args.eager,
-            save_minutes=3.0,
+            save=SavePart(every_minutes=3.0),
         )
         rows = stage.rows()
         print(
