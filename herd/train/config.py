@@ -10,14 +10,18 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from herd.data.config import DataPart
 from herd.errors import ConfigError
+from herd.parallel.config import ParallelPart
 
 __all__ = [
-    "AveragePart", "Budget", "EvaluatePart", "OptimConfig", "SavePart", "ScheduleConfig", "TrainConfig",
+    "AveragePart", "Budget", "EvaluatePart", "LengthStage", "MethodPart", "ModelPart", "OptimConfig", "ReportPart",
+    "RunConfig", "SavePart", "ScheduleConfig", "TrainConfig",
 ]  # fmt: skip
 
 Precision = Literal["float32", "bfloat16", "float8"]
 Checkpointing = Literal["none", "full", "attention"]
+Method = Literal["full", "lora", "dora", "qlora", "prefix", "prompt"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -210,6 +214,165 @@ class TrainConfig:
             _one_of(self, "train", "checkpointing", get_args(Checkpointing))
         if self.loss_chunk is not None:
             _from_to(self, "train", "loss_chunk", 1, math.inf)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelPart:
+    """The model that is trained: an existing one (`source`), or one with random weights (`shape` and `tokenizer`)."""
+
+    source: str = ""
+    """A checkpoint to go on from: a folder or file in any format herd reads, or a name of the catalog. Empty: use `shape`."""
+    shape: str | dict[str, Any] | None = None
+    """Random weights instead: a name of the catalog whose geometry is taken, or the geometry itself, for example
+    {dim: 256, n_layers: 6, n_heads: 4}; what is left out follows from the rest. The vocabulary is the tokenizer's."""
+    tokenizer: str = ""
+    """With `shape`: the folder, file or model whose tokenizer is used. With `source` it is the source's own."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """What weights are held in while training. null: float32 for weights that are trained, bfloat16 for the frozen ones of
+    lora, dora, prefix and prompt where the source has them in 16 bits or fewer."""
+    rope_theta: float | None = None
+    """Another base of the rotary frequencies (long contexts). null: the model's own."""
+    rope_scaling: dict[str, Any] | None = None
+    """Llama 3.1's scaling of the rotary frequencies, for example {factor: 8.0, original_max_seq_len: 8192}. null: its own."""
+    max_seq_len: int | None = None
+    """The longest context that is written into the result. null: the model's own (with `shape`: the length of a row)."""
+    seed: int = 0
+    """Of random weights."""
+
+    def __post_init__(self) -> None:
+        if self.source and self.shape is not None:
+            raise ConfigError("model: give source (an existing model) or shape (random weights), not both")
+        if self.shape is not None and not self.tokenizer:
+            raise ConfigError(
+                "model.tokenizer: a model with random weights needs one: a folder, a file or a model's name"
+            )
+        if self.source and self.tokenizer:
+            raise ConfigError("model.tokenizer: a model of model.source keeps its own; give it only with model.shape")
+        for name in ("rope_theta", "max_seq_len"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"model.{name}: {value} must be positive")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MethodPart:
+    """Which parameters are trained."""
+
+    kind: Method = "full"
+    """full: all weights. lora, dora: low-rank factors beside frozen matrices. qlora: lora over a base held in 4 bits (NF4).
+    prefix: keys and values before each layer. prompt: embeddings before the text."""
+    rank: int = 16
+    """lora, dora, qlora: the rank of the factors."""
+    alpha: float = 32.0
+    """lora, dora, qlora: their product is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """lora, dora, qlora: dropout on what goes into the factors."""
+    targets: tuple[str, ...] = ()
+    """lora, dora, qlora: kinds of matrices (wq wk wv wo w1 w2 w3 tok_embeddings output), or single ones by name. Empty: the
+    seven matrices of every layer."""
+    rslora: bool = False
+    """lora, dora, qlora: scale by alpha / sqrt(rank) instead."""
+    tokens: int = 20
+    """prefix, prompt: how many virtual tokens."""
+    save_merged: bool = False
+    """lora, dora, qlora: write the merged model beside the adapter."""
+    qat: str | None = None
+    """full: train with the rounding of a quantized form in the forward pass (for example q4_0, q8_0, int8-int4), so that the
+    model served in that form is the one that was trained."""
+
+    def __post_init__(self) -> None:
+        _one_of(self, "method", "kind", get_args(Method))
+        for name in ("rank", "tokens"):
+            _from_to(self, "method", name, 1, math.inf)
+        if not 0 < self.alpha < math.inf or not 0 <= self.dropout < 1:
+            raise ConfigError(f"method: alpha {self.alpha} must be positive, dropout {self.dropout} from 0 to below 1")
+        if self.qat is not None and self.kind != "full":
+            raise ConfigError(
+                f"method.qat: only method.kind full trains the weights that are rounded, this is {self.kind}"
+            )
+        if self.save_merged and self.kind not in ("lora", "dora", "qlora"):
+            raise ConfigError(f"method.save_merged: there is nothing to merge with method.kind {self.kind}")
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the base stays frozen and an adapter is the result."""
+        return self.kind != "full"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LengthStage:
+    """A part of an extension to long contexts: a run of its own, which starts from the weights of the one before."""
+
+    length: int
+    """Positions of a row, and the longest context of the model after this stage."""
+    share: float = 1.0
+    """Its share of the budget, relative to the other stages."""
+    rows: int | None = None
+    """Rows of a micro-batch; null keeps the positions of data.rows x data.length (at least one row)."""
+    rope_theta: float | None = None
+    """The base of the rotary frequencies from here on; null keeps it."""
+    rope_scaling: dict[str, Any] | None = None
+    """Llama 3.1's scaling from here on, for example {factor: 8.0, original_max_seq_len: 8192}; null keeps it."""
+
+    def __post_init__(self) -> None:
+        _from_to(self, "stages", "length", 2, math.inf)
+        if not 0 < self.share < math.inf:
+            raise ConfigError(f"stages.share: {self.share} must be positive")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReportPart:
+    """Who is told how the run goes. `log.jsonl` and TensorBoard's files are written into the run's folder in any case."""
+
+    to: tuple[Literal["trackio", "wandb", "mlflow"], ...] = ()
+    """Trackers that are told, too; each is a package of its own (pip install "herd[trackio]" and so on)."""
+    project: str = "herd"
+    """The project (MLflow: experiment) that trackers file the run under."""
+    name: str = ""
+    """The run's name there. Empty: the name of the folder `out`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """One run, as one YAML file describes it."""
+
+    recipe: Literal["pretrain", "sft", "extend"]
+    """pretrain: on texts, from random weights or further on. sft: on conversations, loss on the replies. extend: on texts, in
+    stages of growing length."""
+    out: str
+    """The folder of the run: its configuration, log, states and the result. Made when it is not there."""
+    model: ModelPart = field(default_factory=ModelPart)
+    """The model that is trained."""
+    data: DataPart
+    """What it is trained on."""
+    method: MethodPart = field(default_factory=MethodPart)
+    """Which parameters are trained."""
+    train: TrainConfig
+    """The loop: budget, rates, precision, when to save and to evaluate."""
+    parallel: ParallelPart = field(default_factory=ParallelPart)
+    """How the run is spread over processes."""
+    stages: tuple[LengthStage, ...] = ()
+    """extend: the stages, in order."""
+    report: ReportPart = field(default_factory=ReportPart)
+    """Who is told how the run goes."""
+    device: str = "auto"
+    """auto takes a GPU when there is one; or cpu, cuda, cuda:1."""
+    threads: int | None = None
+    """Processor threads of each process. null: as many as torch takes. The same bytes need the same number."""
+
+    def __post_init__(self) -> None:
+        _one_of(self, "run", "recipe", ("pretrain", "sft", "extend"))
+        if not self.out:
+            raise ConfigError("out: name the folder of the run")
+        if not self.model.source and self.model.shape is None:
+            raise ConfigError("model: give source (an existing model), or shape and tokenizer (random weights)")
+        if bool(self.stages) != (self.recipe == "extend"):
+            wanted = "needs at least one" if self.recipe == "extend" else "has none; use recipe: extend"
+            raise ConfigError(f"stages: the recipe {self.recipe} {wanted}")
+        if self.threads is not None:
+            _from_to(self, "run", "threads", 1, math.inf)
+        if self.method.adapts and not self.model.source:
+            raise ConfigError(f"method.kind: {self.method.kind} adapts an existing model; give model.source")
 
 
 def _from_to(part: Any, where: str, name: str, low: float, high: float) -> None:
