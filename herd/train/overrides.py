@@ -205,7 +205,11 @@ def _commented(part: Any, depth: int, lead: str = "") -> Iterator[str]:
             for item in value:
                 yield from _commented(item, depth + 2, f"{indent}  - ")
         else:
-            yield f"{first}{yaml.dump({field.name: plain(value)}, Dumper=_Dumper, allow_unicode=True, width=1000).strip()}"
+            whole = yaml.dump({field.name: plain(value)}, Dumper=_Dumper, default_flow_style=True, **_ONE_LINE)
+            yield first + whole.strip()[1:-1]
+
+
+_ONE_LINE: Any = {"allow_unicode": True, "width": 10**6}
 
 
 class _Dumper(yaml.SafeDumper):
