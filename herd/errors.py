@@ -6,6 +6,7 @@
     |     +-- ConfigFileError       such a description in a file (also a ConfigError)
     |     +-- TokenizerFileError    a vocabulary in a file whose rules are not Llama's (also a TokenizerError)
     +-- TokenizerError     a vocabulary or text that cannot be encoded or decoded (also a ValueError)
+    +-- DataError          a data file or row that cannot be used (also a ValueError)
     +-- PromptError        a conversation that its prompt format cannot express (also a ValueError)
     +-- ContextFullError   more tokens than the context holds (also a ValueError)
     +-- BenchError         a measurement that could not be taken
@@ -26,6 +27,7 @@ __all__ = [
     "ConfigError",
     "ConfigFileError",
     "ContextFullError",
+    "DataError",
     "HerdError",
     "HubError",
     "PromptError",
@@ -37,7 +39,9 @@ __all__ = [
 
 
 class HerdError(Exception):
-    """Base of every error that herd raises on purpose."""
+    """Base of every error that herd raises on purpose. A command that ends with one has its `exit_code`."""
+
+    exit_code = 1
 
 
 class ConfigError(HerdError, ValueError):
@@ -46,6 +50,10 @@ class ConfigError(HerdError, ValueError):
 
 class TokenizerError(HerdError, ValueError):
     """A vocabulary or a text that cannot be encoded or decoded."""
+
+
+class DataError(HerdError, ValueError):
+    """A data file or row that cannot be used; the message begins with `file:line:` where a line is at fault."""
 
 
 class PromptError(HerdError, ValueError):

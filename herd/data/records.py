@@ -1,79 +1,116 @@
-"""What a training example is before it becomes tokens: plain text, or a conversation. No torch.
+"""What a training example is before it becomes tokens: text, a conversation, a prompt with what follows it. No torch.
 
-Rows are dictionaries as `herd.data.read.read_rows` gives them; the two `from_row` functions are the only places that know the
-field names of files.
+`herd.data.adapt` makes records of rows; nothing else knows the field names of files. Conversations are messages of
+`herd.chat.messages`, so that every prompt format takes them as they are.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from herd.data.read import DataError
+from herd.chat.format import ToolSpec
+from herd.chat.messages import Message
+from herd.errors import DataError
 
-__all__ = ["ChatRecord", "TextRecord", "Turn"]
+__all__ = ["ChatRecord", "CompletionRecord", "PreferenceRecord", "PromptRecord", "Record", "TextRecord", "text_of"]
 
-ROLES = ("system", "user", "assistant")
+Messages = tuple[Message, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class TextRecord:
-    """One document. `source` names where it came from, for attribution and error messages."""
+    """One document. `source` names where it came from, for attribution; `where` is its `file:line`."""
 
     text: str
     title: str = ""
     source: str = ""
-
-    @staticmethod
-    def from_row(row: Mapping[str, Any]) -> TextRecord:
-        """A row with a non-empty string `text`; `title` and `source` are optional."""
-        text = row.get("text")
-        if not isinstance(text, str) or not text.strip():
-            raise DataError(f"row {row.get('id', '?')}: text is missing or empty")
-        return TextRecord(text, str(row.get("title") or ""), str(row.get("source") or ""))
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """One message of a conversation: who speaks, and what."""
-
-    role: str
-    content: str
+    where: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class ChatRecord:
-    """One conversation, in order. `source` names where it came from."""
+    """One conversation, in order, and the tools that its assistant may call.
 
-    turns: tuple[Turn, ...]
+    The first `given` messages are a prompt: no loss on them, assistant messages among them included (TRL's conversational
+    prompt/completion rows). 0, the rule, learns every assistant message.
+    """
+
+    messages: Messages
+    tools: tuple[ToolSpec, ...] = ()
+    given: int = 0
     source: str = ""
-
-    @staticmethod
-    def from_row(row: Mapping[str, Any]) -> ChatRecord:
-        """A row with `messages`: a list of {role, content}. Tool calls are refused here, the tool formats read those."""
-        messages = row.get("messages")
-        name = row.get("id", "?")
-        if not isinstance(messages, list) or not messages:
-            raise DataError(f"row {name}: messages is missing or empty")
-        turns: list[Turn] = []
-        for i, message in enumerate(messages):
-            if not isinstance(message, Mapping):
-                raise DataError(f"row {name}: message {i} is not an object")
-            role, content = message.get("role"), message.get("content")
-            if role not in ROLES:
-                raise DataError(f"row {name}: message {i} has role {role!r}, expected one of {', '.join(ROLES)}")
-            if not isinstance(content, str) or not content.strip():
-                raise DataError(f"row {name}: message {i} ({role}) has no text")
-            turns.append(Turn(role, content))
-        if all(turn.role != "assistant" for turn in turns):
-            raise DataError(f"row {name}: no assistant message to learn from")
-        return ChatRecord(tuple(turns), str(row.get("source") or ""))
+    where: str = field(default="", compare=False)
 
     @staticmethod
     def pairs(*texts: str, source: str = "") -> ChatRecord:
         """A conversation from alternating user and assistant texts."""
         if not texts or len(texts) % 2:
             raise DataError("a conversation needs a reply for every user text")
-        roles = ("user", "assistant") * (len(texts) // 2)
-        return ChatRecord(tuple(Turn(role, text) for role, text in zip(roles, texts, strict=True)), source)
+        turns = [Message("assistant" if i % 2 else "user", text) for i, text in enumerate(texts)]
+        return ChatRecord(tuple(turns), source=source)
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionRecord:
+    """A text and how it goes on; only `completion` is learned. Both are taken as they are, with no space put between."""
+
+    prompt: str
+    completion: str
+    source: str = ""
+    where: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceRecord:
+    """Two ways a prompt goes on, the first better than the second. All three are texts, or all three are messages."""
+
+    prompt: str | Messages
+    chosen: str | Messages
+    rejected: str | Messages
+    tools: tuple[ToolSpec, ...] = ()
+    source: str = ""
+    where: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRecord:
+    """A prompt alone, for methods that let the model reply; `answer` is what a reply can be checked against, if known."""
+
+    prompt: str | Messages
+    tools: tuple[ToolSpec, ...] = ()
+    answer: str = ""
+    source: str = ""
+    where: str = field(default="", compare=False)
+
+
+Record = TextRecord | ChatRecord | CompletionRecord | PreferenceRecord | PromptRecord
+
+
+def text_of(record: Record) -> str:
+    """Everything in a record that a model may read, as one text: what duplicates and leaks are looked for in."""
+    if isinstance(record, TextRecord):
+        return record.text
+    if isinstance(record, CompletionRecord):
+        return f"{record.prompt}{record.completion}"
+    if isinstance(record, ChatRecord):
+        return _said(record.messages)
+    parts = (
+        (record.prompt, record.chosen, record.rejected) if isinstance(record, PreferenceRecord) else (record.prompt,)
+    )
+    return "\n".join(part if isinstance(part, str) else _said(part) for part in parts)
+
+
+def _said(messages: Messages) -> str:
+    lines: list[str] = []
+    for message in messages:
+        said = "".join(getattr(part, "text", "") for part in message.parts)
+        lines += [said] if said else []
+        lines += [f"{call.name} {_json(call.arguments)}" for call in message.tool_calls]
+    return "\n".join(lines)
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(dict(value), ensure_ascii=False, sort_keys=True, default=str)

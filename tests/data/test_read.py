@@ -1,10 +1,20 @@
 import gzip
 import io
 import json
+import os
 
 import pytest
 
-from herd.data.read import DataError, RowReport, read_rows
+from herd.data.files import find_files
+from herd.data.read import MAX_ROW, DataError, RowReport, open_rows, read_rows
+
+
+def _zst(data: bytes) -> bytes:
+    zstandard = pytest.importorskip("zstandard")
+    stream = io.BytesIO()
+    with zstandard.ZstdCompressor(write_checksum=True).stream_writer(stream, closefd=False) as writer:
+        writer.write(data)
+    return stream.getvalue()
 
 
 def test_lines_are_split_on_newline_only(tmp_path):
@@ -18,28 +28,36 @@ def test_lines_are_split_on_newline_only(tmp_path):
 def test_plain_gzip_and_zstandard_give_the_same_rows(tmp_path, suffix):
     data = b"".join(json.dumps({"n": n, "text": "x" * n}).encode() + b"\n" for n in range(50))
     path = tmp_path / f"rows.jsonl{suffix}"
-    if suffix == ".gz":
-        data = gzip.compress(data)
-    if suffix == ".zst":
-        zstandard = pytest.importorskip("zstandard")
-        stream = io.BytesIO()
-        with zstandard.ZstdCompressor().stream_writer(stream, closefd=False) as writer:
-            writer.write(data)
-        data = stream.getvalue()
-    path.write_bytes(data)
+    pack = {"": bytes, ".gz": gzip.compress, ".zst": _zst}[suffix]
+    path.write_bytes(pack(data) if not suffix else pack(data[:400]) + pack(data[400:]))  # members may follow each other
     assert [row["n"] for row in read_rows(path)] == list(range(50))
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("bad", ["stop", "skip"])
+def test_a_packed_file_that_is_cut_or_damaged_always_ends_the_reading(tmp_path, suffix, bad):
+    data = b"".join(json.dumps({"text": os.urandom(40).hex()}).encode() + b"\n" for _ in range(20_000))
+    packed = gzip.compress(data) if suffix == ".gz" else _zst(data)
+    path = tmp_path / f"rows.jsonl{suffix}"
+    for damaged in (packed[:-5], packed[: len(packed) // 2]):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"rows\.jsonl\.\w+:\d+: the file is damaged or cut here"):
+            list(open_rows(path, bad=bad))
+    path.write_bytes(packed[:5000] + bytes(40) + packed[5040:])  # may show as a bad row before it is noticed
+    with pytest.raises(DataError, match=r"rows\.jsonl\.\w+:\d+: "):
+        list(open_rows(path, bad=bad))
 
 
 def test_bad_rows_are_named_and_good_ones_kept(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"text": "a"}\nnot json\n[1]\n\n{"other": 1}\n{"text": "\xff"}\n{"text": "b"}')
     report = RowReport()
-    rows = list(read_rows(path, report, require=("text",)))
+    rows = list(read_rows(path, report, bad="skip", require=("text",)))
     assert [row["text"] for row in rows] == ["a", "b"]
     assert report.good == 2
     assert [(bad.line, bad.reason.split(":")[0].split(" at ")[0]) for bad in report.bad] == [
         (2, "not JSON"),
-        (3, "an object was expected, found list"),
+        (3, "an object was expected, found an array"),
         (5, "missing text"),
         (6, "not UTF-8"),
     ]
@@ -49,7 +67,7 @@ def test_bad_rows_are_named_and_good_ones_kept(tmp_path):
     report.check(allowed=4)
 
 
-def test_without_a_report_the_first_bad_row_stops(tmp_path):
+def test_without_skip_the_first_bad_row_stops(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\n{"a":\n')
     with pytest.raises(DataError, match=r"rows\.jsonl:2: not JSON"):
@@ -59,3 +77,158 @@ def test_without_a_report_the_first_bad_row_stops(tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(DataError, match=r"none\.jsonl: no such data file"):
         list(read_rows(tmp_path / "none.jsonl"))
+
+
+def test_a_row_without_end_is_passed_over_without_being_held(tmp_path):
+    path = tmp_path / "rows.jsonl.gz"
+    huge = b'{"text": "' + b"x" * (3 * MAX_ROW) + b'"}\n'
+    path.write_bytes(gzip.compress(b'{"n": 1}\n' + huge + b'{"n": 2}\n', 1))
+    report = RowReport()
+    rows = [(row.line, row.fields["n"]) for row in open_rows(path, report, bad="skip")]
+    assert rows == [(1, 1), (3, 2)]
+    assert report.bad[0].line == 2
+    assert f"{len(huge):,} bytes" in report.bad[0].reason
+
+
+def test_a_row_of_exactly_the_limit_is_read(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    frame = len(b'{"text": ""}')
+    path.write_bytes(b'{"text": "' + b"x" * (MAX_ROW - frame) + b'"}\n{"text": "y"}\n')
+    assert [len(row["text"]) for row in read_rows(path)] == [MAX_ROW - frame, 1]
+
+
+def test_reports_of_endless_bad_rows_stay_small(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("no\n" * 12_000 + '{"a": 1}\n')
+    report = RowReport()
+    assert len(list(open_rows(path, report, bad="skip"))) == 1
+    assert report.bad_count == 12_000
+    assert len(report.bad) == 10_000
+    assert sum(report.reasons.values()) == 12_000
+    assert len(report.reasons) == 1
+
+
+def test_byte_order_marks(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"n": 1}\r\n{"n": 2}\r\n')
+    report = RowReport()
+    assert [row.fields["n"] for row in open_rows(path, report)] == [1, 2]
+    assert "byte order mark" in report.notes[0]
+    path.write_bytes('{"n": 1}\n'.encode("utf-16"))
+    with pytest.raises(DataError, match="UTF-16"):
+        list(open_rows(path))
+
+
+def test_a_json_array_gives_its_elements_with_their_lines(tmp_path):
+    path = tmp_path / "alpaca.json"
+    path.write_text('[\n  {"n": 1},\n\n  {"n": 2,\n   "m": 0}, [3],\n  {"n": 4}, {"n": NaN}\n]\n')
+    report = RowReport()
+    rows = list(open_rows(path, report, bad="skip"))
+    assert [(row.line, row.fields["n"]) for row in rows] == [(2, 1), (4, 2), (6, 4)]
+    assert str(report.bad[0]).endswith("alpaca.json:5: an object was expected, found an array")
+    assert str(report.bad[1]).endswith("alpaca.json:6: not JSON: NaN is no number")
+    path.write_text(json.dumps([{"n": n} for n in range(5)]))
+    assert [row.fields["n"] for row in open_rows(path)] == list(range(5))
+    path.write_text("[]")
+    assert list(open_rows(path)) == []
+
+
+@pytest.mark.parametrize("text", ['[{"n": 1},\n{"n":', '[{"n": 1}\n{"n": 2}]', '[{"n": 1}]\n{}', '[{"n": 1},]', "["])
+def test_a_broken_array_ends_the_reading(tmp_path, text):
+    path = tmp_path / "rows.json"
+    path.write_text(text)
+    with pytest.raises(DataError, match=r"rows\.json:\d: not JSON"):
+        list(open_rows(path, bad="skip"))
+
+
+def test_json_lines_that_are_called_json(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text('{"n": 1}\n{"n": 2}\n')
+    assert [row.fields["n"] for row in open_rows(path)] == [1, 2]
+
+
+def test_a_text_file_is_one_document(tmp_path):
+    path = tmp_path / "story.txt"
+    path.write_text("\n\nOnce upon\n\na time.\n")
+    assert [(row.line, row.fields["text"]) for row in open_rows(path)] == [(3, "Once upon\n\na time.\n")]
+    path.write_text("one\ntwo\n<|endoftext|>\n\nthree\n<|endoftext|>\n")
+    assert [(row.line, row.fields["text"]) for row in open_rows(path)] == [(1, "one\ntwo\n"), (5, "three\n")]
+    path.write_bytes(b"a\0b")
+    with pytest.raises(DataError, match=r"story\.txt:1: holds a NUL"):
+        list(open_rows(path))
+
+
+def test_a_long_text_is_cut_at_empty_lines_and_said(tmp_path):
+    path = tmp_path / "book.txt"
+    paragraph = b"word " * 199_999 + b"end.\n\n"
+    path.write_bytes(paragraph * 20)
+    report = RowReport()
+    texts = [row.fields["text"] for row in open_rows(path, report)]
+    assert len(texts) == 3
+    assert "".join(texts).encode().replace(b"\n", b"") == (paragraph * 20).replace(b"\n", b"")
+    assert all(len(text) <= MAX_ROW and text.rstrip().endswith("end.") for text in texts)
+    assert "cut 2 times" in report.notes[0]
+    path.write_bytes(b"x" * (MAX_ROW + 1))
+    with pytest.raises(DataError, match="no text with lines"):
+        list(open_rows(path))
+
+
+def test_folders_and_patterns_are_read_in_the_order_of_names(tmp_path):
+    (tmp_path / "b").mkdir()
+    for name in ("z.jsonl", "b/a.jsonl.gz", "B.jsonl", ".hidden.jsonl", "notes.doc"):
+        data = json.dumps({"name": name}).encode()
+        (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    report = RowReport()
+    assert [row.fields["name"] for row in open_rows(tmp_path, report)] == ["B.jsonl", "b/a.jsonl.gz", "z.jsonl"]
+    assert "1 files that are no data" in report.notes[0]
+    assert [row.fields["name"] for row in open_rows(f"{tmp_path}/**/*.jsonl*")] == [
+        "B.jsonl",
+        "b/a.jsonl.gz",
+        "z.jsonl",
+    ]
+    with pytest.raises(DataError, match="no data file matches"):
+        find_files(f"{tmp_path}/*.parquet")
+    with pytest.raises(DataError, match="by the end of their names"):
+        find_files(tmp_path / "notes.doc")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no data file in this folder"):
+        find_files(tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [("train.jsonl", "test.jsonl"), ("train-00000-of-2.parquet", "dev.json"), ("train/a.txt", "val/a.txt")],
+)
+def test_a_folder_of_training_and_test_data_is_refused(tmp_path, train, test):
+    for name in (train, test):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(DataError, match="name the file or pattern that is meant"):
+        find_files(tmp_path)
+
+
+def test_parquet_rows(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "rows.parquet"
+    messages = [[{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": "a"}] for n in range(200)]
+    pq.write_table(pyarrow.table({"messages": messages, "none": [None] * 200}), path, row_group_size=50)
+    rows = list(open_rows(path))
+    assert [row.line for row in rows] == list(range(1, 201))
+    assert rows[150].fields == {"messages": messages[150]}
+    data = path.read_bytes()
+    for damaged in (data[:-20], data[:100] + b"\xff" * 300 + data[400:], b"PAR1" + b"x" * 50):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"rows\.parquet:\d+: the table is damaged"):
+            list(open_rows(path, bad="skip"))
+
+
+def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch):
+    import sys
+
+    for name, package in (("rows.parquet", "pyarrow"), ("rows.jsonl.zst", "zstandard")):
+        (tmp_path / name).touch()
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(DataError, match=r"pip install 'herd\[data\]'"):
+            list(open_rows(tmp_path / name))

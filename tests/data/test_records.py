@@ -1,39 +1,27 @@
 import pytest
 
-from herd.data.read import DataError
-from herd.data.records import ChatRecord, TextRecord, Turn
-
-USER, REPLY = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
-
-
-def test_a_chat_row_becomes_turns():
-    record = ChatRecord.from_row({"messages": [USER, REPLY], "source": "here"})
-    assert record == ChatRecord((Turn("user", "hi"), Turn("assistant", "hello")), "here")
-    assert record == ChatRecord.pairs("hi", "hello", source="here")
+from herd.chat.messages import Message, ToolCall
+from herd.data.records import ChatRecord, CompletionRecord, PreferenceRecord, PromptRecord, TextRecord, text_of
+from herd.errors import DataError
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({}, "messages is missing"),
-        ({"messages": [USER]}, "no assistant message"),
-        ({"messages": ["hi", REPLY]}, "message 0 is not an object"),
-        ({"messages": [{"role": "tool", "content": "x"}, REPLY]}, "message 0 has role 'tool'"),
-        ({"messages": [USER, {"role": "assistant", "content": " "}]}, "has no text"),
-        ({"messages": [USER, {"role": "assistant", "content": None}]}, "has no text"),
-    ],
-)
-def test_a_bad_chat_row_says_what_is_wrong(row, message):
-    with pytest.raises(DataError, match=message):
-        ChatRecord.from_row({"id": "r1", **row})
-
-
-def test_text_rows():
-    assert TextRecord.from_row({"text": "x", "title": None}) == TextRecord("x")
-    with pytest.raises(DataError, match="row r2: text is missing or empty"):
-        TextRecord.from_row({"id": "r2", "text": "\n"})
-
-
-def test_pairs_need_a_reply():
+def test_pairs_alternate_and_need_a_reply():
+    record = ChatRecord.pairs("hi", "hello", source="here")
+    assert record == ChatRecord((Message("user", "hi"), Message("assistant", "hello")), source="here")
     with pytest.raises(DataError):
         ChatRecord.pairs("hi")
+
+
+def test_the_place_of_a_record_is_no_part_of_what_it_is():
+    assert TextRecord("a", where="x:1") == TextRecord("a", where="y:2")
+
+
+def test_everything_that_is_read_is_in_the_text():
+    call = Message("assistant", "", (ToolCall("find", {"b": 1, "a": "ü"}),))
+    chat = ChatRecord((Message("user", "hi"), call, Message("tool", "42"), Message("assistant", "It is 42.")))
+    assert text_of(chat) == 'hi\nfind {"a": "ü", "b": 1}\n42\nIt is 42.'
+    assert text_of(TextRecord("a")) == "a"
+    assert text_of(CompletionRecord("a ", "b")) == "a b"
+    assert text_of(PromptRecord("a", answer="b")) == "a"
+    prompt, good, poor = (Message("user", "q"),), (Message("assistant", "yes"),), (Message("assistant", "no"),)
+    assert text_of(PreferenceRecord(prompt, good, poor)) == "q\nyes\nno"

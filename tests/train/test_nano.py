@@ -84,17 +84,17 @@ def test_the_training_format_is_the_shipped_format(tmp_path):
     record = ChatRecord.pairs("Hello\n there ", "hi!", "bye <|eot_id|>", "bye")
     ours = Headers(fast)
     theirs = Llama3Format(load_tokenizer(tmp_path), dialect=None, strip_content=True)
-    rendered = theirs.render([Message(turn.role, turn.content) for turn in record.turns], generate=False)
+    rendered = theirs.render([Message(turn.role, turn.content) for turn in record.messages], generate=False)
     assert (
         ours(ChatRecord.pairs("Hello\n there ", "hi!")).tokens
-        == rendered.tokens[: len(ours(ChatRecord(record.turns[:2])).tokens)]
+        == rendered.tokens[: len(ours(ChatRecord(record.messages[:2])).tokens)]
     )
-    first = ChatRecord(record.turns[:2])
-    mask = theirs.render([Message(turn.role, turn.content) for turn in first.turns], generate=False).loss_mask
+    first = ChatRecord(record.messages[:2])
+    mask = theirs.render([Message(turn.role, turn.content) for turn in first.messages], generate=False).loss_mask
     assert ours(first).loss_mask == mask
     example = encode_chat(first, ours)
     learned = [label for label in example.labels if label != IGNORE]
     assert fast.decode(learned, skip_special_tokens=False) == "hi!<|eot_id|>"
     prompt = theirs.render([Message("user", "Hello")], generate=True).tokens
-    assert ours.prompt(ChatRecord.pairs("Hello", "x").turns[:1]) == prompt
+    assert ours.prompt(ChatRecord.pairs("Hello", "x").messages[:1]) == prompt
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["model_max_length"] == 512

@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from herd.chat.messages import Message
 from herd.chat.params import SamplingParams
-from herd.data.records import Turn
 from herd.engine.session import Session
 from herd.model.llama import Llama
 from herd.train.recipes.nano_format import Headers
@@ -60,7 +60,7 @@ class Speaker:
 
     def reply(self, text: str, temperature: float, seed: int, limit: int = 400) -> tuple[str, bool]:
         """The reply to one user text, and whether it ended by itself."""
-        prompt = self.headers.prompt([Turn("user", text)])
+        prompt = self.headers.prompt([Message("user", text)])
         params = SamplingParams(temperature=temperature, top_p=0.9, seed=seed, max_tokens=limit)
         stop = self.headers.special["<|eot_id|>"]
         ids = list(self.session.generate(prompt, params, frozenset({stop})))

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer as FastTokenizer
 
 from herd.chat.format import Rendered
-from herd.data.records import ChatRecord, Turn
+from herd.chat.messages import Message
+from herd.data.records import ChatRecord
 from herd.train.vocabulary import special_ids
 
 __all__ = ["Headers"]
@@ -32,16 +33,16 @@ class Headers:
         start, end = self.special["<|start_header_id|>"], self.special["<|end_header_id|>"]
         return [start, *self.plain(role), end, *self.plain("\n\n")]
 
-    def prompt(self, turns: Sequence[Turn]) -> list[int]:
+    def prompt(self, turns: Sequence[Message]) -> list[int]:
         """Ids of a conversation with the assistant's next message opened."""
         return self(ChatRecord(tuple(turns))).tokens + self.header("assistant")
 
     def __call__(self, record: ChatRecord) -> Rendered:
         """Ids and loss mask of a finished conversation."""
         tokens, mask = [self.special["<|begin_of_text|>"]], [False]
-        for turn in record.turns:
+        for turn in record.messages:
             opened = self.header(turn.role)
-            said = [*self.plain(turn.content.strip()), self.special["<|eot_id|>"]]
+            said = [*self.plain(turn.text.strip()), self.special["<|eot_id|>"]]
             tokens += opened + said
             mask += [False] * len(opened) + [turn.role == "assistant"] * len(said)
         return Rendered(tokens, mask)

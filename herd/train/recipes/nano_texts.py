@@ -8,7 +8,7 @@ falls. Everything used is public domain, CC BY or CC BY-SA (see the data README)
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,18 +63,22 @@ def clean(text: str) -> str:
 def load_texts(data: Path, report: RowReport) -> list[Text]:
     """Every candidate document of pretrain/, cleaned, in file order."""
     texts = []
-    for row in read_rows(data / "pretrain/en_children.jsonl.zst", report, require=("text", "source", "license")):
+    for row in read_rows(
+        data / "pretrain/en_children.jsonl.zst", report, bad="skip", require=("text", "source", "license")
+    ):
         if row.get("level") == "Adv":
             continue
         kind = "picture" if row["source"] in PICTURE else "news" if "level" in row else "book"
         texts.append(_text(row, kind))
-    for row in read_rows(data / "pretrain/en_books.jsonl.zst", report, require=("text", "title", "license")):
+    for row in read_rows(
+        data / "pretrain/en_books.jsonl.zst", report, bad="skip", require=("text", "title", "license")
+    ):
         if row["title"] in EXTRA_BOOKS:
             texts.append(_text(row, "book"))
     return [text for text in texts if len(text.text) > 150]
 
 
-def _text(row: dict[str, Any], kind: str) -> Text:
+def _text(row: Mapping[str, Any], kind: str) -> Text:
     text = clean(row["text"])
     return Text(text, row.get("title", ""), row.get("source", ""), kind, readability(text))
 
@@ -95,5 +99,5 @@ def anneal_texts(texts: list[Text], hardest: float = 4.5) -> list[Text]:
 
 def validation_texts(data: Path) -> list[str]:
     """Held-out children's documents of eval/lm_valid, as they are: for bits per byte only, never for training."""
-    rows: Iterable[dict[str, Any]] = read_rows(data / "eval/lm_valid.jsonl.gz", require=("text", "set"))
+    rows: Iterable[Mapping[str, Any]] = read_rows(data / "eval/lm_valid.jsonl.gz", require=("text", "set"))
     return [row["text"] for row in rows if row["set"] == "en_children"]

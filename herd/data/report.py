@@ -1,0 +1,82 @@
+"""What reading data did: rows given out, rows left out and why, and everything else that a person should be told. No torch."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from herd.errors import DataError
+
+__all__ = ["BadRow", "BadRows", "RowReport"]
+
+BadRows = Literal["stop", "skip"]
+"""What a bad row does: end the reading with a DataError, or be left out and counted."""
+
+KEPT = 10_000
+"""Bad rows that a report keeps one by one; those after them are counted by reason. A file of nothing but bad rows must not
+fill the memory."""
+
+_DETAIL = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|[\d,]*\d")
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """One row that was left out: the file, its line (from 1) and why."""
+
+    path: str
+    line: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}: {self.reason}"
+
+
+@dataclass(slots=True)
+class RowReport:
+    """What reading did: rows given out, every row left out, what was changed on the way, and notes.
+
+    `bad` holds the first KEPT rows that were left out, `bad_count` how many there were, `reasons` how many for each reason
+    (numbers and quoted words replaced by dots). `changed` counts small repairs by what they did.
+    """
+
+    good: int = 0
+    bad: list[BadRow] = field(default_factory=list)
+    bad_count: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    changed: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+
+    def reject(self, path: Path | str, line: int, reason: str) -> None:
+        """Record one row that was left out."""
+        self.bad_count += 1
+        self.reasons[_DETAIL.sub("...", reason)] += 1
+        if len(self.bad) < KEPT:
+            self.bad.append(BadRow(str(path), line, reason))
+
+    def change(self, what: str) -> None:
+        """Count one small repair of a row that was given out."""
+        self.changed[what] += 1
+
+    def note(self, text: str) -> None:
+        """Something to be said once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def check(self, allowed: int = 0) -> None:
+        """Raise DataError naming the first bad rows when more than `allowed` were left out."""
+        if self.bad_count > allowed:
+            shown = "\n  ".join(str(row) for row in self.bad[:5])
+            raise DataError(f"{self.bad_count} bad rows (allowed {allowed}, good {self.good}):\n  {shown}")
+
+    def add(self, other: RowReport) -> None:
+        """Take in what another part of the same reading did (of another process, for example)."""
+        self.good += other.good
+        self.bad += other.bad[: max(KEPT - len(self.bad), 0)]
+        self.bad_count += other.bad_count
+        self.reasons.update(other.reasons)
+        self.changed.update(other.changed)
+        for text in other.notes:
+            self.note(text)
