@@ -39,7 +39,7 @@ $(VENV)/.run: $(VENV)/.python pyproject.toml constraints.txt CMakeLists.txt $(wi
 
 $(VENV)/.test: $(VENV)/.run
 	@echo "Installing what the tests compare against ..."
-	@$(PIP) -e '.[test,dev,train,plot]'
+	@$(PIP) -e '.[test,dev,train,data,plot]'
 	@touch $@
 
 # $(value ...) and the quoting keep quotes, backticks and dollar signs of a prompt out of the shell's hands.

@@ -66,6 +66,7 @@ COMMANDS = {
     "lint-template": Entry(
         "herd.cli.lint_template", "Hold a model's chat template against herd's own prompts.", "Look"
     ),
+    "data": Entry("herd.cli.data", "Look at training data, and get it ready.", "Train"),
     "tokens": Entry("herd.cli.tokens", "Show how a text or a conversation becomes tokens.", "Look"),
 }
 
