@@ -60,8 +60,9 @@ def rows_with_records(
     report = RowReport() if report is None else report
     for file in find_files(path, report.note):
         rows = read_file(file, report, bad=bad)
-        first = list(islice(rows, LOOKED_AT))
+        first = list(islice(rows, LOOKED_AT if kind is None else 1))
         if not first:
+            report.note(f"{file}: no row that can be read")
             continue
         found = _kind_of_file(file, first, kind, report)
         for row in chain(first, rows):
