@@ -1,0 +1,167 @@
+"""Trackers that are packages of their own: trackio, Weights & Biases, MLflow. Imported when a run names them in `report.to`.
+
+A run that goes on from a checkpoint goes on in the tracker, too: what names it there is kept in `report.json` of the run's
+folder. Trackers only add: steps that were lost with a kill and done again stay in their history; `log.jsonl` is what holds.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from herd.errors import ConfigError
+from herd.files import read_json
+from herd.train.config import ReportPart, RunConfig
+from herd.train.metrics import Figures, tags
+from herd.train.typed import plain
+from herd.train.watch import Begin, Silent, StepReport
+
+__all__ = ["Mlflow", "Trackio", "Wandb", "check_trackers", "trackers_of"]
+
+
+class _Tracker(Silent):
+    """What they share: the package, the run's name, where it goes on."""
+
+    package = ""
+
+    def __init__(self, config: RunConfig, out: Path, figures: Figures) -> None:
+        self.config, self.figures = config, figures
+        self.name = config.report.name or out.resolve().name
+        self.kept = out / "report.json"
+        self.api: Any = _imported(self.package)
+
+    @property
+    def project(self) -> str:
+        return self.config.report.project
+
+    def _remembered(self) -> str | None:
+        known = read_json(self.kept) if self.kept.exists() else {}
+        return known.get(self.package)
+
+    def _remember(self, name: str) -> None:
+        known = read_json(self.kept) if self.kept.exists() else {}
+        partial = self.kept.with_name(".report.json.new")
+        self.kept.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps({**known, self.package: name}), encoding="utf-8")
+        os.replace(partial, self.kept)
+
+    def _log(self, step: int, values: Mapping[str, float]) -> None:
+        raise NotImplementedError
+
+    def on_step(self, report: StepReport) -> None:
+        self._log(report.step, tags(report, self.figures.of(report)))
+
+    def on_evaluation(self, step: int, figures: Mapping[str, float]) -> None:
+        self._log(step, {f"eval/{name}": value for name, value in figures.items()})
+
+
+class Trackio(_Tracker):
+    """https://pypi.org/project/trackio: a local dashboard with the words of wandb."""
+
+    package = "trackio"
+
+    def on_begin(self, info: Begin) -> None:
+        self.api.init(
+            project=self.project, name=self.name, config=plain(self.config), resume="allow" if info.step else "never"
+        )
+
+    def _log(self, step: int, values: Mapping[str, float]) -> None:
+        self.api.log(dict(values), step=step)
+
+    def on_end(self, figures: Mapping[str, float]) -> None:
+        self.api.finish()
+
+
+class Wandb(_Tracker):
+    """https://pypi.org/project/wandb. Its own environment says where to (WANDB_MODE=offline keeps everything here)."""
+
+    package = "wandb"
+    run: Any = None
+
+    def on_begin(self, info: Begin) -> None:
+        self.run = self.api.init(
+            project=self.project,
+            name=self.name,
+            dir=str(self.kept.parent),
+            config=plain(self.config),
+            id=self._remembered() if info.step else None,
+            resume="allow",
+        )
+        self._remember(self.run.id)
+
+    def _log(self, step: int, values: Mapping[str, float]) -> None:
+        self.run.log(dict(values), step=step)
+
+    def on_text(self, step: int, prompt: str, reply: str) -> None:
+        self.run.log({f"samples/{prompt[:60]}": self.api.Html(f"<pre>{_escaped(reply)}</pre>")}, step=step)
+
+    def on_end(self, figures: Mapping[str, float]) -> None:
+        self.run.finish()
+
+
+class Mlflow(_Tracker):
+    """https://pypi.org/project/mlflow. MLFLOW_TRACKING_URI says where to."""
+
+    package = "mlflow"
+
+    def on_begin(self, info: Begin) -> None:
+        self.api.set_experiment(self.project)
+        before = self._remembered() if info.step else None
+        run = self.api.start_run(run_id=before) if before else self.api.start_run(run_name=self.name)
+        self._remember(run.info.run_id)
+        if before is None:
+            flat = dict(_flat(plain(self.config)))
+            self.api.log_params({key: str(value)[:500] for key, value in flat.items()})
+
+    def _log(self, step: int, values: Mapping[str, float]) -> None:
+        self.api.log_metrics(dict(values), step=step)
+
+    def on_text(self, step: int, prompt: str, reply: str) -> None:
+        self.api.log_text(f"{prompt}\n\n{reply}\n", f"samples/step-{step:08d}-{zlib.crc32(prompt.encode()):08x}.txt")
+
+    def on_end(self, figures: Mapping[str, float]) -> None:
+        self.api.end_run()
+
+
+TRACKERS: dict[str, type[_Tracker]] = {"trackio": Trackio, "wandb": Wandb, "mlflow": Mlflow}
+
+
+def trackers_of(config: RunConfig, out: Path, figures: Figures) -> Sequence[_Tracker]:
+    """The trackers that `report.to` names. Raises ConfigError for one whose package is not installed."""
+    return [TRACKERS[name](config, out, figures) for name in config.report.to]
+
+
+def check_trackers(report: ReportPart) -> None:
+    """Raises ConfigError for a tracker whose package is not installed, before anything is loaded."""
+    for name in report.to:
+        if importlib.util.find_spec(name) is None:
+            raise _missing(name)
+
+
+def _imported(package: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise _missing(package) from error
+
+
+def _missing(package: str) -> ConfigError:
+    return ConfigError(
+        f'report.to: {package} is not installed: pip install "herd[{package}]", or take it out of report.to'
+    )
+
+
+def _flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    if not isinstance(value, dict) or not value:
+        return [(prefix, value)]
+    return [item for key, inner in value.items() for item in _flat(inner, f"{prefix}.{key}" if prefix else key)]
+
+
+def _escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
