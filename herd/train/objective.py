@@ -8,6 +8,7 @@ Letters: B rows, S row length.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from herd.data.batch import TokenBatch
 from herd.data.encode import IGNORE
-from herd.model.attend import packed
+from herd.model.attend import Attend, packed
+from herd.model.config import ModelConfig
 from herd.model.llama import Llama
 from herd.train.losses import next_token_loss
 
@@ -55,15 +57,17 @@ class Objective(Protocol):
 class NextToken:
     """-log p of every label that is not IGNORE; documents packed into a row do not see each other.
 
-    `chunk` bounds the logits held at once, in positions (None: all of them).
+    `chunk` bounds the logits held at once, in positions (None: all of them). `attend` makes the attention of all layers from
+    positions; with several ranks it is `Mesh.packed`.
     """
 
     chunk: int | None = None
+    attend: Callable[[ModelConfig, Tensor], Sequence[Attend]] = packed
 
     def count(self, batch: TokenBatch) -> int:
         return int((batch.labels != IGNORE).sum())
 
     def __call__(self, model: Llama, batch: TokenBatch) -> Loss:
-        see = packed(model.config, batch.positions)
+        see = self.attend(model.config, batch.positions)
         hidden = model.hidden(model.embed(batch.tokens), batch.positions, see)
         return Loss(next_token_loss(hidden, batch.labels, model.output, self.chunk), self.count(batch))

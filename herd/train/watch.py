@@ -17,7 +17,7 @@ __all__ = ["Begin", "Recorder", "Silent", "StepReport", "Watcher"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Begin:
-    """A run as it starts or goes on. `step` steps are done already; logs of later ones belong to steps that will be done again."""
+    """A run as it starts or goes on. `step` steps are done already; what a log holds of later ones will be done again."""
 
     step: int
     tokens: int
@@ -35,9 +35,9 @@ class Begin:
 class StepReport:
     """One optimiser step. Counts are those of all ranks.
 
-    `step` counts from 1. `loss` is in nats a supervised token; `norm` is that of the gradients before clipping; `rate` the learning
-    rate (the schedule's share times `config.optim.lr`). `tokens` and `supervised` were seen in this step, `seconds` is its
-    time; `all_tokens` and `all_seconds` since the run began; `progress` is the share of the budget used after it.
+    `step` counts from 1. `loss` is in nats a supervised token; `norm` is that of the gradients before clipping; `rate` the
+    learning rate (the schedule's share times `config.optim.lr`). `tokens` and `supervised` were seen in this step, `seconds` is
+    its time; `all_tokens` and `all_seconds` since the run began; `progress` is the share of the budget used after it.
     `memory_bytes` is the peak so far (of the device, or of the process on a CPU).
     """
 

@@ -22,7 +22,9 @@ from herd.errors import CheckpointError, ConfigError
 from herd.model.llama import Llama
 from herd.quant.apply import dequantize, held, quantize
 from herd.train.config import Budget, OptimConfig, ScheduleConfig, TrainConfig
+from herd.train.objective import NextToken
 from herd.train.trainer import Trainer
+from herd.train.watch import Recorder
 from tests.build import build, tokens
 from tests.checkpoint.folders import oracle
 from tests.checkpoint.test_adapters import SETTINGS, saved_by_peft
@@ -139,7 +141,8 @@ def test_single_matrices_by_name_and_one_kind() -> None:
     assert all("shared_expert" in name for name in trained(model))
 
 
-def trainer(model: Llama, steps: int, lines: list[str], rate: float = 2e-2) -> Trainer:
+def train(model: Llama, steps: int, rate: float = 2e-2) -> list[float]:
+    """The losses of `steps` steps."""
     documents = [encode_text([3 + (i * d) % 200 for i in range(40)], bos=1, eos=2) for d in range(1, 12)]
     config = TrainConfig(
         budget=Budget(steps=steps),
@@ -147,7 +150,9 @@ def trainer(model: Llama, steps: int, lines: list[str], rate: float = 2e-2) -> T
         optim=OptimConfig(lr=rate, weight_decay=0.0),
         log_every=1,
     )
-    return Trainer(model, Loader(pack_stream(documents, 32), 4, seed=1), config, log=lines.append)
+    seen = Recorder()
+    Trainer(model, NextToken(), Loader(pack_stream(documents, 32), 4, seed=1), config, watchers=[seen]).fit()
+    return [report.loss for report in seen.steps]
 
 
 @pytest.mark.parametrize("base", ["float32", "bfloat16", "nf4", "int8"])
@@ -162,9 +167,7 @@ def test_the_trainer_teaches_adapters_of_every_base(base: str, dora: bool) -> No
     torch.manual_seed(0)
     apply_lora(model, LoraConfig(4, 8.0, 0.1, use_dora=dora))
     assert {p.dtype for p in trained(model).values()} == {torch.float32}
-    run = trainer(model.train(), 25, [])
-    run.run()
-    losses = [entry["loss"] for entry in run.history]
+    losses = train(model, 25)
     assert sum(losses[-5:]) / 5 < losses[0] - 1
     assert all(torch.equal(x, y) for x, y in zip(before, frozen(model), strict=True))
 
@@ -220,7 +223,7 @@ def test_going_on_from_a_saved_adapter(tmp_path: Path) -> None:
     torch.manual_seed(0)
     first = build("llama-3")
     apply_lora(first, LoraConfig(4, 8.0, use_dora=True))
-    trainer(first.train(), 5, []).run()
+    train(first, 5)
     folder = write(adapter_of(first, "a base"), tmp_path / "saved", first)
     second = build("llama-3")
     adapter = read_peft(folder, second.config)

@@ -20,7 +20,7 @@ from herd.errors import CheckpointError, ConfigError
 from herd.model.attend import packed
 from herd.model.llama import Llama
 from herd.quant.apply import quantize
-from tests.adapters.test_apply import LOGITS, LOSSES, trainer
+from tests.adapters.test_apply import LOGITS, LOSSES, train
 from tests.build import build, tokens
 from tests.checkpoint.folders import oracle
 
@@ -139,9 +139,7 @@ def test_the_trainer_teaches_virtual_tokens_and_leaves_the_base(base: str, tune:
         plain = model(ids)
     torch.manual_seed(0)
     ours = tune(model, 8)
-    run = trainer(ours.train(), 25, [], rate=0.3 if tune is tune_prompt else 0.05)
-    run.run()
-    losses = [entry["loss"] for entry in run.history]
+    losses = train(ours, 25, rate=0.3 if tune is tune_prompt else 0.05)
     assert sum(losses[-5:]) / 5 < losses[0] - GAIN
     with torch.no_grad():
         assert torch.equal(model.eval()(ids), plain), "the base is as it was, and can be used beside the tuned one"

@@ -46,5 +46,7 @@ _WORDS = {
     torch.bfloat16: "BF16",
     torch.float64: "F64",
     torch.int8: "I8",
+    torch.int16: "I16",
     torch.int32: "I32",
+    torch.int64: "I64",
 }

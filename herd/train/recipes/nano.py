@@ -5,9 +5,9 @@
 Stages, each skipped when its result is already in the folder given by --out:
 
 1. vocabulary  byte-level BPE in the Llama 3 scheme                      -> tokenizer/
-2. stable      constant learning rate on children's books                -> stable.pt
-3. anneal      rate falls to zero on the simplest texts, a third chat   -> anneal.pt
-4. chat        fine-tuning on conversations, loss on the replies only    -> chat.pt
+2. stable      constant learning rate on children's books                -> stable/checkpoints/
+3. anneal      rate falls to zero on the simplest texts, a third chat   -> anneal/checkpoints/
+4. chat        fine-tuning on conversations, loss on the replies only    -> chat/checkpoints/
 5. export      Hugging Face folder                                       -> export/
 """
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,14 +35,17 @@ from herd.model.llama import Llama
 from herd.train.config import Budget, OptimConfig, SavePart, ScheduleConfig, TrainConfig
 from herd.train.export import export_folder
 from herd.train.measure import bits_per_byte
+from herd.train.objective import NextToken
 from herd.train.recipes.nano_card import write_card, write_credits
 from herd.train.recipes.nano_chat import chat_rows
 from herd.train.recipes.nano_check import SAMPLING, check
 from herd.train.recipes.nano_format import Headers
 from herd.train.recipes.nano_stories import story_rows
 from herd.train.recipes.nano_texts import Text, anneal_texts, load_texts, stable_texts, validation_texts
-from herd.train.trainer import Trainer
+from herd.train.state import latest
+from herd.train.trainer import Trainer, load_weights
 from herd.train.vocabulary import special_ids, train_vocabulary, write_tokenizer
+from herd.train.watch import Begin, Silent, StepReport
 
 SEED = 20
 VOCAB_SIZE = 4096
@@ -137,14 +140,47 @@ class Stage:
     adam_lr: float
 
 
+class Lines(Silent):
+    """A line now and then, and one for each evaluation."""
+
+    def __init__(self, every: int) -> None:
+        self.every, self.seconds, self.tokens = every, 0.0, 0
+
+    def on_begin(self, info: Begin) -> None:
+        self.seconds, self.tokens = info.seconds, info.tokens
+        if info.resumed is not None:
+            print(f"continuing from {info.resumed}", flush=True)
+
+    def on_step(self, report: StepReport) -> None:
+        if report.step % self.every:
+            return
+        speed = (report.all_tokens - self.tokens) / max(1e-9, report.all_seconds - self.seconds)
+        self.seconds, self.tokens = report.all_seconds, report.all_tokens
+        left = report.all_seconds * (1 - report.progress) / max(report.progress, 1e-9)
+        print(
+            f"step {report.step} loss {report.loss:.4f} norm {report.norm:.2f} rate {report.rate:.2e} "
+            f"tokens {report.all_tokens / 1e6:.2f}M {speed:.0f} tok/s {report.progress:.1%} eta {left / 60:.1f} min",
+            flush=True,
+        )
+
+    def on_evaluation(self, step: int, figures: Mapping[str, float]) -> None:
+        print(f"step {step} " + " ".join(f"{name} {value:.4f}" for name, value in figures.items()), flush=True)
+
+    def on_note(self, text: str) -> None:
+        print(text, flush=True)
+
+
 def run_stages(
     args: argparse.Namespace, stages: Sequence[Stage], evaluate: Callable[[Llama], dict[str, float]]
 ) -> Llama:
-    """Run or continue each stage; a stage whose budget is used up in its file is only loaded."""
+    """Run or continue each stage; a stage whose budget is used up is only loaded."""
     model = init_weights(Llama(CONFIG))
+    if not args.eager:
+        for block in model.layers:
+            block.compile(dynamic=False)
     before: Path | None = None
     for stage in stages:
-        path = args.out / f"{stage.name}.pt"
+        out = args.out / stage.name
         config = TrainConfig(
             budget=Budget(minutes=args.minutes * stage.share),
             schedule=ScheduleConfig(warmup_steps=stage.warmup, decay_fraction=stage.decay),
@@ -158,12 +194,13 @@ def run_stages(
             f"{stage.name}: {rows.tokens.size / 1e6:.2f}M tokens an epoch, {rows.learned / 1e6:.2f}M learned",
             flush=True,
         )
-        trainer = Trainer(model, Loader(rows, stage.batch_rows, SEED), config, path=path, evaluate=evaluate)
-        if before is not None and not path.exists():
+        loader = Loader(rows, stage.batch_rows, SEED)
+        lines = Lines(config.log_every)
+        trainer = Trainer(model, NextToken(), loader, config, out=out, evaluate=evaluate, watchers=[lines])
+        if before is not None and latest(out) is None:
             trainer.adopt(before)
-        if trainer.progress < 1:
-            trainer.run()
-        before = path
+        trainer.fit()
+        before = latest(out, lines.on_note)
     return model
 
 
@@ -179,7 +216,7 @@ def export(model: Llama, tokenizer: FastTokenizer, args: argparse.Namespace) -> 
     write_credits(folder, args.data)
     evaluate = make_evaluation(tokenizer, args.data)
     base = Llama(CONFIG)
-    base.load_state_dict(torch.load(args.out / "anneal.pt", weights_only=True)["model"])
+    load_weights(args.out / "anneal", base)
     bits = (evaluate(base)["bits_per_byte"], evaluate(shipped)["bits_per_byte"])
     write_card(folder, shipped, check(shipped, headers), bits, args.out)
 

@@ -6,11 +6,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from herd.data.read import read_rows
 from herd.model.llama import Llama
 from herd.train.recipes.nano_check import Checked
+from herd.train.state import latest, read_state
 
 __all__ = ["write_card", "write_credits"]
 
@@ -121,8 +120,9 @@ def write_card(folder: Path, model: Llama, checked: Checked, bits: tuple[float, 
     lines, minutes = ["| stage | minutes | steps | tokens seen |", "|---|---|---|---|"], 0.0
     total = 0
     for stage in ("stable", "anneal", "chat"):
-        if (out / f"{stage}.pt").exists():
-            kept: dict[str, Any] = torch.load(out / f"{stage}.pt", weights_only=True)["counters"]
+        place = latest(out / stage)
+        if place is not None:
+            kept: dict[str, Any] = read_state(place, 0)[0]["counters"]
             lines.append(f"| {stage} | {kept['seconds'] / 60:.0f} | {kept['step']:,} | {kept['tokens'] / 1e6:.1f} M |")
             minutes += kept["seconds"] / 60
             total += kept["tokens"]

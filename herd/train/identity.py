@@ -1,0 +1,114 @@
+"""What must be the same for a run to go on exactly: model, data, settings, ranks, threads. Differences are told one by one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from herd.adapters.apply import trained
+from herd.model.llama import Llama
+from herd.parallel.mesh import Mesh
+from herd.quant.linear import QuantEmbedding, QuantExperts, QuantLinear
+from herd.train.config import TrainConfig
+
+__all__ = ["differences", "identity"]
+
+SAMPLES = 256
+"""Values of each frozen tensor that go into its digest: enough to tell two models apart, and nothing beside reading all."""
+
+NEUTRAL = ("log_every", "save", "evaluate")
+"""Fields of TrainConfig that change no weight."""
+
+HARD = ("model", "trained")
+"""Where these differ the checkpoint does not fit at all; other differences are the user's choice."""
+
+
+def identity(model: Llama, config: TrainConfig, mesh: Mesh, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What this run is, JSON-able. `facts` are the caller's: vocabulary, data, method."""
+    settings = asdict(config)
+    for name in NEUTRAL:
+        del settings[name]
+    shape = asdict(model.config)
+    layers = [str(layer) for layer in shape.pop("layers")]
+    shape["layers"] = [f"{layers.count(kind)} x {kind}" for kind in dict.fromkeys(layers)]
+    return _plain(
+        {
+            "model": shape,
+            "trained": {name: f"{_word(t.dtype)} {list(t.shape)}" for name, t in trained(model).items()},
+            "frozen": _frozen(model),
+            "train": settings,
+            "parallel": asdict(mesh.part),
+            "world": mesh.world,
+            "threads": torch.get_num_threads(),
+            "machine": {"torch": torch.__version__, "device": _device(mesh)},
+            "facts": dict(facts),
+        }
+    )
+
+
+def differences(kept: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], bool]:
+    """(a line for each difference, whether the checkpoint fits in spite of them)."""
+    lines: list[str] = []
+    fits = True
+    old, new = dict(_flat(kept, "")), dict(_flat(now, ""))
+    for key in dict.fromkeys((*old, *new)):
+        if old.get(key, "nothing") == new.get(key, "nothing"):
+            continue
+        lines.append(f"{key}: {old.get(key, 'nothing')} in the checkpoint, {new.get(key, 'nothing')} now")
+        fits = fits and not key.startswith(HARD)
+    return lines, fits
+
+
+def _flat(part: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(part, Mapping):
+        for key, value in part.items():
+            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, part
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _frozen(model: nn.Module) -> str:
+    """A digest of what does not train: names, sizes, types and a sample of the values."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        if not weight.requires_grad:
+            digest.update(f"{name} {_word(weight.dtype)} {list(weight.shape)}".encode())
+            if not isinstance(weight, DTensor):  # a rank's part says little, and another part on another rank
+                digest.update(_sample(weight.detach()))
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear | QuantEmbedding | QuantExperts):
+            for matrix in module.matrices():
+                digest.update(f"{name} {matrix.type.name} {matrix.rows} {matrix.columns}".encode())
+                digest.update(_sample(matrix.look_up(torch.zeros(1, dtype=torch.int64), torch.float32)))
+    return digest.hexdigest()[:16]
+
+
+def _sample(values: torch.Tensor) -> bytes:
+    flat = values.reshape(-1)
+    step = max(1, flat.numel() // SAMPLES)
+    return flat[::step].float().cpu().numpy().tobytes()
+
+
+def _device(mesh: Mesh) -> str:
+    if mesh.device.type == "cuda":
+        return torch.cuda.get_device_name(mesh.device)
+    return f"{mesh.device.type} {torch.backends.cpu.get_cpu_capability()}"

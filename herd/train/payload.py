@@ -1,0 +1,73 @@
+"""The tensors of a training checkpoint on the disk. One process writes one safetensors file; with several ranks
+`herd.parallel.checkpoint` stands in here. Whether a checkpoint is whole is not decided here, see `herd.train.state`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from herd.checkpoint.safetensors import SafetensorsFile
+from herd.checkpoint.write.planned import Planned
+from herd.checkpoint.write.safetensors import FORMAT, write_safetensors
+from herd.errors import CheckpointError
+
+__all__ = ["OneFile", "Payload"]
+
+FILE = "tensors.safetensors"
+
+_STORED = {
+    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",
+    torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
+}  # fmt: skip
+
+
+class Payload(Protocol):
+    """Tensors by name into a folder and back. Every rank calls both, with the same names in the same order."""
+
+    def write(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Write this rank's files into `folder`, which exists; they are on the disk on return. Raises OSError."""
+        ...
+
+    def read(self, folder: Path, targets: Mapping[str, Tensor]) -> None:
+        """Fill `targets` in place from what `write` left, whatever the number of ranks was. Raises CheckpointError."""
+        ...
+
+
+class OneFile:
+    """A payload of one process. Tensors are streamed from where they are: nothing is held twice."""
+
+    def write(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        write_safetensors(
+            folder / FILE, [_planned(name, t) for name, t in tensors.items()], FORMAT, lambda nbytes: None
+        )
+
+    def read(self, folder: Path, targets: Mapping[str, Tensor]) -> None:
+        file = SafetensorsFile(folder / FILE)
+        missing = sorted(set(targets) - set(file.names()))
+        if missing:
+            raise CheckpointError(f"lacks {len(missing)} tensors, {missing[0]} among them", path=file.path)
+        with torch.no_grad():
+            for name, target in targets.items():
+                kept = file.tensor(name)
+                if target.dtype not in _STORED and kept.dtype == torch.int8:
+                    kept = kept.view(target.dtype)
+                if kept.dtype != target.dtype or kept.shape != target.shape:
+                    why = f"is {kept.dtype} {list(kept.shape)}, and {target.dtype} {list(target.shape)} is wanted"
+                    raise CheckpointError(why, path=file.path, tensor=name)
+                target.copy_(kept)
+                file.release(name)
+
+
+def _planned(name: str, tensor: Tensor) -> Planned:
+    stored = _STORED.get(tensor.dtype)
+    if stored is not None:
+        return Planned(name, tuple(tensor.shape), stored, lambda: tensor.detach().cpu())
+    assert tensor.element_size() == 1, (
+        tensor.dtype
+    )  # bytes, booleans, 8-bit floats: the writer knows one type of one byte
+    return Planned(name, tuple(tensor.shape), "I8", lambda: tensor.detach().cpu().contiguous().view(torch.int8))

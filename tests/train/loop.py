@@ -1,0 +1,119 @@
+"""A run small enough to be done hundreds of times, and hard enough to be done wrong: packed rows, unequal shares of supervised
+tokens, accumulation, dropout in adapters. Also a program: `python -m tests.train.loop OUT STEPS [key=value ...]`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from herd.adapters.apply import LoraConfig, apply_lora, trained
+from herd.data.batch import Loader
+from herd.data.encode import IGNORE, Example, encode_text
+from herd.data.pack import Rows, pack_stream
+from herd.model.config import ModelConfig, plain
+from herd.model.init import init_weights
+from herd.model.llama import Llama
+from herd.train.config import Budget, EvaluatePart, OptimConfig, SavePart, ScheduleConfig, TrainConfig
+from herd.train.moment import tensors_of
+from herd.train.objective import NextToken
+from herd.train.trainer import Trainer
+from herd.train.watch import Recorder
+
+CONFIG = ModelConfig(
+    dim=16, n_heads=2, n_kv_heads=1, head_dim=8, hidden_dim=24, vocab_size=40, layers=plain(2), tie_embeddings=True
+)
+
+
+def rows() -> Rows:
+    """Packed documents of 20 tokens; of every third only the second half is learned."""
+    examples = []
+    for d in range(1, 24):
+        whole = encode_text([3 + (i * d) % 30 for i in range(20)], bos=1, eos=2)
+        labels = (IGNORE,) * 11 + whole.labels[11:] if d % 3 == 0 else whole.labels
+        examples.append(Example(whole.tokens, labels))
+    return pack_stream(examples, 16)
+
+
+def model(lora: bool = False, seed: int = 0) -> Llama:
+    """Random weights from `seed`; with `lora` adapters with dropout, in which random numbers matter."""
+    torch.manual_seed(seed)
+    made = init_weights(Llama(CONFIG))
+    if lora:
+        apply_lora(made, LoraConfig(4, 8.0, dropout=0.2))
+    return made
+
+
+def config(steps: int = 10, **changes: Any) -> TrainConfig:
+    """Muon with AdamW, accumulation of two; saved by steps only."""
+    fields: dict[str, Any] = {
+        "budget": Budget(steps=steps),
+        "optim": OptimConfig(kind="muon", lr=3e-3),
+        "schedule": ScheduleConfig(warmup_steps=2, decay_fraction=0.5),
+        "accumulate": 2,
+        "save": SavePart(every_steps=2, every_minutes=None),
+        "evaluate": EvaluatePart(every_minutes=None),
+    }
+    return TrainConfig(**(fields | changes))
+
+
+def trainer(
+    steps: int = 10, out: Path | None = None, *, lora: bool = False, batch: int = 4, changes: Any = None, **options: Any
+) -> tuple[Trainer, Recorder]:
+    """A trainer and what it tells."""
+    seen = Recorder()
+    made = model(lora)
+    options.setdefault("watchers", [seen])
+    options.setdefault("objective", NextToken())
+    options.setdefault("loader", Loader(rows(), batch, seed=1))
+    run = Trainer(made, config=config(steps, **(changes or {})), out=out, **options)
+    return run, seen
+
+
+def fingerprint(run: Trainer) -> str:
+    """SHA-256 of every byte that the run has made: weights, optimiser, loader, counts."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors_of(run.model, run.optimisers, {}).items()):
+        digest.update(name.encode())
+        digest.update(_bytes(tensor))
+    done = run.counters
+    digest.update(repr((run.loader.state, done.step, done.tokens, done.supervised)).encode())
+    return digest.hexdigest()
+
+
+def weights(run: Trainer) -> dict[str, Tensor]:
+    """Copies of what trained."""
+    return {name: weight.detach().clone() for name, weight in trained(run.model).items()}
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().contiguous().view(torch.uint8).numpy().tobytes() if tensor.ndim else repr(tensor).encode()
+
+
+def main() -> None:
+    """Train in a process of its own; prints every loss as it is made, and the fingerprint at the end."""
+    out, steps = Path(sys.argv[1]), int(sys.argv[2])
+    options = dict(part.split("=", 1) for part in sys.argv[3:])
+    torch.set_num_threads(int(options.get("threads", "1")))
+    run, seen = trainer(
+        steps, out, lora=options.get("lora") == "1", changes={"save": SavePart(every_steps=1, every_minutes=None)}
+    )
+    told = seen.on_step
+
+    def tell(report: Any) -> None:
+        told(report)
+        os.write(1, f"{report.step} {report.loss.hex()} {report.norm.hex()}\n".encode())
+
+    seen.on_step = tell  # type: ignore[method-assign]
+    run.fit()
+    os.write(1, f"done {fingerprint(run)}\n".encode())
+
+
+if __name__ == "__main__":
+    main()
