@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import Response
@@ -18,6 +18,7 @@ from herd import __version__
 from herd.errors import HerdError
 from herd.server import anthropic, batches, engine, health, ollama, openai, pages
 from herd.server.errors import ApiError, api_error, error_response, shape_of, told
+from herd.server.fields import known_query
 from herd.server.gate import Gate
 from herd.server.metrics import router as metrics_router
 from herd.server.models import Launch, Models
@@ -68,6 +69,7 @@ def create_app(settings: ServerSettings, *, launch: Launch = Process) -> FastAPI
         docs_url=None,
         redoc_url=None,
         root_path=settings.root_path,
+        dependencies=[Depends(known_query)],
     )
     app.state.herd = State(settings, Models(settings, launch))
     for router in (*ROUTERS, metrics_router):

@@ -14,7 +14,8 @@ __all__ = ["CALLER", "Caller", "caller", "calling", "salted"]
 class Caller:
     """A request's id and whose it is. `key` names the API key (None: none is asked for), `secret` tells keys apart and never
     leaves the server. `headers` are added to the answer when it begins. What the request came to is noted for the log.
-    `server` is the address that was reached, `trace` the headers of W3C Trace Context."""
+    `server` is the address that was reached, `trace` the headers of W3C Trace Context. `admitted`: the server has taken the
+    request on, and does all of it, also when it ends meanwhile."""
 
     request: str = ""
     key: str | None = None
@@ -26,6 +27,7 @@ class Caller:
     generated_tokens: int = 0
     server: tuple[str, int | None] | None = None
     trace: dict[str, str] = field(default_factory=dict)
+    admitted: bool = False
 
     @property
     def account(self) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from herd import __version__
+from herd.server.here import pathless
 from herd.server.models import Slot
 from herd.server.state import State, state_of
 
@@ -42,7 +43,7 @@ def _row(state: State, slot: Slot) -> dict[str, Any]:
         "aliases": list(slot.spec.aliases),
         "adapters": list(slot.adapters),
         "state": slot.state,
-        "error": None if process is None or process.error is None else str(process.error),
+        "error": None if process is None or process.error is None else pathless(str(process.error), slot.spec),
         "progress": None
         if process is None or slot.state != "loading"
         else {"phase": process.progress.phase, "share": process.progress.share},
@@ -62,7 +63,5 @@ def _row(state: State, slot: Slot) -> dict[str, Any]:
 
 
 def _is(state: State, name: str, slot: Slot) -> bool:
-    """Whether `name` is one of `slot`'s. Never opens a model that is not known yet."""
-    base = name.rpartition("@")[0]
-    known = (slot.spec.name, *slot.spec.aliases)
-    return name in known or name in slot.adapters or base in known
+    found = state.models.known(name)
+    return found is not None and found[0] is slot

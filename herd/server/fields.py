@@ -7,9 +7,10 @@ A request is a `Body` (pydantic, strict, no unknown fields). Fields that an API 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError, model_validator
 from pydantic_core import CoreSchema
 from starlette.requests import Request
@@ -83,18 +84,18 @@ class Body(BaseModel):
 B = TypeVar("B", bound=Body)
 
 
-async def parse(request: Request, model: type[B], *, any_type: bool = False, query: Sequence[str] = ()) -> B:
+async def parse(request: Request, model: type[B], *, any_type: bool = False) -> B:
     """The body of a request. Raises ApiError (400, or 415 for a body that is not JSON); all else as in `content_of`."""
-    return checked(await content_of(request, any_type=any_type, query=query), model)
+    return checked(await content_of(request, any_type=any_type), model)
 
 
-async def content_of(request: Request, *, any_type: bool = False, query: Sequence[str] = ()) -> Any:
+async def content_of(request: Request, *, any_type: bool = False) -> Any:
     """The JSON of a request. Raises ApiError (400 or 415).
 
     Bodies must say that they are JSON, or nothing, so that a form on some web page cannot send one unasked; `any_type` is for
-    APIs whose users never say it, behind a check of the Origin header. `query`: the query parameters that it may have.
+    APIs whose users never say it, behind a check of the Origin header. The model that it names is known to `Models.find` then,
+    if there is one.
     """
-    known_query(request, *query)
     kind = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json") and not any_type:
         raise ApiError(415, f"the body is {kind[:80]!r}: send JSON, with Content-Type: application/json")
@@ -103,7 +104,10 @@ async def content_of(request: Request, *, any_type: bool = False, query: Sequenc
     data = await request.body()
     if not data.strip():
         raise ApiError(400, NO_BODY, code="invalid_json")
-    return strict_json(data)
+    content = strict_json(data)
+    if isinstance(content, dict) and isinstance(name := content.get("model"), str):
+        await request.app.state.herd.models.meet(name)  # from here on it is known, and nothing waits for a disk
+    return content
 
 
 def checked(content: Any, model: type[B]) -> B:
@@ -133,16 +137,25 @@ def checked(content: Any, model: type[B]) -> B:
         raise ApiError(400, "the body is nested too deeply", code="invalid_json") from None
 
 
-def known_query(request: Request, *names: str) -> None:
-    """Raise ApiError (400) for a query parameter that is none of `names`, or is there twice."""
+async def known_query(request: Request) -> None:
+    """Raise ApiError (400) for a query parameter that the route does not declare, or one that is there twice. For every route of
+    an application; those that are in no document (the pages) are left alone."""
+    route = request.scope.get("route")
+    if not isinstance(route, APIRoute) or not route.include_in_schema:
+        return
+    declared = {one.alias: one for one in route.dependant.query_params}
     seen: set[str] = set()
     for name, _ in request.query_params.multi_items():
-        if name not in names:
+        if name not in declared:
             shown = ascii(name[:60])[1:-1]
             raise ApiError(400, f"unknown query parameter: {shown}", param=shown, code="unknown_parameter")
-        if name in seen:
+        if name in seen and not _is_list(declared[name].field_info.annotation):
             raise ApiError(400, f"{name} is there twice", param=name, code="invalid_value")
         seen.add(name)
+
+
+def _is_list(annotation: Any) -> bool:
+    return any(get_origin(one) is list for one in (annotation, *get_args(annotation)))
 
 
 def body_of(*models: type[Body]) -> dict[str, Any]:

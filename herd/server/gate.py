@@ -79,7 +79,7 @@ class _Visit:
         client = scope.get("client")
         self.caller = Caller(_request_id(self._first(b"x-request-id")), address=client[0] if client else "")
         self.caller.server, self.caller.trace = scope.get("server"), self._trace()
-        self.path: str = scope["path"].removeprefix(self.settings.root_path)
+        self.path: str = _below(self.settings.root_path, scope["path"])
         self.method: str = scope["method"]
         self.most = self.settings.max_body
         """Bytes of the body, at most. Files that are uploaded have a limit of their own, and go to disk."""
@@ -91,12 +91,14 @@ class _Visit:
         self.began = time.perf_counter()
         self.status: int | None = None
         self.entered = False
+        """Whether rates count it as being answered."""
         self.got = self.held = 0
 
     async def run(self) -> None:
         """Answer it."""
         try:
             if await self._pass():
+                self._admit()
                 await self.gate.app(self.scope, self._receive, self._send)
         except ClientDisconnect:
             self.status = self.status or LATE
@@ -109,6 +111,11 @@ class _Visit:
                 await self._refuse(api_error(error))
         finally:
             self._end()
+
+    def _admit(self) -> None:
+        if self.method not in _READS:
+            self.caller.admitted = True
+            self.gate.state.visits += 1
 
     async def _pass(self) -> bool:
         """Whether the application shall see it; otherwise it has been answered."""
@@ -247,6 +254,7 @@ class _Visit:
     def _end(self) -> None:
         state, seconds = self.gate.state, time.perf_counter() - self.began
         self.gate.state.counts.bodies -= self.held
+        state.visits -= self.caller.admitted
         if self.entered:
             self.gate.rates.leave(self.caller.account)
         route = self.scope.get("route")
@@ -283,6 +291,12 @@ def _request_id(given: bytes | None) -> str:
 
 def _text(value: bytes | None) -> str | None:
     return None if value is None else value.decode("latin-1").strip()
+
+
+def _below(root: str, path: str) -> str:
+    """`path` without `root`, where it is below that."""
+    rest = path.removeprefix(root)
+    return rest if root and rest.startswith("/") else path
 
 
 def _handler(path: str) -> str:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from herd.hub.found import Found, found
 from herd.hub.settings import hub_cache
 from herd.server.settings import EngineOptions, ModelSpec, ServerSettings
 
-__all__ = ["created_spec", "digest", "here", "spec_of"]
+__all__ = ["created_spec", "digest", "here", "pathless", "spec_of"]
 
 EMBEDDED = ("nano", "herd-nano")
 
@@ -35,9 +36,10 @@ def here() -> Iterator[Found]:
     yield from (model for model in found(hub_cache()) if model.problem is None)
 
 
-def spec_of(name: str, settings: ServerSettings) -> ModelSpec | None:
-    """The model that a client calls `name`; None when there is none on this machine."""
-    if len(name) > 256 or not name.isprintable() or "@" in name:
+def spec_of(name: str, settings: ServerSettings, models: Iterable[Found] | None = None) -> ModelSpec | None:
+    """The model that a client calls `name`; None when there is none on this machine. `models` are those of `here`, if they are
+    known. It reads the disk."""
+    if not 0 < len(name) <= 256 or not name.isprintable() or "@" in name:
         return None
     plain = ModelSpec(source=name, name=name, options=settings.engine, keep_alive=settings.keep_alive)
     if name.removesuffix(":latest") in EMBEDDED:
@@ -45,12 +47,29 @@ def spec_of(name: str, settings: ServerSettings) -> ModelSpec | None:
     try:
         if (made := find(name)) is not None:
             return created_spec(made, replace(plain, name=made.name))
-        for model in here():
+        for model in here() if models is None else models:
             if name in (model.name, f"{model.name}:latest"):
-                return replace(plain, source=str(model.path))
+                return replace(plain, source=str(model.path), name=model.name)
         return None if _is_path(name) else replace(plain, source=str(resolve(name)))
     except HerdError:
         return None
+
+
+def pathless(text: str, spec: ModelSpec | None = None) -> str:
+    """`text` without the folders of this machine, for clients: of a path only its last part is left.
+
+    Of `spec`, all is known that it may name; other absolute paths are found by their form (a folder with a space in its name
+    can leave what is behind the space).
+    """
+    places = [] if spec is None else [spec.source, *(path for _, path in spec.loras)]
+    for place in sorted({str(Path(one).absolute()) for one in places if os.sep in one} | {str(Path.home())}, key=len):
+        parent = str(Path(place).parent)
+        if len(parent) > 1:
+            text = text.replace(parent + os.sep, "")
+    return _FOLDERS.sub("", text)
+
+
+_FOLDERS = re.compile(r"(?<![\w.:/\\~-])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\:'\",;()]+[/\\])+")
 
 
 def created_spec(made: Created, plain: ModelSpec) -> ModelSpec:

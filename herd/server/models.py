@@ -10,13 +10,15 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from herd.errors import UnknownModelError
+from herd.hub.found import Found
 from herd.server.errors import ApiError
-from herd.server.here import here, spec_of
+from herd.server.here import here, pathless, spec_of
 from herd.server.process import Process, WorkerError
 from herd.server.protocol import Call, Event, Progress, Ready
 from herd.server.settings import ModelSpec, ServerSettings
@@ -27,6 +29,10 @@ log = logging.getLogger("herd.server")
 IDLE_LOOK_SECONDS = 1.0
 LISTED = 1000
 """Characters of names in a refusal."""
+LOOK_SECONDS = 1.0
+"""How long a list of what is on this machine is believed."""
+MOST_SPELLED = 1000
+"""Spellings of names by clients that are remembered. A name has any number of them."""
 RETRY_SECONDS = 10.0
 """A model that could not be loaded is not tried again before."""
 
@@ -104,7 +110,11 @@ class Models:
         """By the model's own name, in the order in which they were named."""
         for spec in settings.models:
             self.add(spec)
-        self._room = asyncio.Lock()
+        self._room, self._looking = asyncio.Lock(), asyncio.Lock()
+        self._here: list[Found] = []
+        self._looked: float | None = None
+        self._spelled: OrderedDict[str, str] = OrderedDict()
+        """Other spellings of models that nobody named, as clients wrote them -> the model's own name."""
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def add(self, spec: ModelSpec) -> Slot:
@@ -134,9 +144,36 @@ class Models:
             out += [(name, slot, name) for name in slot.adapters]
         return out
 
+    async def meet(self, name: str) -> None:
+        """Look for `name` among the models of this machine, when clients may ask for those: `find` knows it then.
+
+        The disk is read in a thread, by one at a time.
+        """
+        if not self.settings.any_model or self.settings.provider_of(name) is not None or self.known(name) is not None:
+            return
+        async with self._looking:
+            if self.known(name) is not None:
+                return
+            now = time.monotonic()
+            if self._looked is None or now - self._looked >= LOOK_SECONDS:
+                self._here = await asyncio.to_thread(lambda: list(here()))
+                self._looked = time.monotonic()
+            spec = await asyncio.to_thread(spec_of, name, self.settings, self._here)
+            if spec is None:
+                return
+            slot = self._same(spec) or self.add(spec)
+            if name not in (slot.spec.name, *slot.spec.aliases):
+                self._spelled[name] = slot.spec.name
+                while len(self._spelled) > MOST_SPELLED:
+                    self._spelled.popitem(last=False)
+
+    def look_again(self) -> None:
+        """There are other models on this machine now."""
+        self._looked = None
+
     def find(self, name: str) -> tuple[Slot, str | None]:
-        """The model that a client means and its adapter. Raises UnknownModelError listing what there is, and ApiError (400) for
-        the model of a provider, which nothing here runs."""
+        """The model that a client means and its adapter, of those that are known: see `meet`. Raises UnknownModelError listing
+        what there is, and ApiError (400) for the model of a provider, which nothing here runs."""
         if (provider := self.settings.provider_of(name)) is not None:
             raise ApiError(
                 400,
@@ -145,26 +182,28 @@ class Models:
                 param="model",
                 code="unsupported_model",
             )
+        if (found := self.known(name)) is not None:
+            return found
+        known = ", ".join(dict.fromkeys(self._all_names())) or "none"
+        hint = f" (herd pull {name} downloads one)" if self.settings.any_model and name.isprintable() else ""
+        raise UnknownModelError(f"there is no model {_shown(name)} here; those are {known[:LISTED]}{hint}")
+
+    def known(self, name: str) -> tuple[Slot, str | None] | None:
+        """The model that a client means and its adapter, if it is known."""
         for spelled in (name, *_tags(name)):
             if (found := self._known(spelled)) is not None:
                 return found
         base, at, adapter = name.rpartition("@")
         if at and (found := self._known(base)) is not None and adapter in found[0].adapters:
             return found[0], adapter
-        if self.settings.any_model and (spec := spec_of(name, self.settings)) is not None:
-            slot = self._same(spec) or self.add(spec)
-            if name not in (slot.spec.name, *slot.spec.aliases, *_tags(slot.spec.name)):
-                slot.spec = replace(slot.spec, aliases=(*slot.spec.aliases, name))
-            return slot, slot.spec.own
-        known = ", ".join(dict.fromkeys(self._all_names())) or "none"
-        hint = f" (herd pull {name} downloads one)" if self.settings.any_model and name.isprintable() else ""
-        raise UnknownModelError(f"there is no model {_shown(name)} here; those are {known[:LISTED]}{hint}")
+        return None
 
     def _known(self, name: str) -> tuple[Slot, str | None] | None:
         for known, slot, adapter in self.names():
             if name == known:
                 return slot, adapter or slot.spec.own
-        return None
+        slot = self.slots.get(self._spelled.get(name, ""))
+        return None if slot is None else (slot, slot.spec.own)
 
     def _same(self, spec: ModelSpec) -> Slot | None:
         """The slot that has what `spec` means already, under another name."""
@@ -172,12 +211,13 @@ class Models:
         return next(same, None)
 
     def _all_names(self) -> list[str]:
-        names = [name for name, _, _ in self.names()]
-        return names + [one.name for one in here()] if self.settings.any_model else names
+        """Names for people: of what is on this machine, those that were there when it was last looked at."""
+        return [name for name, _, _ in self.names()] + [one.name for one in self._here]
 
     @contextlib.asynccontextmanager
     async def use(self, name: str) -> AsyncIterator[tuple[Slot, Launched, str | None]]:
         """The loaded model behind `name`, which stays loaded inside. Raises UnknownModelError, or ApiError when it cannot be."""
+        await self.meet(name)
         slot, adapter = self.find(name)
         slot.users += 1
         try:
@@ -285,10 +325,11 @@ class Models:
         if process.error is not None:
             if not slot.failed_at or process.about is not None:
                 slot.failed_at = time.monotonic()
+                log.error("%s: %s", slot.spec.name, process.error)  # all of it; clients are told less
             error = process.error
             if process.about is not None:
                 raise error
-            raise WorkerError(f"{slot.spec.name} cannot be loaded: {error}", kind="NotLoaded")
+            raise WorkerError(f"{slot.spec.name} cannot be loaded: {pathless(str(error), slot.spec)}", kind="NotLoaded")
         slot.failed_at, slot.let_go = 0.0, False
         if slot.loaded_at is None:
             slot.loaded_at = slot.used = time.monotonic()
@@ -320,8 +361,10 @@ class Models:
             try:
                 async with self.use(slot.spec.name):
                     pass
-            except (WorkerError, ApiError) as error:
+            except ApiError as error:
                 log.error("%s", error)
+            except WorkerError:
+                continue  # it is in the log
 
     async def _unload_idle(self) -> None:
         while True:

@@ -62,7 +62,7 @@ class Chat:
 
     `tool_choice` is "auto", "none", "required", or with `tool_name` "named". `parallel` False: at most one call. `continue_final`
     goes on with the last message, which is the assistant's. `format_options` go to `herd.chat.formats.format_named`. `truncate`:
-    the oldest messages may be left out when the conversation does not fit.
+    the oldest messages may be left out when the conversation does not fit. `note` is to stand at the end of the system message.
     """
 
     messages: tuple[Any, ...]
@@ -74,6 +74,7 @@ class Chat:
     generation_prompt: bool = True
     format_options: dict[str, Any] = field(default_factory=dict)
     truncate: bool = False
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from itertools import islice
 
 from herd.server.errors import ApiError
 
 __all__ = ["Rates"]
 
 MOST_ACCOUNTS = 100_000
-"""Accounts that are remembered. Those that were not heard of for the longest are forgotten first: they are full again."""
+"""Accounts that are remembered. Beyond, one is forgotten for each that comes: to be forgotten is to be full again."""
+LOOKED_AT = 64
+"""Of so many that were not heard of for the longest, the one is forgotten that owes the least."""
 
 
 @dataclass(slots=True)
@@ -36,6 +39,13 @@ class _Account:
     requests: _Bucket | None
     tokens: _Bucket | None
     now: int = 0
+
+    def debt(self, now: float) -> float:
+        """Seconds until it is full again."""
+        buckets = [bucket for bucket in (self.requests, self.tokens) if bucket is not None]
+        for bucket in buckets:
+            bucket.fill(now)
+        return max((bucket.wait(bucket.size) for bucket in buckets), default=0.0)
 
 
 class Rates:
@@ -85,14 +95,18 @@ class Rates:
                 None if self.tokens is None else _Bucket(self.tokens, self.tokens, now),
             )
             if len(self._accounts) >= MOST_ACCOUNTS:
-                idle = next((key for key, one in self._accounts.items() if not one.now), None)
-                if idle is not None:
-                    del self._accounts[idle]
+                self._forget(now)
         self._accounts[name] = found  # the last one heard of stands last
         for bucket in (found.requests, found.tokens):
             if bucket is not None:
                 bucket.fill(now)
         return found
+
+    def _forget(self, now: float) -> None:
+        """One account: of those that are full again, or else owe the least, the one that was not heard of for the longest."""
+        oldest = [(key, one) for key, one in islice(self._accounts.items(), LOOKED_AT) if not one.now]
+        if oldest:
+            del self._accounts[min(oldest, key=lambda found: found[1].debt(now))[0]]
 
 
 def _headers(account: _Account) -> dict[str, str]:

@@ -101,7 +101,7 @@ class Server(uvicorn.Server):
 
     async def _drained(self) -> None:
         until = time.monotonic() + self.settings.drain_seconds
-        while self._state.running and time.monotonic() < until:
+        while (self._state.visits or self._state.running) and time.monotonic() < until:
             await asyncio.sleep(0.05)
         self._state.stop_all("the server is shutting down")
         await asyncio.sleep(0.1)  # for the last bytes of what has just ended

@@ -72,14 +72,17 @@ class ModelSpec:
         return None if self.lora is None else f"@{self.name}"
 
     def opened(self, chat: Chat) -> Chat:
-        """The conversation with what the model was created with before it."""
-        if not self.system and not self.beginning:
+        """The conversation with what the model was created with before it, and its note in its place."""
+        if not (self.system or self.beginning or chat.note):
             return chat
         given = list(chat.messages)
         head = next((i for i, m in enumerate(given) if m["role"] not in ("system", "developer")), len(given))
         system = given[:head] or ([{"role": "system", "content": self.system}] if self.system else [])
+        if chat.note:
+            last = system.pop() if system else {"role": "system", "content": ""}
+            system = [*system, last | {"content": _more(last["content"], chat.note)}]
         turns = [{"role": role, "content": text} for role, text in self.beginning]
-        return replace(chat, messages=(*system, *turns, *given[head:]))
+        return replace(chat, messages=(*system, *turns, *given[head:]), note="")
 
     def __post_init__(self) -> None:
         for name in (self.name, *self.aliases, *(name for name, _ in self.adapters)):
@@ -87,6 +90,13 @@ class ModelSpec:
                 raise ConfigError(
                     f"a model cannot be called {name[:80]!r}: names are printable, without @, up to 256 characters"
                 )
+
+
+def _more(content: Any, note: str) -> Any:
+    """What a message says, and a note behind it."""
+    if isinstance(content, str):
+        return f"{content}\n\n{note}" if content else note
+    return [*content, {"type": "text", "text": f"\n\n{note}"}]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,7 +13,10 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
+from herd.errors import HerdError
+from herd.server.caller import caller
 from herd.server.counted import Counts, counted
+from herd.server.downloads import Downloads
 from herd.server.errors import ApiError
 from herd.server.models import Models
 from herd.server.process import WorkerError
@@ -36,8 +39,16 @@ class State:
         self.started = time.time()
         self.stored = Stored()
         self.draining = False
+        """Whether new requests are refused. Those that were taken on before may do all that they have to do."""
+        self.over = False
+        """Whether nothing more is done for anybody."""
+        self.visits = 0
+        """Requests that were taken on and have no whole answer yet, but for those that only read."""
+        self.downloads = Downloads()
         self.running: set[Running] = set()
         """Calls that have not ended."""
+        self._asking: set[Running] = set()
+        """Questions that have no answer."""
         self.counts = Counts(self)
         self.providers = Providers(settings)
 
@@ -48,6 +59,7 @@ class State:
         or the queue is full, UnknownModelError, and WorkerError for what is wrong with the call or the model; before Began, or
         later.
         """
+        await self.models.meet(name)
         self._admit(name)
         running = Running(name, call.id)
         self.running.add(running)
@@ -68,9 +80,25 @@ class State:
 
         `adapted`: the question has an argument `adapter`, which is the one that `name` means.
         """
+        await self.models.meet(name)
         self._admit(name)
-        async with self.models.use(name) as (_, process, adapter):
-            return await process.ask(what, **({**args, "adapter": adapter} if adapted else args))
+        running = Running(name, what)
+        self._asking.add(running)
+        try:
+            async with self.models.use(name) as (_, process, adapter):
+                asking = asyncio.ensure_future(process.ask(what, **({**args, "adapter": adapter} if adapted else args)))
+                try:
+                    await asyncio.wait({asking, running.stopped}, return_when=asyncio.FIRST_COMPLETED)
+                    if not asking.done():
+                        raise WorkerError(running.stopped.result(), kind="Stopped")
+                    return asking.result()
+                finally:
+                    if not asking.done():
+                        asking.cancel()
+                        with contextlib.suppress(asyncio.CancelledError, HerdError):
+                            await asking
+        finally:
+            self._asking.discard(running)
 
     async def about(self, name: str) -> Ready:
         """Facts of a model, which is loaded for that. Raises as `run`."""
@@ -78,14 +106,19 @@ class State:
             return await process.ready()
 
     def stop_all(self, why: str) -> None:
-        """End every call with an error: the server does not wait for them any more."""
-        for running in list(self.running):
+        """End every call with an error: the server does not wait for them any more. Nothing begins after that."""
+        self.over = self.draining = True
+        for running in [*self.running, *self._asking]:
             running.stop(why)
+
+    def check_open(self) -> None:
+        """Raise ApiError (503) when the server ends and this is nothing that it has taken on."""
+        if self.over or (self.draining and not caller().admitted):
+            raise ApiError(503, "the server is shutting down: try another one", code="shutting_down", retry_after=5)
 
     def _admit(self, name: str) -> None:
         """Raise why nothing more is taken for the model `name`."""
-        if self.draining:
-            raise ApiError(503, "the server is shutting down: try another one", code="shutting_down", retry_after=5)
+        self.check_open()
         slot, _ = self.models.find(name)
         most = self.settings.max_queue + (slot.about.seqs if slot.about is not None else slot.spec.options.max_seqs)
         # Those that clients have left count until the worker lets go of them.

@@ -16,7 +16,7 @@ import pytest
 from herd.errors import ConfigError
 from herd.server.app import ROUTERS
 from herd.server.auth import Keys, hashed, read_keys
-from herd.server.gate import is_open
+from herd.server.gate import _below, is_open
 from herd.server.logs import start_log
 from herd.server.origins import host_allowed, origin_allowed
 from herd.server.settings import ServerSettings
@@ -39,6 +39,21 @@ def test_without_keys_everybody_may_come() -> None:
                 assert (await fake.client.post(URL, json=CHAT, headers=headers)).status_code == 200
 
     asyncio.run(go())
+
+
+@pytest.mark.parametrize(
+    ("root", "path", "left"),
+    [
+        ("", "/health", "/health"),
+        ("/herd", "/herd/health", "/health"),
+        ("/herd", "/herdsman/health", "/herdsman/health"),
+        ("/herd", "/health", "/health"),
+        ("/herd", "/herd", "/herd"),
+        ("/v1", "/v1/v1/models", "/v1/models"),
+    ],
+)
+def test_the_root_path_is_a_folder(root: str, path: str, left: str) -> None:
+    assert _below(root, path) == left
 
 
 def test_every_route_but_health_and_the_page_asks_for_the_key() -> None:

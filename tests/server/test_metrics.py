@@ -194,6 +194,20 @@ def test_accounts_do_not_pile_up() -> None:
     assert rates._accounts["kept"].now == 1
 
 
+def test_who_has_overdrawn_is_not_forgotten_for_others() -> None:
+    """Who could make accounts (many addresses) had what was overdrawn full again."""
+    rates = Rates(requests=None, tokens=60, at_once=None)
+    rates.enter("debtor", now=0.0)
+    rates.leave("debtor")
+    rates.spend("debtor", 6000, now=0.0)
+    for i in range(MOST_ACCOUNTS + 200):
+        rates.enter(f"{i}", now=0.0)
+        rates.leave(f"{i}")
+    assert len(rates._accounts) <= MOST_ACCOUNTS
+    with pytest.raises(ApiError, match="60 tokens a minute"):
+        rates.enter("debtor", now=1.0)
+
+
 def test_rates_of_keys() -> None:
     async def go() -> None:
         async with faked(api_keys=("one", "two"), rate_requests=3, rate_tokens=1000) as fake:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import threading
 from pathlib import Path
 
 import pytest
 
 from herd.errors import ConfigError, UnknownModelError
+from herd.hub.found import Found
 from herd.server import models as module
 from herd.server.errors import ApiError
+from herd.server.here import pathless
 from herd.server.models import Models
 from herd.server.process import WorkerError
 from herd.server.settings import EngineOptions, ModelSpec, ServerSettings
@@ -155,7 +159,7 @@ def test_health_over_http() -> None:
             assert (response.status_code, response.json()["status"]) == (503, "failed")
             assert response.json()["models"] == [{"model": "fake", "state": "failed"}], "why is not for everybody"
             [row] = (await fake.client.get("/v1/engine")).json()["models"]
-            assert row["error"] == "/srv/models/a: it broke"
+            assert row["error"] == "a: it broke"
             fake.state.draining = True
             assert (await fake.client.get("/health")).json()["status"] == "draining"
 
@@ -169,12 +173,103 @@ def test_any_model_means_names_and_never_paths(tmp_path: Path, monkeypatch: pyte
 
     async def run() -> None:
         models = Models(ServerSettings(any_model=True, keep_alive=5), Made())
+        await models.meet("nano")
         assert models.find("nano")[0].keep_alive == 5
-        for wrong in (str(tmp_path), ".", "..", "/etc", "~", "nope", str(tmp_path / "config.json")):
+        for wrong in (str(tmp_path), ".", "..", "/etc", "~", "nope", "", str(tmp_path / "config.json")):
+            await models.meet(wrong)
             with pytest.raises(UnknownModelError):
                 models.find(wrong)
 
     asyncio.run(run())
+
+
+def test_the_disk_is_read_beside_the_event_loop_and_not_for_every_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[threading.Thread] = []
+
+    def slow() -> list[Found]:
+        threads.append(threading.current_thread())
+        return [Found("org/model", Path("/srv/models/org"), "hub", "safetensors", "BF16", 1, 0.0)]
+
+    monkeypatch.setattr(module, "here", slow)
+    monkeypatch.setattr("herd.server.here.here", slow)
+
+    async def run() -> None:
+        async with faked(any_model=True, models=()) as fake:
+            for number in range(30):
+                body = {"model": f"none-{number}", "messages": [{"role": "user", "content": "x"}]}
+                answer = await fake.client.post("/v1/chat/completions", json=body)
+                assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+                assert "org/model" in answer.text, "what there is, is told"
+            assert (await fake.client.get("/v1/models/other")).status_code == 404
+            answer = await fake.client.post("/v1/completions", json={"model": "org/model:latest", "prompt": "x"})
+            assert answer.status_code == 200
+            assert fake.model.spec.source == "/srv/models/org"
+        assert threads
+        assert threading.main_thread() not in threads, "the event loop waits for no disk"
+        assert len(threads) <= 3, "a second passes between two looks, whatever is asked for"
+
+    asyncio.run(run())
+
+
+def test_spellings_of_a_name_become_no_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A created model is found in capitals, too: each of 2^n spellings was an alias for good, and listed."""
+    monkeypatch.setattr(module, "MOST_SPELLED", 20)
+    monkeypatch.setattr(module, "here", list)
+    spec = ModelSpec(source="mine", name="mine")
+    monkeypatch.setattr(module, "spec_of", lambda name, *_: spec if name.lower() == "mine" else None)
+
+    async def run() -> None:
+        models = Models(ServerSettings(any_model=True), Made())
+        spellings = ["".join(one) for one in itertools.product(*("mM", "iI", "nN", "eE"))] * 3
+        for name in spellings:
+            await models.meet(name)
+            assert models.find(name)[0] is models.slots["mine"]
+        for number in range(100):
+            await models.meet(f"other-{number}")
+        assert [name for name, _, _ in models.names()] == ["mine"]
+        assert len(models._spelled) <= 20
+        await models.forget("mine")
+        assert models.known("MINE") is None
+
+    asyncio.run(run())
+
+
+LOAD = "/srv/some models/llama/model-00001.safetensors: the header is damaged (see /home/me/.cache/x.json)"
+
+
+def test_clients_hear_why_a_model_cannot_be_loaded_and_not_where_it_lies(caplog: pytest.LogCaptureFixture) -> None:
+    spec = ModelSpec(source="/srv/some models/llama", name="fake", adapters=(("a", "/opt/secret/a"),))
+
+    class Damaged(Scripted):
+        async def start(self) -> None:
+            self.error = WorkerError(LOAD, kind="CheckpointFileError")
+
+    async def run() -> None:
+        settings = ServerSettings(models=(spec,), lazy=True)
+        models = Models(settings, lambda spec: Damaged(spec, lambda call: saying("x")))
+        with pytest.raises(WorkerError) as caught:
+            await models.load("fake")
+        said = str(caught.value)
+        assert said == "fake cannot be loaded: llama/model-00001.safetensors: the header is damaged (see x.json)"
+
+    with caplog.at_level("ERROR", "herd.server"):
+        asyncio.run(run())
+    assert LOAD in caplog.text, "whoever runs the server reads all of it"
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("no file /a/b/c.gguf here", "no file c.gguf here"),
+        ("'/a/b/c': x", "'c': x"),
+        ("~/models/x.gguf", "x.gguf"),
+        ("C:\\models\\x.gguf is cut", "x.gguf is cut"),
+        ("ask http://host/v1/models or try 1/2 of a/b", "ask http://host/v1/models or try 1/2 of a/b"),
+        ("nothing of that kind", "nothing of that kind"),
+    ],
+)
+def test_paths_are_cut_out_of_texts(text: str, left: str) -> None:
+    assert pathless(text) == left
 
 
 def test_settings_are_checked() -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import datetime
 import json
-import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +13,6 @@ import ollama
 import pytest
 
 from herd import __version__
-from herd.errors import UnknownModelError
 from herd.server.ollama.fields import FOREVER, seconds_of
 from herd.server.process import WorkerError
 from herd.server.protocol import Began, Ended, Finished, Piece, ToolPiece, Truncated, Usage
@@ -311,59 +308,5 @@ def test_only_servers_of_a_whole_machine_change_it() -> None:
             for method, path in (("POST", "pull"), ("DELETE", "delete")):
                 answer = await fake.client.request(method, f"/api/{path}", json={"model": "x"})
                 assert answer.status_code == 403
-
-    asyncio.run(run())
-
-
-def test_downloads_are_few_and_leave_the_other_threads_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    go, names = threading.Event(), []
-
-    def pull(name: str, *, watch: Any) -> None:
-        names.append(threading.current_thread())
-        go.wait(20)
-
-    monkeypatch.setattr("herd.server.ollama.manage.pull", pull)
-
-    async def run() -> None:
-        async with faked(any_model=True) as fake:
-            body = {"stream": False}
-            two = [asyncio.create_task(fake.client.post("/api/pull", json=body | {"model": m})) for m in ("a", "b")]
-            while len(names) < 2:
-                await asyncio.sleep(0.01)
-            third = await fake.client.post("/api/pull", json=body | {"model": "c"})
-            assert third.status_code == 429
-            go.set()
-            assert [one.status_code for one in await asyncio.gather(*two)] == [200, 200]
-            assert (await fake.client.post("/api/pull", json=body | {"model": "c"})).status_code == 200
-        assert all(thread.daemon for thread in names), "the end of the server does not wait for them"
-
-    asyncio.run(run())
-
-
-def test_a_download_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The download itself is herd.hub's, and tested there; here, what is told of it."""
-
-    def pull(name: str, *, watch: Any) -> None:
-        if name != "llama3.2:1b":
-            raise UnknownModelError(f"no model is called {name}")
-        watch.begin([("a.safetensors", 100)])
-        watch.moved("a.safetensors", 40)
-        time.sleep(0.5)
-        watch.moved("a.safetensors", 100)
-
-    monkeypatch.setattr("herd.server.ollama.manage.pull", pull)
-
-    async def run() -> None:
-        async with faked(any_model=True) as fake:
-            answer = await fake.client.post("/api/pull", json={"model": "llama3.2:1b"})
-            lines = [json.loads(one) for one in answer.text.splitlines()]
-            assert lines[0] == {"status": "pulling manifest"}
-            assert lines[-1] == {"status": "success"}
-            assert [one["completed"] for one in lines if "completed" in one][-1] == 100
-            assert lines[1]["total"] == 100
-            answer = await fake.client.post("/api/pull", json={"model": "other"})
-            assert json.loads(answer.text.splitlines()[-1]) == {"error": "no model is called other"}
-            answer = await fake.client.post("/api/pull", json={"model": "other", "stream": False})
-            assert (answer.status_code, answer.json()) == (404, {"error": "no model is called other"})
 
     asyncio.run(run())

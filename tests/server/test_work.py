@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from herd.server.protocol import Chat
+from herd.server.settings import ModelSpec
 from tests.server.conftest import faked
 
 REFUSED_SECONDS = 1.0
@@ -164,6 +167,87 @@ def test_what_changes_nothing_is_refused(path: str, body: dict[str, Any], named:
     response, _ = posted(path, {"model": "fake"} | body, any_model=path == "/api/pull")
     assert response.status_code == 400, response.text[:300]
     assert named in response.text
+
+
+READS = (
+    "/health", "/version", "/metrics", "/v1/engine", "/v1/models", "/v1/models/fake", "/api/tags", "/api/ps", "/api/version",
+    "/lora-adapters", "/v1/files", "/v1/files/x", "/v1/files/x/content", "/v1/batches", "/v1/batches/x", "/v1/responses/x",
+    "/v1/responses/x/input_items",
+)  # fmt: skip
+ENDS = ("/v1/files/x", "/v1/responses/x", "/api/delete")
+
+
+def test_no_route_ignores_a_query(tmp_path: Path) -> None:
+    """All routes of the document: a parameter that none of them has is named, and what they have is said in the document."""
+
+    async def run() -> None:
+        async with faked(state_dir=str(tmp_path), any_model=True) as fake:
+            document = (await fake.client.get("/openapi.json")).json()
+            for path, methods in document["paths"].items():
+                for method in methods:
+                    answer = await fake.client.request(
+                        method.upper(), path.replace("{", "").replace("}", "") + "?nope=1"
+                    )
+                    assert answer.status_code == 400, (method, path, answer.text)
+                    assert "unknown query parameter: nope" in answer.text, (method, path, answer.text)
+            for method, paths in (("GET", READS), ("DELETE", ENDS)):
+                for path in paths:
+                    answer = await fake.client.request(method, path + "?nope=1")
+                    assert (answer.status_code, "nope" in answer.text) == (400, True), (method, path)
+            for page in ("/?conversation=1", "/engine?x=1"):
+                assert (await fake.client.get(page)).status_code == 200, "pages may be found under any query"
+            twice = await fake.client.get("/v1/files?limit=1&limit=2")
+            assert (twice.status_code, twice.json()["error"]["param"]) == (400, "limit")
+            for query in ("include=message.output_text.logprobs&include=message.output_text.logprobs", "stream=false"):
+                assert (await fake.client.get(f"/v1/responses/x?{query}")).status_code == 404
+            for query in ("include=reasoning.encrypted_content", "stream=true"):
+                assert (await fake.client.get(f"/v1/responses/x?{query}")).status_code == 400
+
+    asyncio.run(run())
+
+
+SCHEMA = {"name": "answer", "schema": {"type": "object"}, "description": "What the weather is."}
+SAID = "Reply in the form answer: What the weather is."
+
+
+@pytest.mark.parametrize("system", ["", "Be brief."])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
+def test_the_description_of_a_form_is_told_to_the_model(path: str, system: str) -> None:
+    given = [{"role": "system", "content": system}] if system else []
+    spec = ModelSpec(source="fake", name="fake", system="Speak French.")
+    body: dict[str, Any] = {"model": "fake"}
+    if path == "/v1/responses":
+        body |= {"input": [*given, USER], "text": {"format": {"type": "json_schema", **SCHEMA}}}
+    else:
+        body |= {"messages": [*given, USER], "response_format": {"type": "json_schema", "json_schema": SCHEMA}}
+
+    async def run() -> None:
+        async with faked(models=(spec,)) as fake:
+            assert (await fake.client.post(path, json=body)).status_code == 200
+            [call] = fake.model.seen
+            assert isinstance(call.prompt, Chat)
+            first, second = call.prompt.messages
+            assert (first["role"], second["role"]) == ("system", "user")
+            text = (
+                first["content"] if isinstance(first["content"], str) else "".join(p["text"] for p in first["content"])
+            )
+            assert text == f"{system or 'Speak French.'}\n\n{SAID}"
+
+    asyncio.run(run())
+
+
+def test_there_is_nothing_that_grammars_fall_back_to() -> None:
+    for fallback, status in ((True, 200), (False, 400), (None, 200)):
+        held = {"regex": "[ab]", "disable_fallback": fallback}
+        response, _ = posted("/v1/completions", {"model": "fake", "prompt": "x", "structured_outputs": held})
+        assert response.status_code == status, response.text
+
+
+def test_show_asks_which_model() -> None:
+    for body in ({}, {"model": ""}, {"verbose": True}):
+        response, _ = posted("/api/show", body)
+        assert response.status_code == 400
+        assert "model is missing" in response.text
 
 
 def test_clients_of_anthropics_beta_say_so_in_the_query() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncGenerator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -25,17 +25,16 @@ __all__ = ["router"]
 router = APIRouter(tags=["anthropic"])
 VERSIONS = ("2023-06-01", "2026-10-21")
 """They differ in what they refuse. temperature, top_p and top_k are taken in both: Llama models have them."""
-
-BETA = ("beta",)
+Beta = Literal["true", "false"] | None
 """Clients of the beta API say ?beta=true, which changes no path and no field."""
 
 
 @router.post("/v1/messages", summary="Answer a conversation", openapi_extra=body_of(MessagesBody), response_model=None)
-async def messages(request: Request) -> Response:
+async def messages(request: Request, beta: Beta = None) -> Response:
     """Anthropic's messages."""
     _check_version(request)
     state = state_of(request)
-    body = await parse(request, MessagesBody, query=BETA)
+    body = await parse(request, MessagesBody)
     call = call_of(body, state)
     events = state.run(body.model, call)
     if body.stream:
@@ -56,11 +55,11 @@ async def _whole(model: str, call: Call, events: AsyncGenerator[Event, None]) ->
 
 
 @router.post("/v1/messages/count_tokens", summary="Count the tokens of a prompt", openapi_extra=body_of(CountBody))
-async def count_tokens(request: Request) -> Response:
+async def count_tokens(request: Request, beta: Beta = None) -> Response:
     """How many tokens the prompt of such a request has. The model is loaded for that."""
     _check_version(request)
     state = state_of(request)
-    body = await parse(request, CountBody, query=BETA)
+    body = await parse(request, CountBody)
     counted = await until_gone(request, _counted(state, body))
     return Response(status_code=499) if counted is None else JSONResponse({"input_tokens": counted})
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import threading
 from collections.abc import AsyncIterator
 from typing import ClassVar
 
@@ -14,7 +12,6 @@ from pydantic import Field
 
 from herd.errors import ConfigError, HerdError, UnknownModelError
 from herd.hub import created
-from herd.hub.pull import pull
 from herd.server.errors import ApiError, error_body, told
 from herd.server.fields import Body, body_of
 from herd.server.here import spec_of
@@ -26,10 +23,6 @@ from herd.server.state import State, state_of
 __all__ = ["router"]
 
 router = APIRouter(tags=["ollama"])
-AT_ONCE = 2
-_PLACES = threading.BoundedSemaphore(AT_ONCE)
-TELL_SECONDS = 0.2
-"""How often a download says how far it is."""
 
 
 class NameBody(Body):
@@ -66,98 +59,33 @@ class CopyBody(Body):
 
 @router.post("/api/pull", summary="Download a model", openapi_extra=body_of(PullBody), response_model=None)
 async def pulled(request: Request) -> Response:
-    """Download a model to this machine, as herd pull does."""
+    """Download a model to this machine, as herd pull does. Who asks for one that is on its way waits for that one; it ends when
+    nobody does, and what has come is kept."""
     state = state_of(request)
     body = await read(request, PullBody)
     _check(state)
     name = body.called
-    work = _Download(name)
     if body.stream is False:
-        return await until_gone(request, work.whole()) or Response(status_code=499)
-    return EventStream(work.stream(), media_type=NDJSON, ping_seconds=0)
+        return await until_gone(request, _whole(state, name)) or Response(status_code=499)
+    return EventStream(_told(state, name), media_type=NDJSON, ping_seconds=0)
 
 
-class _Download:
-    """A download in a thread, and what it says. It goes on when the client goes away; what has come is kept."""
+async def _whole(state: State, name: str) -> Response:
+    with state.downloads.joined(name) as work:
+        await asyncio.shield(work.over)
+    state.models.look_again()
+    return JSONResponse({"status": "success"})
 
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._sizes: dict[str, int] = {}
-        self._done: dict[str, int] = {}
-        self._notes: list[str] = []
 
-    # the Watch of herd.hub.fetch
-    def begin(self, files: list[tuple[str, int]]) -> None:
-        """These come, with their sizes."""
-        self._sizes = dict(files)
-
-    def moved(self, name: str, done: int) -> None:
-        """So many bytes of a file are there."""
-        self._done[name] = done
-
-    def kept(self, name: str, done: int) -> None:
-        """So many were there before."""
-        self._done[name] = done
-
-    def note(self, text: str) -> None:
-        """Something that people want to know."""
-        self._notes.append(text)
-
-    async def whole(self) -> Response:
-        """The answer at the end."""
-        await self._work()
-        return JSONResponse({"status": "success"})
-
-    async def stream(self) -> AsyncIterator[bytes]:
-        """Lines while it comes."""
-        yield line({"status": "pulling manifest"})
-        working = asyncio.ensure_future(self._work())
-        try:
-            shown: dict[str, int] = {}
-            while not working.done():
-                await asyncio.wait({working}, timeout=TELL_SECONDS)
-                while self._notes:
-                    yield line({"status": self._notes.pop(0)})
-                for name, size in self._sizes.items():
-                    done = self._done.get(name, 0)
-                    if shown.get(name) != done:
-                        shown[name] = done
-                        yield line({"status": f"pulling {name}", "digest": name, "total": size, "completed": done})
-            await working
-            yield line({"status": "success"})
-        except HerdError as error:
-            yield line(error_body(told(error, "a download"), "ollama"))
-        finally:
-            if not working.done():
-                working.cancel()
-                with contextlib.suppress(asyncio.CancelledError, HerdError):
-                    await working
-
-    async def _work(self) -> None:
-        """Download in a thread of its own: the server's other threads stay free, and its end does not wait for this one."""
-        if not _PLACES.acquire(blocking=False):
-            what = f"{AT_ONCE} downloads are running, which is all that may: try again later"
-            raise ApiError(429, what, code="queue_full", retry_after=30)
-        loop = asyncio.get_running_loop()
-        over: asyncio.Future[None] = loop.create_future()
-
-        def end(error: BaseException | None) -> None:
-            if not over.done():
-                over.set_result(None) if error is None else over.set_exception(error)
-
-        def work() -> None:
-            failed: BaseException | None = None
-            try:
-                pull(self._name, watch=self)
-            except BaseException as error:
-                failed = error
-            finally:
-                _PLACES.release()
-            with contextlib.suppress(RuntimeError):  # the server has ended
-                loop.call_soon_threadsafe(end, failed)
-
-        threading.Thread(target=work, name="pull", daemon=True).start()
-        await over
+async def _told(state: State, name: str) -> AsyncIterator[bytes]:
+    try:
+        with state.downloads.joined(name) as work:
+            async for one in work.told():
+                yield line(one)
+    except HerdError as error:
+        yield line(error_body(told(error, "a download"), "ollama"))
+    finally:
+        state.models.look_again()
 
 
 @router.post("/api/copy", summary="Give a model another name", openapi_extra=body_of(CopyBody), response_model=None)
@@ -166,12 +94,16 @@ async def copied(request: Request) -> Response:
     state = state_of(request)
     body = await read(request, CopyBody)
     _check(state)
-    source = spec_of(body.source, state.settings)
-    if source is None:
-        raise UnknownModelError(f"there is no model {body.source[:80]!a} here")
-    made = created.find(body.source) or created.Created(body.source, source.source)
-    await asyncio.to_thread(created.copy, made, body.destination)
+    await asyncio.to_thread(_copy, state, body.source, body.destination)
+    state.models.look_again()
     return Response(status_code=200)
+
+
+def _copy(state: State, name: str, destination: str) -> None:
+    source = spec_of(name, state.settings)
+    if source is None:
+        raise UnknownModelError(f"there is no model {name[:80]!a} here")
+    created.copy(created.find(name) or created.Created(name, source.source), destination)
 
 
 @router.delete(
@@ -183,14 +115,20 @@ async def deleted(request: Request) -> Response:
     body = await read(request, NameBody)
     _check(state)
     name = body.called
+    made = await asyncio.to_thread(_made, state, name)
+    await state.models.forget(made.name)
+    await asyncio.to_thread(created.remove, made)
+    state.models.look_again()
+    return Response(status_code=200)
+
+
+def _made(state: State, name: str) -> created.Created:
     made = created.find(name)
     if made is None:
         if spec_of(name, state.settings) is None:
             raise UnknownModelError(f"there is no model {name[:80]!a} here")
         raise ConfigError(f"{name[:80]} was not made with herd create, and only such are deleted here: use herd rm")
-    await state.models.forget(made.name)
-    await asyncio.to_thread(created.remove, made)
-    return Response(status_code=200)
+    return made
 
 
 def _check(state: State) -> None:

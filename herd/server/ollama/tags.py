@@ -94,8 +94,11 @@ async def show(request: Request) -> dict[str, Any]:
     body = await read(request, ShowBody)
     if body.model and body.name and body.model != body.name:
         raise ApiError(400, "name is not model: give one of them", param="name", code="invalid_value")
-    name = body.model or body.name or ""
+    name = body.model or body.name
+    if not name:
+        raise ApiError(400, "model is missing", param="model", code="missing_required_parameter")
     models = state_of(request).models
+    await models.meet(name)
     slot, _ = models.find(name)
     made = await asyncio.to_thread(find, slot.spec.source)
     facts = await facts_of(slot.spec)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -11,7 +12,8 @@ from fastapi.responses import PlainTextResponse
 from pydantic import Field
 
 from herd.server.errors import ApiError
-from herd.server.fields import Body, body_of, known_query, parse
+from herd.server.fields import Body, body_of, parse
+from herd.server.here import pathless
 from herd.server.jsonbody import strict_json
 from herd.server.models import Slot
 from herd.server.openai.tokenize import the_model
@@ -62,7 +64,8 @@ async def load(request: Request) -> PlainTextResponse:
             await process.ask("load_adapter", name=body.lora_name, path=str(path))
         except WorkerError as error:
             if error.kind in ("CheckpointError", "ConfigError", "ConfigFileError"):
-                raise ApiError(400, str(error), param="lora_path", code="invalid_value") from None
+                what = pathless(str(error).replace(f"{_folder(state)}{os.sep}", ""))
+                raise ApiError(400, what, param="lora_path", code="invalid_value") from None
             raise
         slot.adapters[body.lora_name] = str(path)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
@@ -94,8 +97,8 @@ async def unload(request: Request) -> PlainTextResponse:
 @router.get("/lora-adapters", summary="The adapters")
 async def listed(request: Request, model: str | None = None) -> list[dict[str, Any]]:
     """llama.cpp's list. The scale of all is 0: no request has one that does not name it."""
-    known_query(request, "model")
     state = state_of(request)
+    await state.models.meet(model or "")
     slot, _ = state.models.find(_base(state, model))
     return _rows(slot)
 
@@ -103,8 +106,8 @@ async def listed(request: Request, model: str | None = None) -> list[dict[str, A
 @router.post("/lora-adapters", summary="Nothing but what is so already")
 async def scaled(request: Request, model: str | None = None) -> list[dict[str, Any]]:
     """llama.cpp's scales for all requests: here each request chooses, so every scale stays 0."""
-    known_query(request, "model")
     state = state_of(request)
+    await state.models.meet(model or "")
     slot, _ = state.models.find(_base(state, model))
     given = strict_json(await request.body())
     if not isinstance(given, list) or not all(isinstance(one, dict) and set(one) == {"id", "scale"} for one in given):

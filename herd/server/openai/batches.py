@@ -9,7 +9,7 @@ from pydantic import Field, StringConstraints
 
 from herd.server.batches import Batch, Batches
 from herd.server.errors import ApiError
-from herd.server.fields import LIMITS, Body, body_of, known_query, parse
+from herd.server.fields import LIMITS, Body, body_of, parse
 from herd.server.openai.files import files_of, page, seconds_of
 from herd.server.stored import owner_of
 
@@ -64,7 +64,6 @@ async def create(request: Request) -> dict[str, Any]:
 @router.get("/v1/batches", summary="The batches")
 async def every(request: Request, limit: int = 20, after: str | None = None) -> dict[str, Any]:
     """Newest first."""
-    known_query(request, "limit", "after")
     return page([one.shown() for one in _batches(request).every(owner_of(request))], limit, "desc", after, 100)
 
 

@@ -22,7 +22,7 @@ from herd.server.providers.relay import relayed
 from herd.server.sse import DONE, EventStream, event, until_gone
 from herd.server.state import State, begun, new_id, state_of
 
-__all__ = ["ChatBody", "call_of", "check_told", "check_work", "longest", "message_of", "router", "size_of"]
+__all__ = ["ChatBody", "call_of", "check_told", "check_work", "longest", "message_of", "note_of", "router", "size_of"]
 
 router = APIRouter(tags=["openai"])
 UNKNOWN_CONTEXT = 1 << 17
@@ -261,6 +261,7 @@ def call_of(body: ChatBody, state: State) -> Call:
         told = (body.n or 1) * min(most or longest(state, body.model), longest(state, body.model))
         check_told(state, told * ((body.top_logprobs or 0) + 1), "top_logprobs")
     named = body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else None
+    form = None if body.response_format is None else body.response_format.json_schema
     chosen = "named" if named is not None else body.tool_choice or "auto"
     assert chosen in ("auto", "none", "required", "named")
     chat = Chat(
@@ -273,6 +274,7 @@ def call_of(body: ChatBody, state: State) -> Call:
         generation_prompt=body.add_generation_prompt is not False,
         format_options=body.chat_template_kwargs or {},
         truncate=body.truncation == "auto",
+        note=note_of(form.name, form.description) if form is not None else "",
     )
     return Call(new_id("chatcmpl-"), chat, sampling, salt=body.cache_salt or "")
 
@@ -287,6 +289,11 @@ def check_work(state: State, count: int, size: int, param: str) -> None:
             param=param,
             code="too_much_work",
         )
+
+
+def note_of(name: str | None, description: str | None) -> str:
+    """What the model is told of the form of its reply."""
+    return f"Reply in the form {name}: {description}" if description else ""
 
 
 def size_of(messages: Iterable[Mapping[str, Any]], tools: Iterable[Any] = ()) -> int:

@@ -12,7 +12,6 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from herd.server.errors import ApiError
-from herd.server.fields import known_query
 from herd.server.filestore import Files, Kept
 from herd.server.stored import owner_of
 
@@ -90,7 +89,6 @@ async def every(
     request: Request, limit: int = 10_000, order: str = "desc", after: str | None = None, purpose: str | None = None
 ) -> dict[str, Any]:
     """Newest first unless order is asc."""
-    known_query(request, "limit", "order", "after", "purpose")
     kept = [one for one in files_of(request).every(owner_of(request)) if purpose in (None, one.purpose)]
     return page([one.shown() for one in kept], limit, order, after, 10_000)
 

@@ -7,15 +7,15 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 
 from herd.errors import HerdError
 from herd.server.errors import ApiError, api_error, told
-from herd.server.fields import LIMITS, body_of, checked, known_query, parse
-from herd.server.openai.chat import check_work, size_of
+from herd.server.fields import LIMITS, body_of, checked, parse
+from herd.server.openai.chat import check_work, note_of, size_of
 from herd.server.openai.response_body import (
     LOGPROBS,
     AllowedTools,
@@ -37,6 +37,11 @@ __all__ = ["router"]
 
 router = APIRouter(tags=["openai"])
 Json = dict[str, Any]
+Included = Literal["message.output_text.logprobs"]
+Include = Annotated[list[Included] | None, Query()]
+IncludeList = Annotated[list[Included] | None, Query(alias="include[]")]
+"""The same, as some clients write lists."""
+Again = Annotated[Literal["false"] | None, Query()]
 CANCEL_SECONDS = 5.0
 """How long `cancel` waits for the engine to let go."""
 MOST_ITEMS = 2 * LIMITS["messages"]
@@ -82,13 +87,10 @@ async def input_tokens(request: Request) -> Json:
 
 
 @router.get("/v1/responses/{id}", summary="A response that was stored")
-async def retrieve(request: Request, id: str) -> Json:
-    """The response as it is now."""
-    for name, value in request.query_params.multi_items():
-        if (name, value) in (("include", LOGPROBS), ("include[]", LOGPROBS), ("stream", "false")):
-            continue  # whatever was made is there
-        what = f"{name[:80]!a}: stored responses are told whole, and not streamed again"
-        raise ApiError(400, what, param=name[:80], code="unsupported_parameter")
+async def retrieve(
+    request: Request, id: str, include: Include = None, include_list: IncludeList = None, stream: Again = None
+) -> Json:
+    """The response as it is now, whole: it is not streamed again, and logprobs are there if it was made with them."""
     return _entry(request, id).body
 
 
@@ -124,10 +126,15 @@ async def cancel(request: Request, id: str) -> Json:
 
 @router.get("/v1/responses/{id}/input_items", summary="What a response was given")
 async def input_items(
-    request: Request, id: str, limit: int = 20, order: str = "desc", after: str | None = None
+    request: Request,
+    id: str,
+    limit: int = 20,
+    order: str = "desc",
+    after: str | None = None,
+    include: Include = None,
+    include_list: IncludeList = None,
 ) -> Json:
     """The items of the conversation, those of earlier responses included; newest first unless order is asc."""
-    known_query(request, "limit", "order", "after", "include", "include[]")
     if not 1 <= limit <= PAGE:
         raise ApiError(400, f"limit is {limit}: expected 1 to {PAGE}", param="limit", code="invalid_value")
     if order not in ("asc", "desc"):
@@ -256,6 +263,7 @@ def _chat(state: State, body: ResponseBody, items: list[Json], tools: list[Funct
     if body.instructions is not None:
         messages.insert(0, {"role": "system", "content": body.instructions})
     check_work(state, 1, size_of(messages, (_function(tool) for tool in tools)), "input")
+    form = None if body.text is None else body.text.format
     choice, name = body.tool_choice or "auto", None
     if isinstance(choice, NamedFunction):
         choice, name = "named", choice.name
@@ -269,6 +277,7 @@ def _chat(state: State, body: ResponseBody, items: list[Json], tools: list[Funct
         tool_name=name,
         parallel=body.parallel_tool_calls is not False,
         truncate=body.truncation == "auto",
+        note=note_of(form.name, form.description) if form is not None else "",
     )
 
 

@@ -28,20 +28,20 @@ class StreamOptions(Body):
 
 
 class StructuredOutputs(Body):
-    """vLLM's `structured_outputs`: exactly one of them."""
+    """vLLM's `structured_outputs`: exactly one of them. There is one engine of grammars here, and nothing to fall back to."""
 
     json_: dict[str, Any] | str | None = Field(default=None, alias="json")
     regex: str | None = None
     choice: list[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
-    disable_fallback: bool | None = None
+    disable_fallback: Literal[True] | None = None
     disable_any_whitespace: Literal[False] | None = None
     disable_additional_properties: Literal[False] | None = None
 
 
 class JsonSchema(Body):
-    """`response_format.json_schema`. The schema is enforced, whatever `strict` says."""
+    """`response_format.json_schema`. The schema is enforced, whatever `strict` says; the model is told the description."""
 
     name: Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
     description: str | None = None

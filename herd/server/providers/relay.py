@@ -136,8 +136,7 @@ class _Relay:
 
     def _admit(self) -> None:
         settings = self.state.settings
-        if self.state.draining:
-            raise ApiError(503, "the server is shutting down: try another one", code="shutting_down", retry_after=5)
+        self.state.check_open()
         if self.provider.users >= settings.max_queue:
             self.state.counts.metrics.refused("queue")
             what = (

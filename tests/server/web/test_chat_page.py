@@ -418,6 +418,13 @@ def test_export_and_import(visit: Visit, tmp_path: Path) -> None:
             "damaged",
         ),
     ]
+    node = {"id": "a", "parent": "", "role": "user", "content": "x"}
+    for part, why in (
+        ({"images": [{"url": "https://example.com/a.png"}]}, "a picture of message a is damaged"),
+        ({"images": "x"}, "a picture of message a is damaged"),
+        ({"calls": [{"name": "f"}]}, "a tool call of message a is damaged"),
+    ):
+        bad.append((json.dumps(whole | {"conversations": [{"nodes": {"a": node | part}}]}), why))
     for content, why in bad:
         file.write_text(content)
         page.set_input_files("#import-file", str(file))

@@ -57,7 +57,7 @@ function form(node, fields, endpoint, answer) {
 
 /** What an endpoint answers to a call. Throws Error saying why there is nothing. */
 export async function askEndpoint(endpoint, call) {
-  if (!isLocal(endpoint)) throw new Error("The tool endpoint must be on this computer: http://127.0.0.1 or http://localhost.");
+  if (!isLocal(endpoint)) throw new Error("The tool endpoint must be on this computer (http://127.0.0.1 or http://localhost) or on this server.");
   let given;
   try {
     given = JSON.parse(call.arguments || "{}");

@@ -29,9 +29,11 @@ function checked(one, where) {
   for (const [id, node] of Object.entries(one.nodes)) {
     if (node?.id !== id || !Object.hasOwn(ROLES, node.role) || typeof node.content !== "string") throw wrong(`message ${id} is damaged`);
     if (node.parent !== ROOT && !Object.hasOwn(one.nodes, node.parent)) throw wrong(`message ${id} answers one that is not there`);
-    const images = (node.images ?? []).filter((image) => typeof image?.url === "string" && /^data:image\/(png|jpeg|webp|gif);base64,/.test(image.url));
-    const calls = (node.calls ?? []).filter((call) => typeof call?.name === "string" && typeof call.arguments === "string");
-    nodes[id] = { ...node, ...(node.images ? { images } : {}), ...(node.calls ? { calls } : {}), created: Number(node.created) || 0 };
+    const isImage = (image) => typeof image?.url === "string" && /^data:image\/(png|jpeg|webp|gif);base64,/.test(image.url);
+    const isCall = (call) => typeof call?.name === "string" && typeof call.arguments === "string";
+    if (node.images && !(Array.isArray(node.images) && node.images.every(isImage))) throw wrong(`a picture of message ${id} is damaged`);
+    if (node.calls && !(Array.isArray(node.calls) && node.calls.every(isCall))) throw wrong(`a tool call of message ${id} is damaged`);
+    nodes[id] = { ...node, created: Number(node.created) || 0 };
   }
   for (const id of Object.keys(nodes)) {
     const seen = new Set();
