@@ -1,16 +1,21 @@
-"""Small files from outside, read with suspicion: JSON with limits, and names that stay inside their folder."""
+"""Small files from outside, read with suspicion: JSON with limits, and names that stay inside their folder. New files that
+appear whole or not at all."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import reprlib
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 from herd.errors import CheckpointError
 
-__all__ = ["MAX_JSON", "parse_json", "read_json", "safe_join", "short"]
+__all__ = ["MAX_JSON", "parse_json", "read_json", "safe_join", "short", "whole_file"]
 
 MAX_JSON = 64 << 20
 """Bytes of the largest JSON side file worth reading: the index of a 100,000-tensor checkpoint is a tenth of it."""
@@ -127,3 +132,50 @@ def _refuse_surrogates(data: Any, fail: Any) -> None:
         json.dumps(data, ensure_ascii=False).encode("utf-8")
     except (UnicodeEncodeError, RecursionError):
         fail("a string holds half a surrogate pair")
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike[str], size: int = 0) -> Iterator[IO[bytes]]:
+    """A binary file to write, which becomes `path` when the block ends without an exception, flushed to the disk.
+
+    A process that is killed leaves a hidden `.name.*.part` beside it, and `path` as it was. `size` is the number of bytes to
+    come, held against the free space first. Raises CheckpointError naming `path` when the disk refuses.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        if size > free:
+            raise CheckpointError(f"needs {size} bytes, but only {free} are free on this disk", path=path)
+        descriptor, part = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".part", dir=path.parent)
+    except OSError as error:
+        raise CheckpointError(f"cannot be written: {error.strerror or error}", path=path) from error
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(part, 0o666 & ~_umask())
+        os.replace(part, path)
+        _flush_folder(path.parent)
+    except OSError as error:
+        raise CheckpointError(f"cannot be written: {error.strerror or error}", path=path) from error
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(part)
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def _flush_folder(folder: Path) -> None:
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            with contextlib.suppress(OSError):  # some network file systems have no such thing
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -15,8 +15,8 @@ from herd.errors import ConfigError
 
 __all__ = ["DataPart", "Kind", "LongRows", "PackKind", "SourcePart", "StagePart"]
 
-Kind = Literal["text", "chat", "completion"]
-"""Records that one next-token objective learns from."""
+Kind = Literal["text", "messages", "sharegpt", "alpaca", "completion"]
+"""Kinds of rows (`herd.data.adapt`) that a next-token objective learns from."""
 
 PackKind = Literal["best-fit", "concat", "none"]
 """best-fit: whole documents, each row as full as it goes. concat: back to back, cut where a row ends. none: one a row, padded."""
@@ -39,7 +39,7 @@ class SourcePart:
     """Its share of the rows of the run, relative to the other sources. 0 leaves it to the stages that name it."""
 
     kind: Kind | None = None
-    """What its rows are: text, chat or completion. None: found out from the first rows of each file, and said."""
+    """What its rows are, one of text, messages, sharegpt, alpaca, completion. None: found out from each file, and said."""
 
     max_epochs: float | None = None
     """How often the run may read it before that is said aloud. None: once."""
@@ -105,9 +105,9 @@ class DataPart:
     bad_rows: Literal["stop", "skip"] = "stop"
     """Stop at the first row that cannot be used, or skip such rows, counted and named."""
 
-    long_rows: LongRows | None = None
-    """What becomes of documents longer than a row: split into rows, stop, or skip (counted and named). None: text is split,
-    conversations and completions stop the run."""
+    long_rows: LongRows = "split"
+    """What becomes of documents longer than a row: split into rows, stop, or skip (counted and named). Text is all
+    that is ever split: with `split`, conversations and completions stop the run."""
 
     held_out: str | None = None
     """For evaluation: a file, folder or glob, or a share as "1%" (documents kept from training in every source)."""
@@ -138,10 +138,10 @@ class DataPart:
         for key, value, known in (
             ("pack", self.pack, get_args(PackKind)),
             ("bad_rows", self.bad_rows, ("stop", "skip")),
-            ("long_rows", self.long_rows, (None, *get_args(LongRows))),
+            ("long_rows", self.long_rows, get_args(LongRows)),
         ):
             if value not in known:
-                raise ConfigError(f"data.{key} is {value!r}; choose one of {', '.join(k for k in known if k)}")
+                raise ConfigError(f"data.{key} is {value!r}; choose one of {', '.join(known)}")
         if self.workers < 0 or (self.processes is not None and self.processes < 1):
             raise ConfigError(f"data: workers {self.workers}, processes {self.processes}: use 0 or more, and 1 or more")
         self._check_stages(names)

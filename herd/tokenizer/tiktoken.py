@@ -76,6 +76,10 @@ class TiktokenTokenizer:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.family}: {len(self.ranks)} ranks, {len(self._names)} special tokens>"
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but what is made on demand: tiktoken's encoder does not travel between processes."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_core", "_splitter")}
+
     @cached_property
     def _core(self) -> Any:
         """tiktoken's encoder, half of the time of opening Llama 4's vocabulary: made when the first text comes."""
