@@ -5,6 +5,8 @@
     protocol.py    what goes between the two kinds of processes; wire.py: how it is written (JSON, never pickle)
     worker.py      the process of one model; prepare.py: from a Call to a request of the engine
     process.py     the HTTP side of one worker; models.py: which models there are, and which are loaded
+    batches.py     requests in a file: they are kept by batchstore.py, their lines read and written by batchlines.py
+    downloads.py   models that clients want to have here
     providers/     models of other servers: requests that are handed on
     fields.py      strict request models; jsonbody.py: strict JSON; errors.py: HerdErrors and statuses; sse.py: event streams
 

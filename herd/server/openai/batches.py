@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request
 from pydantic import Field, StringConstraints
 
-from herd.server.batches import Batch, Batches
+from herd.server.batches import Batches
+from herd.server.batchstore import Batch
 from herd.server.errors import ApiError
 from herd.server.fields import LIMITS, Body, body_of, parse
 from herd.server.openai.files import files_of, page, seconds_of
@@ -64,7 +65,7 @@ async def create(request: Request) -> dict[str, Any]:
 @router.get("/v1/batches", summary="The batches")
 async def every(request: Request, limit: int = 20, after: str | None = None) -> dict[str, Any]:
     """Newest first."""
-    return page([one.shown() for one in _batches(request).every(owner_of(request))], limit, "desc", after, 100)
+    return page([one.shown() for one in _batches(request).store.every(owner_of(request))], limit, "desc", after, 100)
 
 
 @router.get("/v1/batches/{id}", summary="A batch")
@@ -87,4 +88,4 @@ def _batches(request: Request) -> Batches:
 
 
 def _batch(request: Request, id: str) -> Batch:
-    return _batches(request).find(id, owner_of(request))
+    return _batches(request).store.find(id, owner_of(request))

@@ -111,7 +111,7 @@ async def content(request: Request, id: str) -> FileResponse:
 async def delete(request: Request, id: str) -> dict[str, Any]:
     """Forget it, and give its room back."""
     kept = _kept(request, id)
-    reader = request.app.state.batches.reader_of(kept.id)
+    reader = request.app.state.batches.store.reader_of(kept.id)
     if reader is not None:
         raise ApiError(
             409, f"{kept.id} is read by {reader}, which has not ended: cancel that first", code="file_in_use"
