@@ -12,7 +12,7 @@ into the canonical one; every step also runs backwards, so reading and writing a
 | `hf4`   | Llama4ForCausalLM; with a prefix, Llama4ForConditionalGeneration |
 | `gguf`  | architectures `llama` and `llama4`                           |
 
-A row's `shard` is the dimension, in canonical layout, that model parallelism cuts: the steps run on each rank's piece and
+Which dimension model parallelism cuts is in `herd.parallel.plan`: the steps run on each rank's piece and
 the results are concatenated along it. Sources: llama-models models/checkpoint.py and models/llama4/, the transformers
 conversion scripts for llama and llama4, llama.cpp convert_hf_to_gguf.py.
 """
@@ -29,6 +29,7 @@ from herd.checkpoint.outline import Outline
 from herd.errors import CheckpointError
 from herd.files import short
 from herd.model.config import ModelConfig
+from herd.parallel.plan import cut_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,7 +66,7 @@ class Cell:
 class Row:
     """One parameter. `{i}` is the layer; `when` limits the row to dense or expert layers; None: not in that format.
 
-    `shape` names sizes (see `sizes`), `shard` is the model-parallel dimension in canonical layout.
+    `shape` names sizes (see `sizes`).
     """
 
     name: str
@@ -75,8 +76,12 @@ class Row:
     hf: Cell | None
     hf4: Cell | None
     gguf: Cell
-    shard: int | None = None
     when: Literal["dense", "moe"] | None = None
+
+    @property
+    def shard(self) -> int | None:
+        """The dimension, in canonical layout, that model parallelism cuts."""
+        return cut_of(self.name)
 
     def cell(self, column: Column) -> Cell | None:
         """This row's entry in `column`."""
@@ -96,7 +101,6 @@ ROWS: tuple[Row, ...] = (
     Row(
         name="tok_embeddings.weight",
         shape=("vocab", "dim"),
-        shard=0,
         meta=Cell("tok_embeddings.weight"),
         meta4=Cell("tok_embeddings.weight"),
         hf=Cell("model.embed_tokens.weight"),
@@ -115,7 +119,6 @@ ROWS: tuple[Row, ...] = (
     Row(
         name=_ATT + "wq.weight",
         shape=("q", "dim"),
-        shard=0,
         meta=Cell(_ATT + "wq.weight"),
         meta4=Cell(_ATT + "wqkv.weight", fused=_QKV[0]),
         hf=Cell(_HF + "self_attn.q_proj.weight", (Interleave("n_heads"),)),
@@ -125,7 +128,6 @@ ROWS: tuple[Row, ...] = (
     Row(
         name=_ATT + "wk.weight",
         shape=("kv", "dim"),
-        shard=0,
         meta=Cell(_ATT + "wk.weight"),
         meta4=Cell(_ATT + "wqkv.weight", fused=_QKV[1]),
         hf=Cell(_HF + "self_attn.k_proj.weight", (Interleave("n_kv_heads"),)),
@@ -135,7 +137,6 @@ ROWS: tuple[Row, ...] = (
     Row(
         name=_ATT + "wv.weight",
         shape=("kv", "dim"),
-        shard=0,
         meta=Cell(_ATT + "wv.weight"),
         meta4=Cell(_ATT + "wqkv.weight", fused=_QKV[2]),
         hf=Cell(_HF + "self_attn.v_proj.weight"),
@@ -145,7 +146,6 @@ ROWS: tuple[Row, ...] = (
     Row(
         name=_ATT + "wo.weight",
         shape=("dim", "q"),
-        shard=1,
         meta=Cell(_ATT + "wo.weight"),
         meta4=Cell(_ATT + "wo.weight"),
         hf=Cell(_HF + "self_attn.o_proj.weight"),
@@ -176,7 +176,6 @@ ROWS: tuple[Row, ...] = (
         name=_FFN + "w1.weight",
         when="dense",
         shape=("hidden", "dim"),
-        shard=0,
         meta=Cell(_FFN + "w1.weight"),
         meta4=Cell(_FFN + "mlp.fc1_weight", fused=_ROWS_OF_TWO[0]),
         hf=Cell(_HF + "mlp.gate_proj.weight"),
@@ -187,7 +186,6 @@ ROWS: tuple[Row, ...] = (
         name=_FFN + "w2.weight",
         when="dense",
         shape=("dim", "hidden"),
-        shard=1,
         meta=Cell(_FFN + "w2.weight"),
         meta4=Cell(_FFN + "mlp.fc2_weight"),
         hf=Cell(_HF + "mlp.down_proj.weight"),
@@ -198,7 +196,6 @@ ROWS: tuple[Row, ...] = (
         name=_FFN + "w3.weight",
         when="dense",
         shape=("hidden", "dim"),
-        shard=0,
         meta=Cell(_FFN + "w3.weight"),
         meta4=Cell(_FFN + "mlp.fc1_weight", fused=_ROWS_OF_TWO[1]),
         hf=Cell(_HF + "mlp.up_proj.weight"),
@@ -219,7 +216,6 @@ ROWS: tuple[Row, ...] = (
         name=_MOE + "w1",
         when="moe",
         shape=("experts", "expert", "dim"),
-        shard=1,
         meta=None,
         meta4=Cell(_MOE + "moe_w_in_eD_F", _STACKED),
         hf=None,
@@ -230,7 +226,6 @@ ROWS: tuple[Row, ...] = (
         name=_MOE + "w2",
         when="moe",
         shape=("experts", "dim", "expert"),
-        shard=2,
         meta=None,
         meta4=Cell(_MOE + "moe_w_out_eF_D", _STACKED),
         hf=None,
@@ -241,7 +236,6 @@ ROWS: tuple[Row, ...] = (
         name=_MOE + "w3",
         when="moe",
         shape=("experts", "expert", "dim"),
-        shard=1,
         meta=None,
         meta4=Cell(_MOE + "moe_w_swiglu_eD_F", _STACKED),
         hf=None,
@@ -252,7 +246,6 @@ ROWS: tuple[Row, ...] = (
         name=_FFN + "shared_expert.w1.weight",
         when="moe",
         shape=("expert", "dim"),
-        shard=0,
         meta=None,
         meta4=Cell(_FFN + "w_in_shared_FD.weight"),
         hf=None,
@@ -263,7 +256,6 @@ ROWS: tuple[Row, ...] = (
         name=_FFN + "shared_expert.w2.weight",
         when="moe",
         shape=("dim", "expert"),
-        shard=1,
         meta=None,
         meta4=Cell(_FFN + "w_out_shared_DF.weight"),
         hf=None,
@@ -274,7 +266,6 @@ ROWS: tuple[Row, ...] = (
         name=_FFN + "shared_expert.w3.weight",
         when="moe",
         shape=("expert", "dim"),
-        shard=0,
         meta=None,
         meta4=Cell(_FFN + "w_swiglu_FD.weight"),
         hf=None,
@@ -293,7 +284,6 @@ ROWS: tuple[Row, ...] = (
     Row(
         name="output.weight",
         shape=("vocab", "dim"),
-        shard=0,
         meta=Cell("output.weight"),
         meta4=Cell("output.weight"),
         hf=Cell("lm_head.weight"),

@@ -17,31 +17,28 @@ with several stages a rank."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelPart:
-    """Ranks along each dimension; their product is the number of processes. Raises ConfigError.
-
-    dp_shard       ranks that see different rows and share parameters, gradients and optimiser state (FSDP); -1: all that
-                   the other dimensions leave
-    dp_replicate   copies of all that, which see different rows (HSDP)
-    tp             ranks that share every matrix (tensor parallel, sequence-parallel between the matrices)
-    cp             ranks that share every sequence (context parallel)
-    pp             ranks that hold different layers (pipeline parallel)
-    microbatches   pieces of a step's rows that travel through the pipeline; 0: as many as the trainer accumulates
-    schedule       order of the pipeline's work
-    stages         stages that each rank of an interleaved pipeline holds
-    experts        what tensor parallelism cuts of routed experts: "width" (a slice of every one) or "number" (whole ones)
-    reshard        whether parameters are given back after the forward pass and gathered again for the backward pass
-    """
+    """Ranks along each dimension; their product is the number of processes. Raises ConfigError."""
 
     dp_shard: int = 1
+    """Ranks that see different rows and share parameters, gradients and optimiser state (FSDP); -1: all that are left."""
     dp_replicate: int = 1
+    """Copies of all that, which see different rows too (HSDP)."""
     tp: int = 1
+    """Ranks that share every matrix (tensor parallel), and the tokens between the matrices."""
     cp: int = 1
+    """Ranks that share every sequence (context parallel)."""
     pp: int = 1
+    """Ranks that hold different layers (pipeline parallel)."""
     microbatches: int = 0
+    """Pieces of a step's rows that travel through the pipeline; 0: as many as train.accumulate."""
     schedule: Schedule = "1f1b"
+    """Order of the pipeline's work."""
     stages: int = 1
+    """Stages that each rank of an interleaved pipeline holds."""
     experts: Literal["width", "number"] = "width"
+    """What tensor parallelism cuts of routed experts: "width", a slice of every one, or "number", whole ones."""
     reshard: bool = True
+    """Whether parameters are given back after the forward pass and gathered again for the backward pass (less memory)."""
 
     def __post_init__(self) -> None:
         for name in ("dp_replicate", "tp", "cp", "pp", "stages"):

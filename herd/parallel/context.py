@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._functional_collectives import all_gather_tensor_autograd
 
 from herd.errors import ConfigError
 from herd.model.attend import Attend, masked_attention, visible
 from herd.model.config import ModelConfig
+from herd.parallel.collective import gather
 
 __all__ = ["Gathered", "cut", "join", "packed_over"]
 
@@ -69,6 +69,6 @@ class Gathered:
     group: dist.ProcessGroup
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, chunk: int | None) -> Tensor:
-        both = all_gather_tensor_autograd(torch.cat([k, v], -2), 1, self.group)  # one exchange instead of two
+        both = gather(torch.cat([k, v], -2), self.group)  # one exchange instead of two
         keys, values = both.chunk(2, -2)
         return masked_attention(q, keys, values, self.masks[chunk])

@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Mesh"]
 
-DIMENSIONS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+DIMENSIONS = ("pp", "dp_replicate", "shard", "tp")
+"""Where parameters are: ranks that share a sequence have different gradients of the same parameters, just as ranks with different
+rows, so FSDP shards over dp_shard and cp together ("shard")."""
+OF_ROWS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +40,7 @@ class Mesh:
     part: ParallelPart
     device: torch.device
     devices: DeviceMesh | None = None
+    sequences: dist.ProcessGroup | None = None
     rank: int = 0
     world: int = 1
     dp_rank: int = 0
@@ -59,17 +63,21 @@ class Mesh:
             )
         part = part.of_world(dist.get_world_size())
         device = torch.device(device)
-        devices = init_device_mesh(
-            device.type, tuple(getattr(part, name) for name in DIMENSIONS), mesh_dim_names=DIMENSIONS
-        )
+        sizes = (part.pp, part.dp_replicate, part.dp_shard * part.cp, part.tp)
+        devices = init_device_mesh(device.type, sizes, mesh_dim_names=DIMENSIONS)
+        sequences = None
+        if part.cp > 1:
+            sizes = tuple(getattr(part, name) for name in OF_ROWS)
+            sequences = init_device_mesh(device.type, sizes, mesh_dim_names=OF_ROWS).get_group("cp")
         at = dict(zip(DIMENSIONS, devices.get_coordinate() or (), strict=True))
         return cls(
             part=part,
             device=device,
             devices=devices,
+            sequences=sequences,
             rank=dist.get_rank(),
             world=dist.get_world_size(),
-            dp_rank=at["dp_replicate"] * part.dp_shard + at["dp_shard"],
+            dp_rank=at["dp_replicate"] * part.dp_shard + at["shard"] // part.cp,
         )
 
     @property
@@ -87,10 +95,10 @@ class Mesh:
 
         Count what `cut` left on this rank.
         """
-        if self.devices is None or self.part.dp * self.part.cp == 1:
-            return value.clone()
         total = value.detach().to(self.device, copy=True)
-        dist.all_reduce(total, group=self.group("dp_replicate", "dp_shard", "cp"))
+        for name in ("shard", "dp_replicate"):
+            if self.devices is not None and self.devices[name].size() > 1:
+                dist.all_reduce(total, group=self.group(name))
         return total.to(value.device)
 
     def barrier(self) -> None:
@@ -108,27 +116,38 @@ class Mesh:
 
     def cut(self, rows: Tensor) -> Tensor:
         """This cp rank's part of `rows` [B, S, ...]: [B, S / cp, ...], see `herd.parallel.context`."""
-        if self.part.cp == 1:
+        if self.sequences is None:
             return rows
         from herd.parallel.context import cut
 
-        return cut(rows, self.part.cp, self.group("cp").rank())
+        return cut(rows, self.part.cp, self.sequences.rank())
 
     def packed(self, config: ModelConfig, positions: Tensor) -> Sequence[Attend]:
         """`herd.model.attend.packed` for rows of which this rank has its part: `positions` as `cut` left them."""
-        if self.part.cp == 1:
+        if self.sequences is None:
             return packed(config, positions)
         from herd.parallel.context import packed_over
 
-        return packed_over(self.group("cp"), config, positions)
+        return packed_over(self.sequences, config, positions)
 
-    def group(self, *names: str) -> dist.ProcessGroup:
-        """The process group of the ranks that differ from this one in `names` only."""
-        return self.along(*names).get_group()
+    def group(self, name: str) -> dist.ProcessGroup:
+        """The process group of the ranks that differ from this one in the dimension `name` only: pp, dp_replicate, shard, tp."""
+        return self.along(name).get_group()
 
     def along(self, *names: str) -> DeviceMesh:
-        """The mesh along `names`, as one dimension."""
+        """The mesh along `names`."""
         assert self.devices is not None, "a single process has no groups"
-        if len(names) == 1:
-            return self.devices[names[0]]
-        return self.devices[names]._flatten("_".join(names))  # torch has no public name for it yet
+        return self.devices[names]
+
+    def shards(self) -> DeviceMesh:
+        """The mesh that FSDP shards over, behind dp_replicate when there are copies."""
+        return self.along("dp_replicate", "shard") if self.part.dp_replicate > 1 else self.along("shard")
+
+    @property
+    def spread(self) -> bool:
+        """Whether gradients of different ranks have to be summed."""
+        return self.part.dp * self.part.cp > 1
+
+    def cuts(self) -> tuple[tuple[str, ...], ...]:
+        """Every set of dimensions along which a parameter can be cut, in an order that all ranks share."""
+        return ((), ("shard",), ("tp",), ("shard", "tp"))

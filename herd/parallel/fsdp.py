@@ -1,0 +1,63 @@
+"""Fully sharded data parallelism: every rank holds a part of each parameter, its gradient and its optimiser state (FSDP2).
+
+One unit for each block, one for the embedding, one for the output (one for both when they are tied), and the model itself for
+the final norm. Gradients are SUMMED over ranks, not averaged: the trainer divides by the supervised tokens of all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+from herd.model.llama import Llama
+from herd.parallel.pipeline import Stage
+
+if TYPE_CHECKING:
+    from herd.parallel.mesh import Mesh
+
+__all__ = ["only_last", "shard"]
+
+
+def shard(model: Llama, mesh: Mesh, *, dtype: torch.dtype | None = None, stages: Sequence[Stage] = ()) -> None:
+    """Shard `model` in place over the ranks of dp_shard and cp, with copies over dp_replicate; in a pipeline its `stages`.
+
+    With `dtype`, forward and backward compute in it from parameters that stay as they are, and gradients are reduced in fp32;
+    without, everything is in the parameters' own type. Call the model through `embed`, `hidden`, `output` and itself only.
+    """
+    devices = mesh.shards()
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32 if dtype is not None else None, cast_forward_inputs=False
+    )
+
+    def one(module: nn.Module | list[nn.Module], *, reshard: bool) -> None:
+        fully_shard(cast(nn.Module, module), mesh=devices, reshard_after_forward=reshard, mp_policy=policy)
+
+    roots: Sequence[Llama | Stage] = stages or [model]
+    for root in roots:
+        for block in root.layers:
+            one(block, reshard=mesh.part.reshard)
+        # The output is used once for every chunk of the loss: it stays whole until its gradient is there.
+        ends: list[nn.Module] = [end for end in (root.tok_embeddings, root.output) if end is not None]
+        if model.config.tie_embeddings and len(ends) == 2:
+            one(ends, reshard=False)
+        else:
+            for end in ends:
+                one(end, reshard=end is root.tok_embeddings and mesh.part.reshard)
+        one(root, reshard=False)
+        if isinstance(root, Llama):
+            for method in ("embed", "hidden"):
+                register_fsdp_forward_method(root, method)
+        for module in root.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)  # a plain sum; gloo has no scaled one
+
+
+def only_last(model: nn.Module, last: bool) -> None:
+    """Whether the backward passes that follow reduce gradients: only that of a step's last micro-batch has to."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)

@@ -1,0 +1,7 @@
+"""What the crew's processes have imported when they are forked. No arithmetic here: a fork loses the threads that it starts."""
+
+import torch.distributed.checkpoint
+import torch.distributed.fsdp
+import torch.distributed.pipelining  # noqa: F401
+
+import tests.parallel.cases  # noqa: F401
