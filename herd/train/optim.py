@@ -1,104 +1,93 @@
-"""Optimisers and the learning-rate schedule.
+"""Which parameter is moved by which optimiser, at which rate and decay.
 
-Muon (Jordan et al., 2024, github.com/KellerJordan/Muon): momentum, then the nearest semi-orthogonal matrix by a
-Newton-Schulz iteration, so every direction of a weight matrix moves equally far. It is used for the matrices inside the layers;
-embeddings (whose rows are looked up, not multiplied as a whole) and norms stay with AdamW.
+| kind      | matrices inside layers | embeddings, output | norms, routers' and other vectors |
+|-----------|------------------------|--------------------|-----------------------------------|
+| adamw     | AdamW                  | AdamW              | AdamW, no decay                   |
+| adamw8bit | AdamW8                 | AdamW8             | AdamW8 (32 bits), no decay        |
+| muon      | Muon                   | AdamW              | AdamW, no decay                   |
+
+Only parameters that require gradients are held.
 """
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
-from herd.train.config import OptimConfig, ScheduleConfig
+from herd.errors import ConfigError
+from herd.train.adamw8 import AdamW8
+from herd.train.config import OptimConfig
+from herd.train.muon import MATRICES, Muon, orthogonalise
+from herd.train.schedule import rate, set_rate
 
-__all__ = ["Muon", "make_optimisers", "orthogonalise", "rate", "set_rate"]
+__all__ = ["Muon", "make_optimisers", "orthogonalise", "rate", "set_rate", "state_bytes"]
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-"""Coefficients of the quintic iteration from the Muon reference: fast growth of small singular values, limit near 1."""
-
-
-def rate(config: ScheduleConfig, step: int, progress: float) -> float:
-    """Multiplier of every learning rate at `step` (from 0) when `progress` (0 to 1) of the budget is used."""
-    warm = 1.0 if config.warmup_steps == 0 else min(1.0, (step + 1) / config.warmup_steps)
-    if config.decay_fraction == 0 or progress <= 1 - config.decay_fraction:
-        return warm
-    left = (1 - progress) / config.decay_fraction
-    return warm * (config.final + (1 - config.final) * left)
-
-
-def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
-    """The semi-orthogonal matrix nearest to each g [..., M, N], roughly: singular values end between 0.7 and 1.2."""
-    a, b, c = NEWTON_SCHULZ
-    tall = g.shape[-2] > g.shape[-1]
-    x = g.mT if tall else g  # the Gram matrix is then of the smaller side
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
-
-
-class Muon(Optimizer):
-    """Nesterov momentum, orthogonalised, with decoupled weight decay. Matrices only.
-
-    Matrices of one shape are orthogonalised together: many small products would leave the processor idle. The step is scaled
-    by sqrt(max(1, rows / columns)), as in the reference, so that tall and wide matrices change their output equally.
-    """
-
-    def __init__(
-        self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
-    ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            shapes: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
-            for p in group["params"]:
-                if p.grad is not None:
-                    shapes[p.shape].append(p)
-            for shape, params in shapes.items():
-                moved = orthogonalise(torch.stack([self._momentum(p, group["momentum"]) for p in params]))
-                scale = group["lr"] * math.sqrt(max(1.0, shape[0] / shape[1]))
-                for p, change in zip(params, moved, strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(change, alpha=-scale)
-
-    def _momentum(self, p: nn.Parameter, momentum: float) -> Tensor:
-        assert p.grad is not None
-        state: dict[str, Any] = self.state[p]
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(p)
-        kept = state["momentum"].lerp_(p.grad, 1 - momentum)
-        return p.grad.lerp(kept, momentum)
+OUTER = ("tok_embeddings", "output")
 
 
 def make_optimisers(model: nn.Module, config: OptimConfig) -> list[Optimizer]:
-    """The optimisers of `model`: every parameter in exactly one group. Norm weights are not decayed."""
-    named = list(dict(model.named_parameters()).items())
-    norms = [p for _, p in named if p.ndim < 2]
-    matrices = [(n, p) for n, p in named if p.ndim >= 2]
-    outer = [p for n, p in matrices if n.startswith(("tok_embeddings", "output"))]
-    inner = [p for n, p in matrices if not n.startswith(("tok_embeddings", "output"))]
-    decayed = outer if config.kind == "muon" else outer + inner
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": norms, "weight_decay": 0.0}]
-    made: list[Optimizer] = [AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)]
-    if config.kind == "muon":
-        made.append(Muon(inner, config.muon_lr, config.muon_momentum, config.weight_decay))
+    """The optimisers of `model`: every trained parameter in exactly one group, whose `peak` is its rate before the schedule.
+
+    Works on plain and on sharded (DTensor) parameters. Raises ConfigError when nothing is trained, and for AdamW and Muon on
+    parameters that are not float32: updates smaller than half of their last place would be lost.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not named:
+        raise ConfigError("no parameter of the model is trained: put an adapter in, or let some require gradients")
+    narrow = next((name for name, p in named if p.dtype != torch.float32), None)
+    if narrow is not None and config.kind != "adamw8bit":
+        raise ConfigError(
+            f"train.optim.kind={config.kind} moves weights in float32, and {narrow} is not: leave model.dtype out (with "
+            "train.precision=bfloat16 products are still of 16 bits), or choose adamw8bit, which rounds stochastically"
+        )
+    inner = [(n, p) for n, p in named if p.ndim >= 2 and not n.startswith(OUTER)]
+    outer = [p for n, p in named if p.ndim >= 2 and n.startswith(OUTER)]
+    vectors = [p for _, p in named if p.ndim < 2]
+    by_muon = [p for n, p in inner if _is_matrix(n)] if config.kind == "muon" else []
+    held = {id(p) for p in by_muon}
+    decayed = [p for _, p in inner if id(p) not in held]
+    (decayed if config.decay_embeddings else vectors).extend(outer)
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    made: list[Optimizer] = []
+    if groups and config.kind == "adamw8bit":
+        made.append(AdamW8(groups, config.lr, config.betas, config.eps))
+    elif groups:
+        fused = _fuses([p for group in groups for p in group["params"]])
+        made.append(AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused))
+    if by_muon:
+        made.append(Muon(by_muon, config.muon_lr, config.muon_momentum, config.weight_decay))
     for optimiser in made:
         for group in optimiser.param_groups:
             group["peak"] = group["lr"]
     return made
 
 
-def set_rate(optimisers: Iterable[Optimizer], scale: float) -> None:
-    """Set every group's learning rate to `scale` times its peak."""
+def state_bytes(optimisers: Sequence[Optimizer]) -> int:
+    """Bytes that the optimisers' states take now (of this rank)."""
+    total = 0
     for optimiser in optimisers:
-        for group in optimiser.param_groups:
-            group["lr"] = group["peak"] * scale
+        for state in optimiser.state.values():
+            for value in state.values():
+                if isinstance(value, torch.Tensor):
+                    local = value.to_local() if isinstance(value, DTensor) else value
+                    total += local.numel() * local.element_size()
+    return total
+
+
+def _is_matrix(name: str) -> bool:
+    """Whether Muon is for this parameter: `...attention.wq.weight`, `...experts.w1`; no router, no adapter's factors."""
+    parts = name.removesuffix(".weight").split(".")
+    return parts[-1] in MATRICES
+
+
+def _fuses(weights: Sequence[nn.Parameter]) -> bool:
+    """Whether torch has one operation for the whole step of these."""
+    return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in weights)
