@@ -15,6 +15,8 @@ from herd.adapters.apply import trained
 from herd.model.llama import Llama
 from herd.parallel.mesh import Mesh
 from herd.quant.linear import QuantEmbedding, QuantExperts, QuantLinear
+from herd.quant.matrix import Matrix
+from herd.quant.nf4 import Nf4Matrix
 from herd.train.config import TrainConfig
 
 __all__ = ["differences", "identity"]
@@ -98,8 +100,18 @@ def _frozen(model: nn.Module) -> str:
         if isinstance(module, QuantLinear | QuantEmbedding | QuantExperts):
             for matrix in module.matrices():
                 digest.update(f"{name} {matrix.type.name} {matrix.rows} {matrix.columns}".encode())
-                digest.update(_sample(matrix.look_up(torch.zeros(1, dtype=torch.int64), torch.float32)))
+                digest.update(_sample(_stored(matrix)))
     return digest.hexdigest()[:16]
+
+
+def _stored(matrix: Matrix) -> torch.Tensor:
+    """The bytes that a quantized matrix is made of, or most of them."""
+    if isinstance(matrix, Nf4Matrix):
+        return matrix.stored.codes
+    if matrix.blocks is not None:
+        return matrix.blocks
+    assert matrix.panels is not None  # one of both is always there
+    return matrix.panels.storage
 
 
 def _sample(values: torch.Tensor) -> bytes:

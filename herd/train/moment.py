@@ -174,22 +174,26 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 
 def _prefixes(model: nn.Module, optimisers: Sequence[Optimizer]) -> Iterator[tuple[str, Tensor]]:
     """Where the states of each parameter of each optimiser go: ("optimiser.0.layers.0.attention.wq.weight", parameter)."""
-    names = {id(weight): name for name, weight in trained(model).items()}
-    for i, optimiser in enumerate(optimisers):
-        for group in optimiser.param_groups:
-            for weight in group["params"]:
-                assert id(weight) in names, "an optimiser has a parameter that the model does not train"
-                yield f"optimiser.{i}.{names[id(weight)]}", weight
+    for prefix, weight, _ in _owned(model, optimisers):
+        yield prefix, weight
 
 
 def _states(model: nn.Module, optimisers: Sequence[Optimizer]) -> Iterator[tuple[str, Tensor, str, Any]]:
     """(prefix, parameter, key, value) of every entry of every optimiser's state."""
-    parts = _prefixes(model, optimisers)
-    for optimiser in optimisers:
-        count = sum(len(group["params"]) for group in optimiser.param_groups)
-        for _, (prefix, weight) in zip(range(count), parts, strict=False):
-            for key, value in optimiser.state.get(weight, {}).items():
-                yield prefix, weight, key, value
+    for prefix, weight, optimiser in _owned(model, optimisers):
+        for key, value in optimiser.state.get(weight, {}).items():
+            yield prefix, weight, key, value
+
+
+def _owned(model: nn.Module, optimisers: Sequence[Optimizer]) -> Iterator[tuple[str, Tensor, Optimizer]]:
+    """(prefix, parameter, its optimiser); frozen ones have no state and are left out."""
+    names = {id(weight): name for name, weight in trained(model).items()}
+    for i, optimiser in enumerate(optimisers):
+        for group in optimiser.param_groups:
+            for weight in group["params"]:
+                if weight.requires_grad:
+                    assert id(weight) in names, "an optimiser has a parameter that is not the model's"
+                    yield f"optimiser.{i}.{names[id(weight)]}", weight, optimiser
 
 
 def _text(state: Tensor) -> str:

@@ -107,7 +107,7 @@ class Trainer:
         if out is not None:
             self.saves = Checkpoints(out, payload or OneFile(), config.save.keep, self.mesh, self.note)
         self._begun = False
-        self._resumed: Path | None = None
+        self._known: dict[str, Any] | None = None
         self._clock = self._saved = self._evaluated = 0.0
 
     @property
@@ -329,7 +329,7 @@ class Trainer:
             "counters": asdict(self.counters),
             "loader": _plain_state(self.loader.state),
             "optimisers": describe(self.model, self.optimisers),
-            "identity": identity(self.model, self.config, self.mesh, self.facts),
+            "identity": self._identity(),
         }
         place = self.saves.save(self.step, tensors, state, RandomStates.now().as_json())
         self._saved = self._agree(time.monotonic() - self._clock)
@@ -421,7 +421,7 @@ class Trainer:
         Raises CheckpointError when it does not fit, ConfigError when going on would not be exact and has to be.
         """
         state, random = self._open(place)
-        lines, fits = differences(state["identity"], identity(self.model, self.config, self.mesh, self.facts))
+        lines, fits = differences(state["identity"], self._identity())
         told = "\n  ".join(lines)
         if not fits:
             raise CheckpointError(f"is a checkpoint of another model:\n  {told}", path=place)
@@ -441,16 +441,20 @@ class Trainer:
                 "not exact: this rank was not there when the checkpoint was written, so its random numbers start anew"
             )
         self.counters = Counters(**state["counters"])
-        self._resumed = place
 
     def adopt(self, place: Path) -> None:
         """Take weights and optimiser states from the checkpoint of another run, and count anew: the next phase of a schedule."""
         state, _ = self._open(place)
-        kept, now = state["identity"], identity(self.model, self.config, self.mesh, self.facts)
+        kept, now = state["identity"], self._identity()
         lines, fits = differences(*({key: part[key] for key in ("model", "trained")} for part in (kept, now)))
         if not fits:
             raise CheckpointError("is a checkpoint of another model:\n  " + "\n  ".join(lines), path=place)
         self._fill(place, state)
+
+    def _identity(self) -> dict[str, Any]:
+        if self._known is None:  # what does not train is looked at once
+            self._known = identity(self.model, self.config, self.mesh, self.facts)
+        return self._known
 
     def _open(self, place: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
         why = damage(place, deep=self.mesh.is_main)

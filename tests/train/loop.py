@@ -1,5 +1,5 @@
 """A run small enough to be done hundreds of times, and hard enough to be done wrong: packed rows, unequal shares of supervised
-tokens, accumulation, dropout in adapters. Also a program: `python -m tests.train.loop OUT STEPS [key=value ...]`.
+tokens, accumulation, dropout in adapters. Also a program, see `main`.
 """
 
 from __future__ import annotations
@@ -96,23 +96,41 @@ def _bytes(tensor: Tensor) -> bytes:
     return tensor.detach().contiguous().view(torch.uint8).numpy().tobytes() if tensor.ndim else repr(tensor).encode()
 
 
-def main() -> None:
-    """Train in a process of its own; prints every loss as it is made, and the fingerprint at the end."""
-    out, steps = Path(sys.argv[1]), int(sys.argv[2])
-    options = dict(part.split("=", 1) for part in sys.argv[3:])
-    torch.set_num_threads(int(options.get("threads", "1")))
-    run, seen = trainer(
-        steps, out, lora=options.get("lora") == "1", changes={"save": SavePart(every_steps=1, every_minutes=None)}
-    )
-    told = seen.on_step
+def train(out: Path, steps: int, lora: bool) -> None:
+    """A run that saves after every step, in this process; says every loss as it is made, and the fingerprint at the end."""
+    save = SavePart(every_steps=1, every_minutes=None)
+    run, seen = trainer(steps, out, lora=lora, changes={"save": save})
+    keep = seen.on_step
 
     def tell(report: Any) -> None:
-        told(report)
+        keep(report)
         os.write(1, f"{report.step} {report.loss.hex()} {report.norm.hex()}\n".encode())
 
     seen.on_step = tell  # type: ignore[method-assign]
     run.fit()
     os.write(1, f"done {fingerprint(run)}\n".encode())
+
+
+def main() -> None:
+    """For every line "OUT STEPS LORA LOG" on stdin: train in a forked process that writes LOG; says its number and then its end.
+
+    Importing torch takes seconds, training these models milliseconds: the fork is what makes hundreds of kills affordable.
+    """
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        out, steps, lora, log = line.split()
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), 1)
+                train(Path(out), int(steps), lora == "1")
+                status = 0
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
+        print(child, flush=True)
+        print(os.waitpid(child, 0)[1], flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,343 @@
+"""The same bytes: twice from one seed, and after a stop at any step; and refusals where they could not be the same."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from herd.adapters.apply import LoraConfig, apply_lora
+from herd.errors import CheckpointError, ConfigError
+from herd.quant.apply import quantize
+from herd.train.config import OptimConfig, SavePart
+from herd.train.objective import NextToken
+from herd.train.state import latest
+from herd.train.stop import Stopped
+from herd.train.trainer import Trainer, load_weights
+from herd.train.watch import Recorder, Silent
+from tests.build import build
+from tests.train.loop import Loader, config, fingerprint, model, rows, trainer, weights
+
+KINDS: dict[str, Any] = {
+    "muon": {},
+    "adamw": {"optim": OptimConfig(kind="adamw", lr=3e-3)},
+    "lora with dropout": {"lora": True},
+}
+
+
+def run_of(kind: str, steps: int, out: Path | None = None, **options: Any) -> tuple[Trainer, Recorder]:
+    lora, changes = KINDS[kind].get("lora", False), {k: v for k, v in KINDS[kind].items() if k != "lora"}
+    save = SavePart(every_steps=1, every_minutes=None, keep=99)
+    return trainer(steps, out, lora=lora, changes={"save": save} | changes, **options)
+
+
+def told(seen: Recorder) -> list[Any]:
+    return [(r.step, r.loss, r.norm, r.rate, r.supervised, r.all_tokens) for r in seen.steps]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_runs_of_one_seed_have_the_same_bytes_and_another_seed_has_others(kind: str) -> None:
+    found = []
+    for changes in ({}, {}, {"seed": 1}):
+        lora = KINDS[kind].get("lora", False)
+        given = {k: v for k, v in KINDS[kind].items() if k != "lora"} | changes
+        run, seen = trainer(6, lora=lora, changes=given)
+        run.fit()
+        found.append((fingerprint(run), told(seen)))
+    assert found[0] == found[1]
+    assert (found[0] != found[2]) == (kind == "lora with dropout"), "the seed of the loop is that of dropout"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_resumed_from_any_step_has_the_same_bytes(kind: str, tmp_path: Path) -> None:
+    """Steps 5 to 10 are the decay."""
+    whole, expected = run_of(kind, 10, tmp_path / "whole")
+    assert len(rows()) < 10 * 8, "an epoch ends within the run"
+    whole.fit()
+    for step in (1, 4, 9):
+        place = tmp_path / f"whole/checkpoints/step-{step:08d}"
+        resumed, seen = run_of(kind, 10, tmp_path / f"from {step}", resume=place)
+        torch.rand(17)  # whatever happened before in the process
+        resumed.fit()
+        assert told(seen) == told(expected)[step:]
+        assert fingerprint(resumed) == fingerprint(whole)
+
+
+def test_evaluations_do_not_show_in_the_bytes(tmp_path: Path) -> None:
+    quiet, _ = trainer(4, lora=True)
+    quiet.fit()
+    watched, _ = trainer(4, tmp_path, lora=True, evaluate=lambda m: {"x": float(torch.rand(()))})
+    watched.fit()
+    assert fingerprint(watched) == fingerprint(quiet)
+
+
+def test_an_adapter_over_a_quantized_base_saves_only_itself(tmp_path: Path) -> None:
+    def make(out: Path | None, base: int = 0) -> tuple[Trainer, Recorder]:
+        torch.manual_seed(base)
+        whole = build("llama-3")
+        if base:
+            torch.nn.init.normal_(whole.layers[0].attention.wq.weight)
+        quantize(whole, "nf4")
+        torch.manual_seed(1)
+        apply_lora(whole, LoraConfig(4, 8.0, dropout=0.1))
+        seen = Recorder()
+        return Trainer(whole, NextToken(), Loader(rows(), 4, 1), config(6), out=out, watchers=[seen]), seen
+
+    straight, expected = make(None)
+    straight.fit()
+    first, _ = make(tmp_path)
+    first.fit(until=3)
+    place = latest(tmp_path)
+    assert place is not None
+    size = (place / "tensors.safetensors").stat().st_size
+    factors = sum(weight.numel() for weight in weights(first).values())
+    assert size < 3.5 * 4 * factors + 40_000
+    second, seen = make(tmp_path)
+    second.fit()
+    assert told(seen) == told(expected)[3:]
+    assert fingerprint(second) == fingerprint(straight)
+    other, _ = make(tmp_path, base=1)
+    with pytest.raises(ConfigError, match="frozen: "):
+        other.fit()
+
+
+def test_another_configuration_is_refused_with_the_differences(tmp_path: Path) -> None:
+    first, _ = trainer(6, tmp_path, facts={"vocabulary": "abc"})
+    first.fit(until=2)
+    changes = {"optim": OptimConfig(kind="muon", lr=1e-3), "accumulate": 3}
+    other, seen = trainer(6, tmp_path, changes=changes, facts={"vocabulary": "abd"})
+    with pytest.raises(ConfigError) as caught:
+        other.fit()
+    text = str(caught.value)
+    assert "train.optim.lr: 0.003 in the checkpoint, 0.001 now" in text
+    assert "train.accumulate: 2 in the checkpoint, 3 now" in text
+    assert "facts.vocabulary: abc in the checkpoint, abd now" in text
+    assert "--inexact" in text
+    assert "muon_lr" not in text
+    loud, seen = trainer(6, tmp_path, changes=changes, facts={"vocabulary": "abd"}, exact=False)
+    loud.fit(until=3)
+    assert len([note for note in seen.notes if note.startswith("not exact: ")]) == 3
+    assert seen.steps[0].step == 3
+
+
+def test_another_number_of_threads_is_refused(tmp_path: Path) -> None:
+    first, _ = trainer(4, tmp_path)
+    first.fit(until=2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        other, _ = trainer(4, tmp_path)
+        with pytest.raises(ConfigError, match=f"threads: {threads} in the checkpoint, {threads + 1} now"):
+            other.fit()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_settings_that_change_no_weight_may_change(tmp_path: Path) -> None:
+    first, _ = trainer(6, tmp_path)
+    first.fit(until=2)
+    other, seen = trainer(6, tmp_path, changes={"log_every": 1, "save": SavePart(every_steps=3, every_minutes=None)})
+    other.fit()
+    assert seen.notes == []
+    whole, _ = trainer(6)
+    whole.fit()
+    assert fingerprint(other) == fingerprint(whole)
+
+
+def test_another_model_is_refused_whatever_was_asked(tmp_path: Path) -> None:
+    first, _ = trainer(4, tmp_path)
+    first.fit(until=2)
+    other, _ = trainer(4, tmp_path, lora=True, exact=False)
+    with pytest.raises(CheckpointError, match="another model") as caught:
+        other.fit()
+    assert "trained.layers.0.attention.wq.a: nothing in the checkpoint, float32 [4, 16] now" in str(caught.value)
+    assert load_weights(tmp_path, model(seed=5)) == tmp_path / "checkpoints/step-00000002"
+
+
+def test_never_refuses_a_folder_with_checkpoints_and_a_path_must_be_the_newest(tmp_path: Path) -> None:
+    first, _ = run_of("adamw", 4, tmp_path / "a")
+    first.fit()
+    for resume, told_ in (("never", "holds checkpoints"), (tmp_path / "a/checkpoints/step-00000002", "newer than")):
+        other, _ = run_of("adamw", 4, tmp_path / "a", resume=resume)
+        with pytest.raises(ConfigError, match=told_):
+            other.fit()
+    fresh, _ = run_of("adamw", 4, tmp_path / "b", resume="never")
+    fresh.fit()
+    assert fingerprint(fresh) == fingerprint(first)
+    for wrong in (tmp_path / "nowhere", tmp_path):
+        other, _ = run_of("adamw", 4, tmp_path / "c", resume=wrong)
+        with pytest.raises(CheckpointError, match="no whole checkpoint"):
+            other.fit()
+
+
+def test_the_next_phase_starts_counting_anew(tmp_path: Path) -> None:
+    first, _ = trainer(3, tmp_path / "first")
+    first.fit()
+    place = latest(tmp_path / "first")
+    assert place is not None
+    second, seen = trainer(5, tmp_path / "second", changes={"accumulate": 1})
+    second.adopt(place)
+    assert (second.step, second.progress) == (0, 0)
+    assert all(torch.equal(now, weights(first)[name]) for name, now in weights(second).items())
+    assert len(second.optimisers[0].state) == len(first.optimisers[0].state)
+    second.fit()
+    assert [report.step for report in seen.steps] == [1, 2, 3, 4, 5]
+    assert seen.steps[0].rate == pytest.approx(1.5e-3)
+    other, _ = trainer(5, lora=True)
+    with pytest.raises(CheckpointError, match="another model"):
+        other.adopt(place)
+
+
+class Kick(Silent):
+    """Sends a signal to this process during a step."""
+
+    def __init__(self, step: int, number: int) -> None:
+        self.step, self.number = step, number
+
+    def on_step(self, report: Any) -> None:
+        if report.step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGINT", 130)])
+def test_a_signal_saves_and_the_resumed_run_has_the_same_bytes(name: str, code: int, tmp_path: Path) -> None:
+    before = signal.getsignal(getattr(signal, name))
+    whole, expected = trainer(6, lora=True)
+    whole.fit()
+    slow = SavePart(every_minutes=None)
+    run, _ = trainer(6, tmp_path, lora=True, changes={"save": slow}, watchers=[Kick(3, getattr(signal, name))])
+    with pytest.raises(Stopped, match=f"stopped by {name} after step 3; saved at .*step-00000003") as caught:
+        run.fit()
+    assert caught.value.exit_code == code
+    assert signal.getsignal(getattr(signal, name)) is before
+    resumed, seen = trainer(6, tmp_path, lora=True, changes={"save": slow})
+    resumed.fit()
+    assert told(seen) == told(expected)[3:]
+    assert fingerprint(resumed) == fingerprint(whole)
+
+
+def test_a_signal_between_micro_batches_gives_the_step_back(tmp_path: Path) -> None:
+    """Steps can take minutes; nobody waits that long for a process to go."""
+
+    class Kicked(NextToken):
+        calls = 0
+
+        def __call__(self, model: Any, batch: Any) -> Any:
+            Kicked.calls += 1
+            if Kicked.calls == 3 * 2 + 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().__call__(model, batch)
+
+    whole, _ = trainer(6, lora=True)
+    whole.fit()
+    run, seen = trainer(6, tmp_path, lora=True, objective=Kicked())
+    with pytest.raises(Stopped, match="after step 3"):
+        run.fit()
+    assert Kicked.calls == 7
+    assert len(seen.steps) == 3
+    resumed, _ = trainer(6, tmp_path, lora=True)
+    resumed.fit()
+    assert fingerprint(resumed) == fingerprint(whole)
+
+
+def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
+    class Stubborn(NextToken):
+        def __call__(self, model: Any, batch: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            return super().__call__(model, batch)
+
+    run, _ = trainer(6, tmp_path, objective=Stubborn())
+    with pytest.raises(KeyboardInterrupt):
+        run.fit()
+
+
+class Runs:
+    """Runs in processes of their own, forked by one that has everything imported."""
+
+    def __init__(self, folder: Path) -> None:
+        self.log = folder / "log"
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.train.loop"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            text=True,
+        )
+
+    def run(self, out: Path, steps: int, wait: float | None = None) -> list[str]:
+        """What a run said. With `wait` it is killed so many seconds after it began."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(f"{out} {steps} 1 {self.log}\n")
+        self.process.stdin.flush()
+        child = int(self.process.stdout.readline())
+        if wait is not None:
+            time.sleep(wait)
+            os.kill(child, signal.SIGKILL)
+        status = int(self.process.stdout.readline())
+        assert status in (0, signal.SIGKILL) if wait is not None else status == 0, status
+        return self.log.read_text().splitlines()
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+def survive(folder: Path, kills: int, steps: int, seed: int) -> dict[str, int]:
+    """Kill -9 `kills` times, resume each time; every byte must be that of a run nobody touched. Returns what was met."""
+    runs = Runs(folder)
+    try:
+        began = time.monotonic()
+        expected = runs.run(folder / "whole", steps)
+        once = time.monotonic() - began
+        rng = random.Random(seed)
+        met = {"kills": 0, "while a checkpoint grew": 0, "finished runs": 0, "steps done again": 0}
+        out, seen = folder / "killed", dict[str, str]()
+
+        def look(lines: list[str]) -> None:
+            for line in lines:
+                number, _, what = line.partition(" ")
+                met["steps done again"] += number in seen
+                assert seen.setdefault(number, what) == what, f"step {number} was another one"
+
+        while met["kills"] < kills:
+            look(runs.run(out, steps, wait=rng.random() * once / 3))
+            met["kills"] += 1
+            met["while a checkpoint grew"] += any((out / "checkpoints").glob(".new-*"))
+            place = latest(out, pytest.fail)  # a damaged one would be told
+            done = 0 if place is None else int(place.name.removeprefix("step-"))
+            assert done in (last := max((int(n) for n in seen if n != "done"), default=0), last - 1, last + 1)
+            if "done" in seen:
+                met["finished runs"] += 1
+                assert [f"{number} {what}" for number, what in seen.items()] == expected
+                out, seen = folder / f"killed {met['finished runs']}".replace(" ", "-"), {}
+        look(runs.run(out, steps))
+        assert [f"{number} {what}" for number, what in seen.items()] == expected
+        return met
+    finally:
+        runs.close()
+
+
+def test_killed_and_resumed_runs_have_the_same_bytes(tmp_path: Path) -> None:
+    met = survive(tmp_path, kills=4, steps=16, seed=0)
+    assert met["kills"] == 4
+
+
+@pytest.mark.slow
+def test_two_hundred_kills(tmp_path: Path, measured: Any) -> None:
+    met = survive(tmp_path, kills=200, steps=60, seed=1)
+    for what, count in met.items():
+        measured("kill and resume", what, count)
+    assert met["while a checkpoint grew"] >= 20
