@@ -34,6 +34,15 @@ class Live:
     state: State
     loop: asyncio.AbstractEventLoop
 
+    def clock(self) -> Callable[[], float]:
+        """Seconds of a core that the event loop has used: what it makes others wait for, whatever else the machine does."""
+
+        async def clock() -> int:
+            return time.pthread_getcpuclockid(threading.get_ident())
+
+        number = asyncio.run_coroutine_threadsafe(clock(), self.loop).result(LOADING_SECONDS)
+        return lambda: time.clock_gettime(number)
+
     def client(self, **more: Any) -> httpx.Client:
         """An HTTP client of it."""
         return httpx.Client(base_url=self.url, timeout=60, **more)

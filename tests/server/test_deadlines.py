@@ -39,6 +39,14 @@ def script(call: Any) -> Any:
     return saying(*["y" * 2000] * 3000) if "stream" in text else saying("Hello")
 
 
+def patience(slower: float = 1.0) -> ServerSettings:
+    """Short deadlines."""
+    return ServerSettings(
+        models=(ModelSpec(source="fake", name="fake"),), port=0, lazy=True, drain_seconds=0.2, max_body=1 << 20,
+        head_seconds=slower * HEAD, body_seconds=slower * BODY, send_seconds=SEND, idle_seconds=2, max_connections=600,
+    )  # fmt: skip
+
+
 made: list[Scripted] = []
 
 
@@ -50,11 +58,7 @@ def launch(spec: ModelSpec) -> Scripted:
 @pytest.fixture(scope="module")
 def patient() -> Iterator[Live]:
     """A server with short deadlines over a model that is not there."""
-    settings = ServerSettings(
-        models=(ModelSpec(source="fake", name="fake"),), port=0, lazy=True, drain_seconds=0.2, max_body=1 << 20,
-        head_seconds=HEAD, body_seconds=BODY, send_seconds=SEND, idle_seconds=2, max_connections=600,
-    )  # fmt: skip
-    yield from serving(settings, launch=launch)
+    yield from serving(patience(), launch=launch)
 
 
 def connected(live: Live, receive: int | None = None) -> socket.socket:
@@ -217,18 +221,26 @@ def test_slow_readers_are_waited_for(patient: Live) -> None:
         assert len(got) > BIG
 
 
-def crowd(live: Live, heads: int, bodies: int) -> tuple[list[float], list[float]]:
-    """Seconds until each of so many tricklers was ended, heads and bodies; they are fed a byte at a time by one thread."""
+def crowd(
+    live: Live, heads: int, bodies: int, slower: float, there: threading.Event
+) -> tuple[list[float], list[float]]:
+    """Seconds until each of so many tricklers was ended, heads and bodies; they are fed a byte at a time by one thread. They are
+    `there` when the server has them all."""
     connections = [(connected(live), i < heads) for i in range(heads + bodies)]
     for connection, is_head in connections:
         connection.setblocking(False)
         connection.send(b"GET /he" if is_head else POST + b"Content-Length: 100000\r\n\r\n")
     began = time.monotonic()
+    with live.client() as client:  # whoever came before has been accepted then
+        client.get("/health")
+    there.set()
     ended: tuple[list[float], list[float]] = ([], [])
     left = set(connections)
-    while left and time.monotonic() - began < HEAD + BODY + 4 * SLACK:
-        for one in list(left):
+    while left and time.monotonic() - began < slower * (HEAD + BODY) + 4 * SLACK:
+        for number, one in enumerate(list(left)):
             connection, is_head = one
+            if number % TOGETHER == 0:  # they know nothing of each other
+                time.sleep(TOGETHER * 0.1 / len(connections))
             try:
                 connection.send(b"a" if is_head else b" ")
                 gone = connection.recv(100) == b""
@@ -240,46 +252,60 @@ def crowd(live: Live, heads: int, bodies: int) -> tuple[list[float], list[float]
                 ended[0 if is_head else 1].append(time.monotonic() - began)
                 connection.close()
                 left.discard(one)
-        time.sleep(0.05)
     for connection, _ in left:
         connection.close()
     return ended
 
 
 def first_bytes(live: Live, count: int) -> list[float]:
-    """Seconds to the first event of so many honest requests."""
-    out = []
+    """What the event loop does until the first event of so many honest requests, in seconds of a core."""
+    out, clock = [], live.clock()
     with live.client() as client:
         for _ in range(count):
-            began = time.perf_counter()
+            began = clock()
             with client.stream("POST", "/v1/chat/completions", json=CHAT | {"stream": True}) as stream:
                 next(stream.iter_lines())
-                out.append(time.perf_counter() - began)
+                out.append(clock() - began)
     return out
 
 
-@pytest.mark.parametrize("each", [20, pytest.param(200, marks=pytest.mark.slow)])
-def test_a_crowd_of_slow_clients(patient: Live, each: int) -> None:
-    """All are ended on time while an honest client hardly notices."""
-    first_bytes(patient, 5)
-    idle = statistics.median(first_bytes(patient, 40))
+def worst(taken: list[float]) -> float:
+    """The 99th percentile."""
+    return statistics.quantiles(taken, n=100, method="inclusive")[98]
+
+
+@pytest.mark.parametrize(
+    ("each", "slower"), [(20, 1.0), pytest.param(200, 8.0, marks=pytest.mark.slow)], ids=["few", "many"]
+)
+def test_a_crowd_of_slow_clients(each: int, slower: float) -> None:
+    """All are ended on time while an honest client hardly notices.
+
+    Its first token costs the event loop no more than twice what it does alone, at the 99th percentile, from when all of the crowd
+    are there.
+    """
     ended: list[tuple[list[float], list[float]]] = []
-    thread = threading.Thread(target=lambda: ended.append(crowd(patient, each, each)))
-    thread.start()
-    time.sleep(0.1)
-    busy = []
-    while thread.is_alive():
-        busy += first_bytes(patient, 5)
-    thread.join()
+    there = threading.Event()
+    for live in serving(patience(slower), launch=launch):
+        first_bytes(live, 5)
+        idle = worst(first_bytes(live, 100))
+        thread = threading.Thread(target=lambda live=live: ended.append(crowd(live, each, each, slower, there)))
+        thread.start()
+        there.wait()
+        busy: list[float] = []
+        while thread.is_alive():
+            busy += first_bytes(live, 5)
+        thread.join()
     heads, bodies = ended[0]
     assert (len(heads), len(bodies)) == (each, each)
-    assert max(heads) < HEAD + SLACK
-    assert max(bodies) < BODY + SLACK
-    # The feeding thread shares this process with the client: what it costs beside the server's own work is allowed for.
-    assert statistics.median(busy) < 2 * idle + CROWD_SECONDS
+    assert max(heads) < slower * HEAD + SLACK
+    assert max(bodies) < slower * BODY + SLACK
+    assert worst(busy) < 2 * idle + CROWD_SECONDS
 
 
+TOGETHER = 10
+"""Slow clients whose bytes come at the same moment."""
 CROWD_SECONDS = 0.01
+"""One turn of the event loop in which many of them are ended, since they came together."""
 
 
 @pytest.fixture(scope="module")

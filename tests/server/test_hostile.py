@@ -296,7 +296,10 @@ def _memory() -> int:
 
 
 HEALTH_SECONDS = 0.1
-"""The bar at the 99th percentile. Here the 90th is held to it: the machine that runs tests has other work, too."""
+"""The bar at the 99th percentile, for what the event loop does between a question and its answer, in seconds of a core: time that
+the machine gave to others is no fault of the server."""
+ASKED = 100
+"""Times that /health is asked: all of them but one are held to the bar."""
 WORDS = {"type": "object", "properties": {f"p{i}": {"enum": [f"{i}-{j}" for j in range(200)]} for i in range(50)}}
 
 
@@ -319,20 +322,20 @@ def test_health_answers_while_prompts_and_schemas_are_handled(live: Live) -> Non
     threads = [threading.Thread(target=work, args=(body,)) for body in hard]
     for thread in threads:
         thread.start()
-    taken = []
+    taken, clock = [], live.clock()
     try:
-        with httpx.Client(base_url=live.url, timeout=20) as client:
-            for _ in range(60):
-                began = time.perf_counter()
+        with httpx.Client(base_url=live.url, timeout=60) as client:
+            while len(taken) < ASKED or len(statuses) < 2 * len(hard):
+                began = clock()
                 assert client.get("/health").status_code in (200, 503)
-                taken.append(time.perf_counter() - began)
+                taken.append(clock() - began)
                 time.sleep(0.01)
     finally:
         done.set()
         for thread in threads:
             thread.join()
     assert set(statuses) <= {200, 400}
-    assert statistics.quantiles(taken, n=10)[8] < HEALTH_SECONDS
+    assert statistics.quantiles(taken, n=100)[98] < HEALTH_SECONDS
 
 
 STEADY = 0.1
@@ -397,7 +400,7 @@ def test_dropped_requests_leave_nothing(live: Live, count: int) -> None:
         assert client.post(URL, json={"model": "nano", "messages": [HI], "max_tokens": 2}).status_code == 200
 
 
-EXAMPLES = {"default": 2, "slow": 30}
+EXAMPLES = {"default": 2, "slow": 200}
 
 
 @pytest.mark.usefixtures("refusing")
