@@ -19,10 +19,11 @@ Kind = Literal["text", "messages", "sharegpt", "alpaca", "completion"]
 """Kinds of rows (`herd.data.adapt`) that a next-token objective learns from."""
 
 PackKind = Literal["best-fit", "concat", "none"]
-"""best-fit: whole documents, each row as full as it goes. concat: back to back, cut where a row ends. none: one a row, padded."""
+"""best-fit: whole documents, each row as full as it goes. concat: text back to back, cut where a row ends, conversations as in
+best-fit. none: one document a row, padded."""
 
-LongRows = Literal["split", "stop", "skip"]
-"""Documents longer than a row: split into rows, refused by name, or left out, counted and named."""
+LongRows = Literal["stop", "skip"]
+"""Conversations longer than a row: refused by name, or left out, counted and named."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,8 +97,8 @@ class DataPart:
     """Rows of one micro-batch of one rank."""
 
     pack: PackKind = "best-fit"
-    """How documents become rows. best-fit: whole documents, rows as full as they go. concat: back to back, cut where a row
-    ends. none: one document a row, padded."""
+    """How documents become rows. best-fit: whole documents, rows as full as they go. concat: text back to back, cut where a
+    row ends; conversations as in best-fit. none: one document a row, padded."""
 
     chat_format: str | None = None
     """The prompt format of conversations. None: the model's own."""
@@ -105,9 +106,8 @@ class DataPart:
     bad_rows: Literal["stop", "skip"] = "stop"
     """Stop at the first row that cannot be used, or skip such rows, counted and named."""
 
-    long_rows: LongRows = "split"
-    """What becomes of documents longer than a row: split into rows, stop, or skip (counted and named). Text is all
-    that is ever split: with `split`, conversations and completions stop the run."""
+    long_rows: LongRows = "stop"
+    """What conversations and completions longer than a row do: stop the run, or skip (counted and named). Text is split."""
 
     held_out: str | None = None
     """For evaluation: a file, folder or glob, or a share as "1%" (documents kept from training in every source)."""

@@ -4,7 +4,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from herd.data.order import Shares, key_of, permuted
+from herd.data.order import Shares, key_of, permuted, permuted_one
 
 CHI = 45.0
 """Chi-squared of 24 orders (23 degrees of freedom): chance passes it once in 250 keys."""
@@ -18,8 +18,10 @@ def test_a_permutation_has_every_member_once(n):
 def test_any_part_can_be_asked_for_alone():
     whole = permuted(np.arange(500), 500, 7)
     assert permuted([499, 3, 3], 500, 7).tolist() == [whole[499], whole[3], whole[3]]
-    with pytest.raises(IndexError):
-        permuted([500], 500, 7)
+    assert [permuted_one(i, 500, 7) for i in range(500)] == whole.tolist()
+    for call in (lambda: permuted([500], 500, 7), lambda: permuted_one(500, 500, 7)):
+        with pytest.raises(IndexError):
+            call()
 
 
 def test_huge_permutations_cost_nothing():
@@ -30,7 +32,7 @@ def test_huge_permutations_cost_nothing():
 
 def test_orders_of_few_are_equally_likely():
     tries = 4800
-    seen = Counter(tuple(permuted(np.arange(4), 4, key_of("chi", i)).tolist()) for i in range(tries))
+    seen = Counter(tuple(permuted_one(j, 4, key_of("chi", i)) for j in range(4)) for i in range(tries))
     expected = tries / 24
     assert sum((seen[order] - expected) ** 2 / expected for order in itertools.permutations(range(4))) < CHI
 
