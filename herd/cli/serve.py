@@ -60,23 +60,22 @@ def command(models: tuple[str, ...], **options: Any) -> None:
     Without MODEL, every model on this machine can be asked for and is loaded then. Ctrl-C lets replies end, a second one ends
     at once.
     """
-    from herd.server.logs import start_log
+    from herd.server.logs import logged
     from herd.server.serve import serve
 
     settings = settings_from(models, options)
-    start_log(options["log_level"], options["log_format"])
-    if options["image"] is not None:
-        from herd.server.kuberay import kuberay
+    with logged(options["log_level"], options["log_format"]):
+        if options["image"] is not None:
+            from herd.server.kuberay import kuberay
 
-        click.echo(kuberay(settings, options["replicas"] or 1, options["image"]), nl=False)
-        return
-    if options["replicas"] is not None:
-        from herd.server.cluster import serve_replicas
+            click.echo(kuberay(settings, options["replicas"] or 1, options["image"]), nl=False)
+        elif options["replicas"] is not None:
+            from herd.server.cluster import serve_replicas
 
-        note(f"starting {options['replicas']} copies of the server on Ray")
-        serve_replicas(settings, options["replicas"], on_start=lambda url: note(f"herd serves at {url}", "bold"))
-        return
-    serve(settings, on_start=lambda url, state: _said(url, state, settings))
+            note(f"starting {options['replicas']} copies of the server on Ray")
+            serve_replicas(settings, options["replicas"], on_start=lambda url: note(f"herd serves at {url}", "bold"))
+        else:
+            serve(settings, on_start=lambda url, state: _said(url, state, settings))
 
 
 def settings_from(models: Sequence[str], options: Mapping[str, Any]) -> ServerSettings:

@@ -11,14 +11,19 @@ import re
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 from herd.server.caller import CALLER
 
-__all__ = ["JsonLines", "TextLines", "frames", "plain", "start_log"]
+__all__ = ["JsonLines", "TextLines", "frames", "logged", "plain"]
 
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\\\\]")
+
+NOISY = ("uvicorn", "asyncio", "httpx", "httpcore")
+"""Loggers that tell warnings only."""
 
 
 def frames(error: BaseException) -> list[str]:
@@ -74,13 +79,21 @@ class JsonLines(_Lines):
         return json.dumps(out, ensure_ascii=True, default=str)
 
 
-def start_log(level: str, form: str = "text", stream: TextIO | None = None) -> logging.Handler:
-    """Write herd's log, from `level` on, to `stream` (stderr). `form` is "text" or "json". Returns its handler."""
+@contextmanager
+def logged(level: str, form: str = "text", stream: TextIO | None = None) -> Iterator[None]:
+    """Inside, herd's log goes to `stream` (stderr) from `level` on; `form` is "text" or "json". Afterwards all is as it was: a
+    stream that somebody closes then gets no more lines."""
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonLines() if form == "json" else TextLines())
-    root = logging.getLogger()
+    root, noisy = logging.getLogger(), [logging.getLogger(name) for name in NOISY]
+    handlers, levels = root.handlers[:], [(one, one.level) for one in (root, *noisy)]
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    for noisy in ("uvicorn", "asyncio", "httpx", "httpcore"):
-        logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))
-    return handler
+    for one in noisy:
+        one.setLevel(max(logging.WARNING, root.level))
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        for one, before in levels:
+            one.setLevel(before)

@@ -17,7 +17,7 @@ from herd.errors import ConfigError
 from herd.server.app import ROUTERS
 from herd.server.auth import Keys, hashed, read_keys
 from herd.server.gate import _below, is_open
-from herd.server.logs import start_log
+from herd.server.logs import logged
 from herd.server.origins import host_allowed, origin_allowed
 from herd.server.settings import ServerSettings
 from tests.server.conftest import faked
@@ -277,19 +277,17 @@ HOSTILE = ["a\nb", "a\r\nINFO forged", "\x1b[31mred", "a\u2028b", "\u202eevil", 
 
 @pytest.fixture
 def stream() -> Iterator[io.StringIO]:
-    """Where the log goes; the root logger is as before afterwards."""
-    root = logging.getLogger()
-    before = (root.handlers[:], root.level)
+    """Where the log goes."""
     out = io.StringIO()
     yield out
-    root.handlers[:], root.level = before
+    out.close()
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_nothing_forges_a_line_of_the_log(form: str, stream: io.StringIO) -> None:
-    start_log("info", form, stream)
-    for number, text in enumerate(HOSTILE):
-        logging.getLogger("herd.server").info("%s and %s", text, number, extra={"fields": {"path": text}})
+    with logged("info", form, stream):
+        for number, text in enumerate(HOSTILE):
+            logging.getLogger("herd.server").info("%s and %s", text, number, extra={"fields": {"path": text}})
     lines = stream.getvalue().split("\n")
     assert len(lines) == len(HOSTILE) + 1
     assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u202e\ud800]", stream.getvalue())
@@ -297,8 +295,6 @@ def test_nothing_forges_a_line_of_the_log(form: str, stream: io.StringIO) -> Non
 
 
 def test_the_log_has_requests_and_no_prompts(stream: io.StringIO) -> None:
-    start_log("debug", "json", stream)
-
     async def go() -> None:
         async with faked(lambda call: saying("the secret reply"), api_keys=(f"team {KEY}",)) as fake:
             reply = await fake.client.post(URL, json=CHAT, headers=bearer(KEY) | {"X-Request-Id": "abc"})
@@ -306,7 +302,8 @@ def test_the_log_has_requests_and_no_prompts(stream: io.StringIO) -> None:
             await fake.client.post(URL + "%0aforged", json=CHAT, headers=bearer("wrong key"))
             await fake.client.post(URL, content=b'{"model": "the content', headers=bearer(KEY))
 
-    asyncio.run(go())
+    with logged("debug", "json", stream):
+        asyncio.run(go())
     log = stream.getvalue()
     rows = [json.loads(line) for line in log.splitlines()]
     requests = [row for row in rows if row["logger"] == "herd.access"]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from typing import Any
 
 import pytest
 
+from herd.cli.main import run
 from herd.server.errors import told
-from herd.server.logs import start_log
+from herd.server.logs import logged
 from herd.server.process import WorkerError
 from herd.server.protocol import Began, Piece
 from herd.server.settings import ModelSpec
@@ -68,22 +70,27 @@ def test_what_is_the_clients_own_is_not_logged_and_what_models_miss_is(caplog: p
 def test_tracebacks_have_no_words_of_requests(form: str) -> None:
     import io
 
-    root, out = logging.getLogger(), io.StringIO()
-    before, level = root.handlers[:], root.level
-    try:
-        start_log("info", form, out)
+    out = io.StringIO()
+    with logged("info", form, out):
         for error in (ValueError(SECRET), OSError(28, "No space left on device", SECRET)):
             try:
                 raise error
             except Exception:
                 logging.getLogger("herd.server").exception("it broke")
-    finally:
-        root.handlers[:] = before
-        root.setLevel(level)
     assert "ValueError" in out.getvalue()
     assert "OSError: No space left on device" in out.getvalue()
     assert "test_told.py" in out.getvalue()
     assert SECRET not in out.getvalue()
+
+
+def test_the_log_ends_with_the_server(capsys: pytest.CaptureFixture[str]) -> None:
+    """Lines that came later went to a stream that was closed meanwhile, and each became a traceback on stderr."""
+    root = logging.getLogger()
+    before = (root.handlers[:], root.level, logging.getLogger("uvicorn").level)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert run(["serve", "nano", "--log-level", "debug", "--port", str(taken.getsockname()[1])]) == 1
+    assert (root.handlers, root.level, logging.getLogger("uvicorn").level) == before
+    assert "cannot listen" in capsys.readouterr().err
 
 
 def test_no_client_is_told_where_files_lie(caplog: pytest.LogCaptureFixture) -> None:
