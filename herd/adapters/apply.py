@@ -103,8 +103,12 @@ class _LowRank(nn.Module):
 class LowRankLinear(_LowRank):
     """y = W x + scale * B A x, with DoRA its outputs times a gain. x [..., in] -> [..., out] in x's dtype."""
 
+    def base_product(self, x: Tensor) -> Tensor:
+        """W x."""
+        return _product(self.base, x)
+
     def forward(self, x: Tensor) -> Tensor:
-        y = _product(self.base, x)
+        y = self.base_product(x)
         dropped = dropout(x, self.dropout) if self.training and self.dropout else x
         change = linear(linear(dropped.to(self.a.dtype), self.a), self.b) * self.scale
         if self.magnitude is None:

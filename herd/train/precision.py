@@ -1,0 +1,93 @@
+"""bfloat16 products over float32 weights.
+
+| float32                                                | bfloat16                                             |
+|--------------------------------------------------------|------------------------------------------------------|
+| weights that are trained, their gradients after each   | a copy of each weight for the moment of its product, |
+| micro-batch, optimiser states, the loss and its        | activations, their gradients, each product's weight  |
+| softmax, norms' and rotary arithmetic, sums inside     | gradient before it is added up                       |
+| products                                               |                                                      |
+
+It is what FSDP2's mixed precision computes with param_dtype=bfloat16 and gradients reduced in float32, so one rank and many
+agree. No loss scaling is needed: bfloat16 has float32's range. Layers keep names and parameters; only their class is another.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout, embedding, linear, silu
+
+from herd.adapters.apply import LowRankLinear
+from herd.kernels.grouped import grouped_linear
+from herd.model.moe import Experts
+from herd.model.norm import RMSNorm, rms
+
+__all__ = ["compute_in", "compute_plainly"]
+
+
+class NarrowLinear(nn.Linear):
+    """x W^T in x's dtype, whatever the weight's."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return linear(input, self.weight.to(input.dtype), bias)
+
+
+class NarrowEmbedding(nn.Embedding):
+    """Rows in bfloat16: here activations become narrow."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return embedding(input, self.weight).to(torch.bfloat16)
+
+
+class NarrowNorm(RMSNorm):
+    """RMSNorm whose weight is rounded to x's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms(x, self.eps) * self.weight.to(x.dtype)
+
+
+class NarrowExperts(Experts):
+    """Experts with products in x's dtype."""
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        w1, w2, w3 = (w.to(x.dtype) for w in (self.w1, self.w2, self.w3))
+        return grouped_linear(silu(grouped_linear(x, w1, counts)) * grouped_linear(x, w3, counts), w2, counts)
+
+
+class NarrowLowRank(LowRankLinear):
+    """A LoRA layer whose factors multiply in x's dtype. DoRA's gain stays float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.magnitude is not None:
+            return super().forward(x)
+        dropped = dropout(x, self.dropout) if self.training and self.dropout else x
+        base = self.base_product(x)
+        inner = linear(dropped, self.a.to(x.dtype))
+        return base.add(linear(inner, self.b.to(x.dtype)), alpha=self.scale)
+
+
+_NARROW: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: NarrowLinear,
+    nn.Embedding: NarrowEmbedding,
+    RMSNorm: NarrowNorm,
+    Experts: NarrowExperts,
+    LowRankLinear: NarrowLowRank,
+}
+_PLAIN = {narrow: plain for plain, narrow in _NARROW.items()}
+
+
+def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Make `model` compute in `dtype` (float32: its own dtypes, bfloat16), in place; parameters stay as they are."""
+    compute_plainly(model)
+    if dtype == torch.bfloat16:
+        for module in model.modules():
+            if type(module) in _NARROW:
+                module.__class__ = _NARROW[type(module)]
+
+
+def compute_plainly(model: nn.Module) -> None:
+    """Undo it."""
+    for module in model.modules():
+        if type(module) in _PLAIN:
+            module.__class__ = _PLAIN[type(module)]
