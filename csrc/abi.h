@@ -1,11 +1,12 @@
 // What the two sides of the border agree on. Plain C layout: herd/kernels/native.py describes the same structures to ctypes.
-// VERSION changes with every change here, so that a library built from older sources is refused instead of misread.
+// VERSION changes with every change here and of the functions in library.cpp, so that a library built from older sources is refused
+// instead of misread.
 #pragma once
 #include <cstdint>
 
 namespace herd {
 
-constexpr int VERSION = 4;
+constexpr int VERSION = 5;
 
 struct Matrix {            // [rows, cols]; quantized formats in panels, F32 / F16 / BF16 row by row
     const uint8_t* data;

@@ -17,6 +17,7 @@
 #include "formats.h"
 #include "pack.h"
 #include "scratch.h"
+#include "values.h"
 
 namespace herd {
 
@@ -165,6 +166,17 @@ HERD_PUBLIC void herd_pack(int format, const uint8_t* source, int64_t rows, int6
     large_pages(out, panels * size);
     #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t p = 0; p < panels; ++p) pack(format, source, rows, columns, p, p + 1, out + p * size);
+}
+
+// Blocks of [rows, columns] -> the numbers they stand for.
+HERD_PUBLIC void herd_values(int format, const uint8_t* blocks, int64_t rows, int64_t columns, float* out, int threads) {
+    constexpr int64_t PART = 256;  // blocks that are done before a second thread would have begun
+    const Layout l = layout(format);
+    const int64_t n = rows * (columns / l.columns), parts = (n + PART - 1) / PART;
+    if (parts < 2) return values(format, blocks, n, out);
+    #pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t p = 0; p < parts; ++p)
+        values(format, blocks + p * PART * l.block, n - p * PART < PART ? n - p * PART : PART, out + p * PART * l.columns);
 }
 
 HERD_PUBLIC int herd_version() { return VERSION; }

@@ -19,6 +19,7 @@ using F = V::F;
 using I = V::I;
 constexpr int PARTS = PANEL / V::LANES;
 constexpr int AHEAD = 9216;  // bytes: weights come from memory while those before them are multiplied
+constexpr int SECOND_LEVEL = 2;
 
 inline I low(I c) { return V::both(c, 0x0f0f0f0f); }
 inline I high(I c) { return V::both(V::template right<4>(c), 0x0f0f0f0f); }
@@ -127,10 +128,11 @@ template <int FORMAT, int T, int i, int END>
 HERD_INLINE void add_groups(const uint8_t* head, const uint8_t* g, int part, const uint8_t* const* x, int64_t at, F (&run)[T]) {
     if constexpr (i < END) {
         constexpr int body = layout(FORMAT).body;
-        // A few lines at a time: asked for all at once, they hold up the activations, which lie nearer. With one token or two,
-        // memory is the limit and the processor's own prefetching does it.
+        // A few lines at a time: asked for all at once, they hold up the activations, which lie nearer. Into the second-level cache:
+        // the first has places for some twenty lines under way, which all would be taken by those that memory is slow to bring.
+        // With one token or two, memory is the limit and the processor's own prefetching does it; asked for nearby lines it is slower.
         if constexpr (T > 2)
-            for (int j = 0; j < body; j += 64) __builtin_prefetch(g + i * body + AHEAD + j);
+            for (int j = 0; j < body; j += 64) __builtin_prefetch(g + i * body + AHEAD + j, 0, SECOND_LEVEL);
         add_group<FORMAT, T>(head, g + i * body, part, x, at + i * RECORD, run);
         asm volatile("" : : : "memory");  // or the compiler mixes the groups and runs out of registers
         add_groups<FORMAT, T, i + 1, END>(head, g, part, x, at, run);
@@ -196,7 +198,7 @@ void broad_tile(const Tiles& tiles, const uint8_t* w, const Acts& a, int64_t fir
         const uint8_t *inputs[N], *weights[N];
         for (int i = 0; i < N; ++i) {
             const int some = i < n ? i : 0;  // what is computed for groups beyond the last is not looked at
-            for (int j = 0; i < n && j < l.body; j += 64) __builtin_prefetch(g + i * l.body + AHEAD + j);
+            for (int j = 0; i < n && j < l.body; j += 64) __builtin_prefetch(g + i * l.body + AHEAD + j, 0, SECOND_LEVEL);
             unpack<FORMAT, 0>(g + some * l.body, numbers[i]);
             inputs[i] = at + some * RECORD;
             weights[i] = numbers[i];

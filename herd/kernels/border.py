@@ -20,7 +20,7 @@ __all__ = ["ISAS", "VERSION", "Head", "Layer", "Matrix", "Model", "Step", "libra
 ISAS = ("amx", "avx512bf16", "avx512", "avx2", "neon", "scalar")
 """Best first. `HERD_ISA` chooses one, or `none` for torch alone."""
 
-VERSION = 4
+VERSION = 5
 """Of the structures below; csrc/abi.h has the same number."""
 
 
@@ -71,6 +71,7 @@ _FUNCTIONS = (
     ("herd_use", c_int, (c_char_p,)),
     ("herd_packed_bytes", c_int64, (c_int, c_int64, c_int64)),
     ("herd_pack", None, (c_int, c_void_p, c_int64, c_int64, c_void_p, c_int)),
+    ("herd_values", None, (c_int, c_void_p, c_int64, c_int64, c_void_p, c_int)),
     ("herd_checksum", c_uint64, (c_void_p, c_int64, c_int)),
     ("herd_matmul_scratch", c_int64, (POINTER(Matrix), c_int64, c_int)),
     ("herd_matmul", None, (POINTER(Matrix), c_void_p, c_int64, c_void_p, c_int, c_void_p)),

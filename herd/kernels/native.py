@@ -30,6 +30,7 @@ __all__ = [
     "packed_bytes",
     "packs",
     "plain",
+    "values",
 ]
 
 PACKED = {2: "Q4_0", 8: "Q8_0", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K"}
@@ -279,6 +280,17 @@ def pack(type_id: int, blocks: Tensor, columns: int) -> Weight:
 def packed_bytes(type_id: int, rows: int, columns: int) -> int:
     """Bytes of the panels of a matrix [rows, columns]."""
     return library().herd_packed_bytes(type_id, rows, columns)
+
+
+def values(type_id: int, blocks: Tensor, columns: int) -> Tensor:
+    """GGML blocks [rows, row bytes] uint8 of a type that `packs` -> their values [rows, columns] float32."""
+    assert blocks.dtype == torch.uint8
+    assert blocks.is_contiguous()
+    native, rows, threads = library(), len(blocks), torch.get_num_threads()
+    assert blocks.is_cpu
+    out = torch.empty(rows, columns)
+    native.herd_values(type_id, blocks.data_ptr(), rows, columns, out.data_ptr(), threads)
+    return out
 
 
 def checksum(data: Tensor) -> int:

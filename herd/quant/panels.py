@@ -27,7 +27,9 @@ def unpack(panels: Tensor, kind: BlockType) -> Tensor:
     """Panels [P, panel bytes] uint8 of a type that has panels -> blocks [16 P, row bytes] uint8."""
     head, body, groups = _HEAD[kind.name], _BODY[kind.name], kind.values // 32
     count = len(panels)
-    blocks = panels.view(count, -1, head + groups * body)
+    size = head + groups * body
+    each = panels.shape[1] // size
+    blocks = panels.view(count, each, size)
     group = blocks[..., head:].unflatten(-1, (groups, body))  # [P, N, G, body]
     scales, bodies = group[..., :32], group[..., 32:]
     heads = blocks[..., :head]
@@ -50,7 +52,7 @@ def unpack(panels: Tensor, kind: BlockType) -> Tensor:
             top = sum((high[..., k, :] << (2 * k) for k in range(4)), torch.zeros_like(high[..., 0, :]))
             both = scales.unflatten(-1, (2, 16)).movedim(-1, 1).flatten(-2)  # [P, 16, N, 2 G]
             parts = [low.flatten(-3), top.flatten(-2), both, _halves(heads)]
-    return torch.cat(parts, dim=-1).reshape(count * PANEL, -1)
+    return torch.cat(parts, dim=-1).reshape(count * PANEL, each * kind.nbytes)
 
 
 def _halves(pairs: Tensor) -> Tensor:
