@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from herd import __version__
@@ -20,6 +20,7 @@ from herd.server.protocol import Began, Call, Chat, Ended, Event, Finished, Piec
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.trace import Span
 
     from herd.server.settings import ServerSettings
 
@@ -101,6 +102,51 @@ class Tracing:
         """Send what is left. It may take as long as the exporter waits for its collector: not for an event loop."""
         self._provider.shutdown()
 
+    @contextlib.contextmanager
+    def relayed(
+        self, operation: str, name: str, provider: str, fields: Mapping[str, Any], arrived: float
+    ) -> Iterator[dict[str, Any]]:
+        """A span of the caller's trace for a request that `provider` answers, from `arrived` to the end inside. What is put into
+        the dict becomes its attributes; without `error.type` it was a success."""
+        from opentelemetry.trace import Status, StatusCode
+
+        span = self._span(operation, name, provider, fields, arrived)
+        found: dict[str, Any] = {"error.type": ABANDONED}
+        try:
+            yield found
+        finally:
+            if found.get("error.type") is None:
+                found.pop("error.type", None)
+            else:
+                span.set_status(Status(StatusCode.ERROR))
+            span.set_attributes(found)
+            span.end()
+
+    def _span(self, operation: str, name: str, provider: str, fields: Mapping[str, Any], arrived: float) -> Span:
+        from opentelemetry.trace import SpanKind
+
+        who = caller()
+        host, port = who.server or (self._host, self._port)
+        attributes: dict[str, Any] = {
+            "gen_ai.operation.name": operation,
+            "gen_ai.provider.name": provider,
+            "gen_ai.request.model": name,
+            "server.address": host,
+            "herd.request.id": who.request,
+        }
+        if port:
+            attributes["server.port"] = port
+        for field, attribute in SAMPLING.items():
+            if isinstance(value := fields.get(field), int | float) and not isinstance(value, bool):
+                attributes[attribute] = value
+        return self._tracer.start_span(
+            f"{operation} {name}",
+            context=self._propagator.extract(who.trace),
+            kind=SpanKind.SERVER,
+            attributes=attributes,
+            start_time=time.time_ns() - int((time.monotonic() - arrived) * 1e9),
+        )
+
     async def watch(
         self, name: str, model: str, call: Call, events: AsyncGenerator[Event, None], arrived: float
     ) -> AsyncGenerator[Event, None]:
@@ -108,31 +154,11 @@ class Tracing:
 
         `name` is what the client calls the model, `model` its own name.
         """
-        from opentelemetry.trace import SpanKind, Status, StatusCode
+        from opentelemetry.trace import Status, StatusCode
 
-        who = caller()
         operation = "chat" if isinstance(call.prompt, Chat) else "text_completion"
-        host, port = who.server or (self._host, self._port)
-        attributes: dict[str, Any] = {
-            "gen_ai.operation.name": operation,
-            "gen_ai.provider.name": "herd",
-            "gen_ai.request.model": name,
-            "gen_ai.response.model": model,
-            "server.address": host,
-            "herd.request.id": who.request,
-        }
-        if port:
-            attributes["server.port"] = port
-        for field, attribute in SAMPLING.items():
-            if isinstance(value := call.sampling.get(field), int | float):
-                attributes[attribute] = value
-        span = self._tracer.start_span(
-            f"{operation} {name}",
-            context=self._propagator.extract(who.trace),
-            kind=SpanKind.SERVER,
-            attributes=attributes,
-            start_time=time.time_ns() - int((time.monotonic() - arrived) * 1e9),
-        )
+        span = self._span(operation, name, "herd", call.sampling, arrived)
+        span.set_attribute("gen_ai.response.model", model)
         reasons: dict[int, str] = {}
         begun = over = False
         try:

@@ -15,10 +15,11 @@ import pytest
 from herd.errors import ConfigError
 from herd.server.process import WorkerError
 from herd.server.protocol import Began, Piece
-from herd.server.settings import ServerSettings
+from herd.server.providers.spec import ProviderSpec
+from herd.server.settings import ModelSpec, ServerSettings
 from herd.server.tracing import ENDPOINTS, Tracing, tracing_for, wanted
-from tests.server.conftest import Fake, faked
-from tests.server.fakes import saying
+from tests.server.conftest import Fake, faked, serving
+from tests.server.fakes import Scripted, saying
 
 WHY = "OpenTelemetry is not installed (herd[otel])"
 sdk = pytest.importorskip("opentelemetry.sdk.trace", reason=WHY)
@@ -69,6 +70,49 @@ def only(kept: InMemorySpanExporter) -> ReadableSpan:
     assert SECRET not in span.to_json()
     assert "Hello" not in span.to_json()
     return span
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("fails", [False, True])
+def test_relayed_requests_have_spans(streams: bool, fails: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """A herd behind a herd: the span has the provider, the counts and the caller's trace, and an error only its kind."""
+
+    def said(call: Any) -> Any:
+        return (
+            [Began("", 3), Piece("", 0, "Hel"), WorkerError(SECRET, kind="Crashed")] if fails else saying("Hel", "lo")
+        )
+
+    behind = ServerSettings(models=(ModelSpec(source="fake", name="fake"),), port=0, lazy=True)
+    for far in serving(behind, launch=lambda spec: Scripted(spec, said)):
+
+        async def go(url: str = far.url) -> None:
+            provider = ProviderSpec(name="far", url=f"{url}/v1")
+            async with traced(providers=(provider,)) as (fake, kept):
+                ask = {**CHAT, "model": "far/fake", "stream": streams, "temperature": 0.5, "max_tokens": 7}
+                if streams:
+                    ask["stream_options"] = {"include_usage": True}
+                head = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
+                answer = await fake.client.post(URL, json=ask, headers=head)
+                assert answer.status_code == (503 if fails and not streams else 200)
+                span = kept.get_finished_spans()[0]
+                told = dict(span.attributes or {})
+                assert (span.name, f"{span.context.trace_id:032x}") == ("chat far/fake", TRACE)
+                assert told["gen_ai.provider.name"] == "far"
+                assert (told["gen_ai.request.temperature"], told["gen_ai.request.max_tokens"]) == (0.5, 7)
+                assert told.get("error.type") == (
+                    "Status503" if fails and not streams else "Status502" if fails else None
+                )
+                assert (span.status.status_code is StatusCode.ERROR) == fails
+                if not fails:
+                    assert (told["gen_ai.usage.input_tokens"], told["gen_ai.usage.output_tokens"]) == (3, 2)
+                    assert told["gen_ai.response.finish_reasons"] == ("stop",)
+                assert ("gen_ai.response.time_to_first_chunk" in told) == streams
+                assert not any(SECRET in str(value) for value in told.values())
+                assert set(told) <= ATTRIBUTES
+
+        with caplog.at_level("WARNING", "herd.server"):
+            asyncio.run(go())
+    assert ("provider far" in caplog.text) == fails
 
 
 def test_a_span_says_what_the_conventions_ask_for() -> None:

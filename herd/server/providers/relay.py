@@ -30,6 +30,8 @@ __all__ = ["relayed"]
 log = logging.getLogger("herd.server")
 LONGEST_EVENT = 32 << 20
 """Bytes of one server-sent event."""
+OPERATIONS = {"chat/completions": "chat", "completions": "text_completion", "embeddings": "embeddings"}
+"""Paths -> what OpenTelemetry calls them."""
 LARGE = 1 << 20
 """Bytes of an answer that is read and written in another thread, so that the server goes on meanwhile."""
 
@@ -88,6 +90,9 @@ class _Relay:
         self.reasons: dict[int, str] = {}
         self.pieces = 0
         self.hides_usage = False
+        self.fields = content
+        self.span: dict[str, Any] = {}
+        """What the span of this request is told."""
         body = {**content, "model": provider.own(self.name)}
         if self.streams and state.settings.rate_tokens is not None and path != "embeddings":
             options = content.get("stream_options")
@@ -101,6 +106,18 @@ class _Relay:
         """A response, or b"" and then the events of a stream. Raises ApiError before the first."""
         self._admit()
         self.who.model = self.name
+        tracing = self.state.counts.tracing
+        if tracing is None:
+            watched: contextlib.AbstractContextManager[dict[str, Any]] = contextlib.nullcontext({})
+        else:
+            operation, fields = OPERATIONS[self.path], self.fields
+            watched = tracing.relayed(operation, self.name, self.provider.name, fields, self.began)
+        with watched as self.span:
+            async with contextlib.aclosing(self._run()) as answers:
+                async for one in answers:
+                    yield one
+
+    async def _run(self) -> AsyncGenerator[Response | bytes, None]:
         running = Running(self.name, new_id("relay-"))
         self.state.running.add(running)
         self.provider.users += 1
@@ -111,6 +128,8 @@ class _Relay:
                     real = real or not isinstance(one, Response) or one.status_code < 300
                     over = isinstance(one, Response)
                     if isinstance(one, Response):
+                        if one.status_code >= 500:  # what it says can repeat what was asked: the client is told
+                            log.warning("provider %s answered with status %d", self.provider.name, one.status_code)
                         self._count(real, None if real else f"Status{one.status_code}")
                     yield one
             if not over:
@@ -125,8 +144,11 @@ class _Relay:
             if not isinstance(error, HerdError):
                 log.error("provider %s: %s", self.provider.name, type(error).__name__, exc_info=error)
             # A part of the stream has been sent: what went wrong is its last event.
-            said = error if isinstance(error, HerdError) else WorkerError("", kind="Bug")
-            yield _event(error_body(api_error(said), "openai")) + DONE
+            said = api_error(error if isinstance(error, HerdError) else WorkerError("", kind="Bug"))
+            log.error(
+                "provider %s: a stream ends with an error: status %d, %s", self.provider.name, said.status, said.code
+            )
+            yield _event(error_body(said, "openai")) + DONE
         finally:
             if not over:
                 self.state.counts.metrics.remote_left(self.provider.label(self.name, real=real))
@@ -253,6 +275,14 @@ class _Relay:
 
     def _count(self, real: bool, problem: str | None) -> None:
         label, metrics = self.provider.label(self.name, real=real), self.state.counts.metrics
+        self.span["error.type"] = problem
+        if self.usage:
+            prompt, made = self._tokens()
+            self.span |= {"gen_ai.usage.input_tokens": prompt, "gen_ai.usage.output_tokens": made}
+        if self.first is not None:
+            self.span["gen_ai.response.time_to_first_chunk"] = self.first - self.began
+        if self.reasons:
+            self.span["gen_ai.response.finish_reasons"] = [self.reasons[index] for index in sorted(self.reasons)]
         if problem is not None:
             metrics.remote_failed(label, problem)
             return
