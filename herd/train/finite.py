@@ -18,16 +18,16 @@ __all__ = ["culprit"]
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 
 
-def culprit(model: nn.Module, again: Callable[[], Tensor]) -> tuple[str, str]:
+def culprit(model: nn.Module, again: Callable[[], Tensor] | None) -> tuple[str, str]:
     """(module or weight, what is wrong with it), the first in the order of computing.
 
-    `again` computes the losses of the step once more, and gives their sum; it is called without gradients. The gradients of the
-    step are still in place.
+    `again` computes the losses of the step once more, and gives their sum; it is called without gradients (None: it cannot be
+    asked, and only weights and gradients are looked at). The gradients of the step are still in place.
     """
     bad = not_finite({name: weight.detach() for name, weight in model.named_parameters()})
     if bad is not None:
         return _plain(bad.split(" ")[0]), f"the weight {_plain(bad)} is not finite"
-    forward = _first_output(model, again)
+    forward = None if again is None else _first_output(model, again)
     if forward is not None:
         return forward
     gradients = {name: _local(weight.grad) for name, weight in trained(model).items() if weight.grad is not None}
@@ -55,7 +55,8 @@ def _first_output(model: nn.Module, again: Callable[[], Tensor]) -> tuple[str, s
 
     hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
     try:
-        with torch.no_grad():
+        # A compiled block would not call hooks that come after it was compiled.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             loss = again()
     finally:
         for hook in hooks:

@@ -30,6 +30,8 @@ NEUTRAL = ("log_every", "save", "evaluate")
 HARD = ("model", "trained")
 """Where these differ the checkpoint does not fit at all; other differences are the user's choice."""
 
+PIPELINE = "parts of a pipeline"
+
 
 def identity(model: Llama, config: TrainConfig, mesh: Mesh, facts: Mapping[str, Any]) -> dict[str, Any]:
     """What this run is, JSON-able. `facts` are the caller's: vocabulary, data, method."""
@@ -42,7 +44,7 @@ def identity(model: Llama, config: TrainConfig, mesh: Mesh, facts: Mapping[str, 
     return _plain(
         {
             "model": shape,
-            "trained": {name: f"{_word(t.dtype)} {list(t.shape)}" for name, t in trained(model).items()},
+            "trained": _trained(model, mesh),
             "frozen": _frozen(model),
             "train": settings,
             "parallel": asdict(mesh.part),
@@ -58,6 +60,8 @@ def differences(kept: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[s
     """(a line for each difference, whether the checkpoint fits in spite of them)."""
     lines: list[str] = []
     fits = True
+    if PIPELINE in (kept.get("trained"), now.get("trained")):  # each rank knows a part of the names
+        kept, now = ({key: value for key, value in part.items() if key != "trained"} for part in (kept, now))
     old, new = dict(_flat(kept, "")), dict(_flat(now, ""))
     for key in dict.fromkeys((*old, *new)):
         if old.get(key, "nothing") == new.get(key, "nothing"):
@@ -65,6 +69,12 @@ def differences(kept: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[s
         lines.append(f"{key}: {old.get(key, 'nothing')} in the checkpoint, {new.get(key, 'nothing')} now")
         fits = fits and not key.startswith(HARD)
     return lines, fits
+
+
+def _trained(model: nn.Module, mesh: Mesh) -> dict[str, str] | str:
+    if mesh.part.pp > 1:
+        return PIPELINE
+    return {name: f"{_word(t.dtype)} {list(t.shape)}" for name, t in trained(model).items()}
 
 
 def _flat(part: Any, prefix: str) -> Iterator[tuple[str, Any]]:

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, empty
 from torch.optim import Optimizer
 
 from herd.adapters.apply import trained
-from herd.errors import CheckpointError, ConfigError
+from herd.errors import ConfigError
 
 __all__ = [
     "Counters", "RandomStates", "describe", "not_finite", "restore_optimisers", "seed_everything", "targets", "tensors_of",
@@ -81,12 +81,16 @@ def targets(model: nn.Module, optimisers: Sequence[Optimizer], described: Mappin
         if "value" in facts:
             continue
         prefix = name.rpartition(".")[0]
-        if prefix not in names:
-            raise CheckpointError(f"holds an optimiser state of {prefix}, which this run does not train")
+        if prefix not in names:  # of a layer on another rank of the pipeline
+            continue
         weight = names[prefix]
-        dtype = getattr(torch, facts["dtype"])
-        if facts["place"] == "weight":
+        dtype, shape = getattr(torch, facts["dtype"]), facts["shape"]
+        if shape == list(weight.shape) and facts["place"] != "cpu":
             weights[name] = torch.empty_like(weight.detach(), dtype=dtype)
+        elif isinstance(weight, DTensor) and len(shape) > 1 and shape[:-1] == list(weight.shape[:-1]):
+            weights[name] = empty(  # a number for some neighbours of a row, cut where the row's matrix is cut
+                shape, dtype=dtype, device_mesh=weight.device_mesh, placements=weight.placements
+            )
         else:
             device = "cpu" if facts["place"] == "cpu" else weight.device
             weights[name] = torch.empty(facts["shape"], dtype=dtype, device=device)
@@ -103,6 +107,8 @@ def restore_optimisers(
     owners = {f"optimiser.{i}": optimiser for i, optimiser in enumerate(optimisers)}
     for name, facts in described.items():
         prefix, _, key = name.rpartition(".")
+        if prefix not in names:
+            continue
         optimiser = owners[".".join(prefix.split(".")[:2])]
         optimiser.state[names[prefix]][key] = facts["value"] if "value" in facts else read[name]
 

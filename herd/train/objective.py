@@ -8,6 +8,7 @@ Letters: B rows, S row length.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -19,7 +20,8 @@ from herd.data.encode import IGNORE
 from herd.model.attend import Attend, packed
 from herd.model.config import ModelConfig
 from herd.model.llama import Llama
-from herd.train.losses import next_token_loss
+from herd.train.losses import linear_cross_entropy
+from herd.train.router import Routers
 
 __all__ = ["Loss", "NextToken", "Objective"]
 
@@ -57,17 +59,28 @@ class Objective(Protocol):
 class NextToken:
     """-log p of every label that is not IGNORE; documents packed into a row do not see each other.
 
-    `chunk` bounds the logits held at once, in positions (None: all of them). `attend` makes the attention of all layers from
-    positions; with several ranks it is `Mesh.packed`.
+    `chunk` bounds the logits held at once, in positions (None: chosen, see `herd.train.losses.chunk_for`). `attend` makes the
+    attention of all layers from positions; with several ranks it is `Mesh.packed`. `routers` adds the losses of the model's
+    routers, and their figures, see `herd.train.router`.
     """
 
     chunk: int | None = None
     attend: Callable[[ModelConfig, Tensor], Sequence[Attend]] = packed
+    routers: Routers | None = None
 
     def count(self, batch: TokenBatch) -> int:
         return int((batch.labels != IGNORE).sum())
 
     def __call__(self, model: Llama, batch: TokenBatch) -> Loss:
-        see = self.attend(model.config, batch.positions)
-        hidden = model.hidden(model.embed(batch.tokens), batch.positions, see)
-        return Loss(next_token_loss(hidden, batch.labels, model.output, self.chunk), self.count(batch))
+        see, supervised = self.attend(model.config, batch.positions), self.count(batch)
+        watching = self.routers.watching() if self.routers else contextlib.nullcontext()
+        with watching:
+            hidden = model.hidden(model.embed(batch.tokens), batch.positions, see)
+            routed = self.routers.take() if self.routers else None
+        total = linear_cross_entropy(hidden, batch.labels, model.output, self.chunk)
+        if routed is None:
+            return Loss(total, supervised)
+        # Means over tokens so far: sums are what accumulates.
+        return Loss(
+            total, supervised, {k: v * supervised for k, v in routed.figures.items()}, routed.extra * supervised
+        )

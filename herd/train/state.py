@@ -2,7 +2,8 @@
 
     OUT/checkpoints/step-00000100/
         manifest.json     every other file with its size and SHA-256; written last
-        state.json        counters, loader position, what the run is; random-00000.json ... of each rank
+        state.json        counters, loader position, what the run is
+        rank-00000.json   random states of each rank, and what its optimiser keeps
         tensors.*         the payload: trained weights, optimiser, averages
 
 A checkpoint grows in a hidden folder beside its place. Files are flushed, then the manifest, then the folder gets its name in one
@@ -18,7 +19,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,9 @@ from herd.parallel.mesh import Mesh
 from herd.train.payload import Payload
 from herd.train.stop import SaveError
 
-__all__ = ["Checkpoints", "damage", "latest", "read_state", "step_of"]
+__all__ = ["Checkpoints", "damage", "latest", "read_rank", "read_ranks", "read_state", "step_of"]
 
-MANIFEST, STATE = "manifest.json", "state.json"
+MANIFEST, STATE, RANK = "manifest.json", "state.json", "rank-{:05d}.json"
 NAME = re.compile(r"step-(\d{8,})")
 NEW, OLD = ".new-", ".old-"
 """Hidden folders: a checkpoint that grows, and one that is being removed. Either is rubbish once its run has ended."""
@@ -53,12 +54,10 @@ class Checkpoints:
         """Make the folder, clear away what a killed run left, and see that a checkpoint of `need` bytes has room."""
         self._together(lambda: self._prepare(need), need)
 
-    def save(
-        self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], random: Mapping[str, Any]
-    ) -> Path:
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], own: Mapping[str, Any]) -> Path:
         """Write the checkpoint of `step`; afterwards older ones than the newest `keep` are gone. Returns its folder.
 
-        `state` is the main rank's, `random` each rank's own. Raises SaveError, on all ranks, with everything older as it was.
+        `state` is the main rank's, `own` each rank's. Raises SaveError, on all ranks, with everything older as it was.
         """
         place, new = self.folder / f"step-{step:08d}", self.folder / f"{NEW}step-{step:08d}"
         need = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -67,7 +66,7 @@ class Checkpoints:
         try:
             self._together(lambda: self._begin(new, need), need)
             self._together(lambda: self.payload.write(new, tensors), need)
-            self._together(lambda: _write_json(new / f"random-{self.mesh.rank:05d}.json", random), need)
+            self._together(lambda: _write_json(new / RANK.format(self.mesh.rank), own), need)
             if self.mesh.is_main:
                 self._together(lambda: _write_json(new / STATE, state), need)
             else:
@@ -200,10 +199,21 @@ def damage(place: Path, *, deep: bool = False) -> str | None:
     return None
 
 
-def read_state(place: Path, rank: int) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """`state` of a whole checkpoint, and `random` of `rank`; None when fewer ranks wrote it. Raises CheckpointError."""
-    own = place / f"random-{rank:05d}.json"
-    return read_json(place / STATE), read_json(own) if own.exists() else None
+def read_state(place: Path) -> dict[str, Any]:
+    """`state` of a whole checkpoint. Raises CheckpointError."""
+    return read_json(place / STATE)
+
+
+def read_rank(place: Path, rank: int) -> dict[str, Any] | None:
+    """What `rank` kept for itself; None when fewer ranks wrote the checkpoint. Raises CheckpointError."""
+    own = place / RANK.format(rank)
+    return read_json(own) if own.exists() else None
+
+
+def read_ranks(place: Path) -> Iterator[dict[str, Any]]:
+    """What every rank kept. Raises CheckpointError."""
+    for own in sorted(place.glob("rank-*.json")):
+        yield read_json(own)
 
 
 def step_of(place: Path) -> int | None:

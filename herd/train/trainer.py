@@ -13,59 +13,40 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from herd.adapters.apply import trained
 from herd.data.batch import TokenBatch
-from herd.data.read import DataError
-from herd.errors import CheckpointError, ConfigError
+from herd.errors import CheckpointError, ConfigError, DataError
 from herd.model.llama import Llama
 from herd.parallel.mesh import Mesh
+from herd.parallel.prepare import Spread
+from herd.train.average import Average
 from herd.train.config import TrainConfig
 from herd.train.finite import culprit
-from herd.train.identity import differences, identity
+from herd.train.keeper import Keeper, Resume, Source, from_main, load_weights
 from herd.train.lock import alone
-from herd.train.moment import (
-    Counters,
-    RandomStates,
-    describe,
-    not_finite,
-    restore_optimisers,
-    seed_everything,
-    targets,
-    tensors_of,
-)
-from herd.train.objective import Objective
+from herd.train.moment import Counters, RandomStates, seed_everything
+from herd.train.objective import Loss, Objective
 from herd.train.optim import make_optimisers, rate, set_rate
-from herd.train.payload import OneFile, Payload
-from herd.train.state import Checkpoints, damage, latest, read_state, step_of
+from herd.train.payload import Payload
 from herd.train.stop import NonFiniteError, Stopped, Stopper
 from herd.train.watch import Begin, StepReport, Watcher
 
 __all__ = ["Evaluate", "Resume", "Source", "Trainer", "load_weights"]
 
-Resume = Literal["auto", "never"] | Path
+CLIP_EPS = 1e-6
+"""Added to the norm that gradients are divided by, as `torch.nn.utils.clip_grad_norm_` does."""
+
 Evaluate = Callable[[Llama], Mapping[str, float]]
 """Figures of a model, such as held-out bits per byte. With a method `texts(model) -> [(prompt, reply)]` it gives samples, too."""
-
-
-class Source(Protocol):
-    """Endless batches in an order that depends on `state` alone; `herd.data.batch.Loader` is one."""
-
-    @property
-    def state(self) -> Any:
-        """Where the next batch begins: JSON-able."""
-        ...
-
-    def draw(self) -> TokenBatch: ...
-    def restore(self, state: Any) -> None: ...
 
 
 class Trainer:
@@ -75,7 +56,8 @@ class Trainer:
     the newest whole one, "never" refuses a folder that has any, a path goes on from that one. A checkpoint of another model,
     configuration or machine is refused with the differences; `exact=False` goes on in spite of those that leave it fitting.
     `facts` are JSON values that have to be the same as well: the vocabulary's fingerprint, the data's, the method. With several
-    ranks `mesh` says who works together and `payload` who writes what. `watchers` are told on the main rank.
+    ranks `spread` is what `herd.parallel.prepare` made of the model and `payload` writes each rank's part. `watchers` are told on
+    the main rank. With `config.average`, `average` holds averaged weights; evaluations are of those.
     """
 
     def __init__(
@@ -86,7 +68,7 @@ class Trainer:
         config: TrainConfig,
         *,
         out: Path | None = None,
-        mesh: Mesh | None = None,
+        spread: Spread | None = None,
         optimisers: Sequence[Optimizer] | None = None,
         watchers: Sequence[Watcher] = (),
         evaluate: Evaluate | None = None,
@@ -95,19 +77,33 @@ class Trainer:
         facts: Mapping[str, Any] | None = None,
         payload: Payload | None = None,
     ) -> None:
+        self.spread = spread or Spread(model, Mesh.single(next(model.parameters()).device))
         self.model, self.objective, self.loader, self.config = model, objective, loader, config
-        self.out, self.evaluate, self.resume, self.exact = out, evaluate, resume, exact
-        self.mesh = Mesh.single(next(model.parameters()).device) if mesh is None else mesh
+        self.mesh, self.out, self.evaluate = self.spread.mesh, out, evaluate
+        self.resume: Resume = resume
         self.optimisers = make_optimisers(model, config.optim) if optimisers is None else list(optimisers)
+        self.average = None if config.average is None else Average(model, config.average)
+        if self.spread.pipeline is not None and getattr(objective, "routers", None):
+            raise ConfigError(
+                "losses of routers are not gathered over a pipeline: set train.router_aux and router_z to 0"
+            )
         self.watchers = list(watchers) if self.mesh.is_main else []
-        self.facts = dict(facts or {})
         self.counters = Counters()
         self.stopper = Stopper()
-        self.saves = None
-        if out is not None:
-            self.saves = Checkpoints(out, payload or OneFile(), config.save.keep, self.mesh, self.note)
+        self.keeper = Keeper(
+            model,
+            self.optimisers,
+            loader,
+            self.average,
+            config,
+            self.mesh,
+            out=out,
+            exact=exact,
+            facts=facts or {},
+            payload=payload,
+            tell=self.note,
+        )
         self._begun = False
-        self._known: dict[str, Any] | None = None
         self._clock = self._saved = self._evaluated = 0.0
 
     @property
@@ -150,12 +146,12 @@ class Trainer:
                 self._leave()
             if done and self._due(self.config.evaluate, self._evaluated) and self.evaluate is not None:
                 figures, evaluated_at = self._evaluate(), self.step
-            if done and self._due(self.config.save, self._saved) and self.saves is not None:
+            if done and self._due(self.config.save, self._saved) and self.out is not None:
                 self.save()
                 saved_at = self.step
         if self.evaluate is not None and evaluated_at != self.step and self.progress >= 1:
             figures = self._evaluate()
-        if self.saves is not None and saved_at != self.step:
+        if self.out is not None and saved_at != self.step:
             self.save()
         return figures
 
@@ -171,24 +167,25 @@ class Trainer:
             advance(share)
         batches = [self._draw() for _ in range(self.config.accumulate)]
         supervised, tokens = self._count(batches)
-        sums: dict[str, Tensor] = {}
-        for batch in batches:
-            self._backward(batch, supervised, sums)
-            if self.mesh.world == 1 and self.stopper.asked is not None and batch is not batches[-1]:
-                self._forget_gradients()
-                self.loader.restore(place)
-                moment.restore()
-                return False
-        totals = self._totals(sums, supervised)
+        totals = self._backward(batches, supervised)
+        if totals is None:
+            self._forget_gradients()
+            self.loader.restore(place)
+            moment.restore()
+            return False
         norm = self._clip(totals["loss"], batches, moment)
         for optimiser in self.optimisers:
             optimiser.step()
         self._forget_gradients()
         done = self.counters
-        seconds = self._agree(time.monotonic() - self._clock)
         self.counters = Counters(
-            step=done.step + 1, tokens=done.tokens + tokens, supervised=done.supervised + supervised, seconds=seconds
+            step=done.step + 1,
+            tokens=done.tokens + tokens,
+            supervised=done.supervised + supervised,
+            seconds=self._now(),
         )
+        if self.average is not None:
+            self.average.update(self.step, self.progress)
         self._tell(totals, norm, scale, tokens, supervised, time.monotonic() - began)
         return True
 
@@ -204,43 +201,65 @@ class Trainer:
     def _count(self, batches: Sequence[TokenBatch]) -> tuple[int, int]:
         """(tokens that carry loss, tokens) of the step, of all ranks."""
         supervised = sum(self.objective.count(batch) for batch in batches)
-        tokens = sum(batch.tokens.numel() for batch in batches)
-        both = self.mesh.sum(torch.tensor([supervised, tokens]))
+        seen = sum(batch.tokens.numel() if batch.seen is None else batch.seen / self.mesh.part.cp for batch in batches)
+        both = self.mesh.sum(torch.tensor([supervised, seen], dtype=torch.float64))
         if int(both[0]) == 0:
             raise DataError(
                 f"step {self.step + 1}: no token carries loss{_rows(self.loader, batches)}: are all replies cut off, or all "
                 "labels masked? herd data lint shows the rows"
             )
-        return int(both[0]), int(both[1])
+        return int(both[0]), round(float(both[1]))
 
-    def _backward(self, batch: TokenBatch, supervised: int, sums: dict[str, Tensor]) -> None:
-        loss = self.objective(self.model, batch)
-        (loss.descended / supervised).backward()
-        for name, value in {"loss": loss.total, **loss.metrics}.items():
-            sums[name] = sums.get(name, 0) + value.detach().double()  # type: ignore[operator]
+    def _backward(self, batches: Sequence[TokenBatch], supervised: int) -> dict[str, float] | None:
+        """Gradients of the step's loss; returns means over the supervised tokens of all ranks: the loss and metrics.
 
-    def _totals(self, sums: Mapping[str, Tensor], supervised: int) -> dict[str, float]:
-        """Means over the supervised tokens of all ranks. Summed in float64, so that no order of adding shows."""
+        None when a signal came first. Sums are in float64, so that no order of adding shows in what is told.
+        """
+        losses: list[Loss] = []
+        pipeline = self.spread.pipeline
+        if pipeline is not None:
+
+            def piece(model: Llama, i: int) -> tuple[Tensor, Loss]:
+                loss = self.objective(model, batches[i])
+                return self._descended(loss) / supervised, loss
+
+            losses = pipeline.backward([(batch.tokens, batch.positions) for batch in batches], piece)
+            told = sum((loss.total.detach().double() for loss in losses), torch.zeros((), dtype=torch.float64))
+            return {"loss": float(self.mesh.sum(pipeline.whole(told.to(self.mesh.device)))) / supervised}
+        sums: dict[str, Tensor] = {}
+        for i, batch in enumerate(batches):
+            if i and self.mesh.world == 1 and self.stopper.asked is not None:
+                return None
+            self.spread.last(i == len(batches) - 1)
+            loss = self.objective(self.model, batch)
+            (self._descended(loss) / supervised).backward()
+            for name, value in {"loss": loss.total, **loss.metrics}.items():
+                sums[name] = sums.get(name, 0) + value.detach().double()  # type: ignore[operator]
         values = self.mesh.sum(torch.stack([value.cpu() for value in sums.values()]))
         return {name: float(value) / supervised for name, value in zip(sums, values, strict=True)}
 
+    def _descended(self, loss: Loss) -> Tensor:
+        """Every rank of a tensor-parallel group computes the routers' losses, and their gradients are added."""
+        return loss.total if loss.extra is None else loss.total + loss.extra / self.mesh.part.tp
+
     def _clip(self, loss: float, batches: Sequence[TokenBatch], moment: RandomStates) -> float:
         """Cut the norm of all gradients; returns it as it was. Raises NonFiniteError, naming what began it."""
-        limit = self.config.optim.clip
-        weights = [p for group in self.optimisers for part in group.param_groups for p in part["params"]]
-        norm = _norm(weights)
-        value = float(norm)
-        if math.isfinite(value) and math.isfinite(loss):
-            if limit is not None:
-                torch.nn.utils.clip_grads_with_norm_(weights, limit, norm)
-            return value
-        moment.restore()
-        where, why = culprit(
-            self.model, lambda: sum((self.objective(self.model, b).descended for b in batches), torch.zeros(()))
-        )
+        norm = float(self.spread.clip(None))
+        if math.isfinite(norm) and math.isfinite(loss):
+            limit = self.config.optim.clip
+            if limit is not None and norm > limit:
+                _scale(self.spread.parameters(), limit / (norm + CLIP_EPS))
+            return norm
+
+        def again() -> Tensor:
+            moment.restore()
+            return sum((self.objective(self.model, batch).descended for batch in batches), torch.zeros(()))
+
+        # With several ranks the model cannot be asked again: each would stop at a layer of its own, and wait for the others.
+        where, why = culprit(self.model, again if self.mesh.world == 1 else None)
         self._forget_gradients()
         raise NonFiniteError(
-            f"step {self.step + 1}: loss {loss}, gradient norm {value}: {why}{_rows(self.loader, batches)}. The step was not "
+            f"step {self.step + 1}: loss {loss}, gradient norm {norm}: {why}{_rows(self.loader, batches)}. The step was not "
             "taken and nothing was saved over: lower the learning rate, look at these rows, or go on from an earlier checkpoint",
             where,
         )
@@ -282,7 +301,8 @@ class Trainer:
         moment = RandomStates.now()
         self.model.eval()
         try:
-            with torch.no_grad():
+            averaged = contextlib.nullcontext() if self.average is None else self.average.swapped()
+            with torch.no_grad(), averaged:
                 figures = dict(self.evaluate(self.model))
                 texts = getattr(self.evaluate, "texts", None)
                 samples = list(texts(self.model)) if texts is not None else []
@@ -293,18 +313,14 @@ class Trainer:
             watcher.on_evaluation(self.step, figures)
             for prompt, reply in samples:
                 watcher.on_text(self.step, prompt, reply)
-        self._evaluated = self._agree(time.monotonic() - self._clock)
+        self._evaluated = self._now()
         return figures
 
-    # Agreement of ranks
+    # Agreement of ranks, saving, leaving
 
-    def _agree(self, value: float) -> float:
-        """The main rank's `value`, on every rank: clocks differ, and what follows from them must not."""
-        if self.mesh.world == 1:
-            return value
-        said = torch.tensor([value], dtype=torch.float64, device=self.mesh.device)
-        dist.broadcast(said, 0)
-        return float(said)
+    def _now(self) -> float:
+        """Seconds of the run, by the main rank's clock."""
+        return from_main(self.mesh, time.monotonic() - self._clock)
 
     def _asked(self) -> bool:
         return self.mesh.any(self.stopper.asked is not None)
@@ -314,32 +330,21 @@ class Trainer:
         by_step = part.every_steps is not None and self.step % part.every_steps == 0
         return by_step or (part.every_minutes is not None and self.counters.seconds - last > 60 * part.every_minutes)
 
-    # Saving, leaving, resuming
-
     def save(self) -> Path:
         """Write a checkpoint of this moment, whole or not at all. Raises SaveError, and NonFiniteError for spoiled weights."""
-        assert self.saves is not None, "a trainer without `out` saves nothing"
-        tensors = tensors_of(self.model, self.optimisers, {})
-        bad = not_finite(tensors)
-        if self.mesh.any(bad is not None):
-            raise NonFiniteError(
-                f"step {self.step}: {bad or 'a tensor of another rank'} is not finite: not saved", str(bad)
-            )
-        state = {
-            "counters": asdict(self.counters),
-            "loader": _plain_state(self.loader.state),
-            "optimisers": describe(self.model, self.optimisers),
-            "identity": self._identity(),
-        }
-        place = self.saves.save(self.step, tensors, state, RandomStates.now().as_json())
-        self._saved = self._agree(time.monotonic() - self._clock)
+        place = self.keeper.save(self.counters)
+        self._saved = self._now()
         return place
+
+    def adopt(self, place: Path) -> None:
+        """Take weights and optimiser states from the checkpoint of another run, and count anew: the next phase of a schedule."""
+        self.keeper.adopt(place)
 
     def _leave(self) -> None:
         """Save and raise Stopped."""
         name = self.stopper.asked or "a signal to another rank"
         where = "nothing was saved, for the run has no folder"
-        if self.saves is not None:
+        if self.out is not None:
             where = f"saved at {self.save()}: the same command with --resume auto goes on from there"
         raise Stopped(f"stopped by {name} after step {self.step}; {where}", name)
 
@@ -361,13 +366,11 @@ class Trainer:
 
     def _begin(self) -> None:
         """Start anew or from a checkpoint, and tell the watchers."""
-        place = self._where_to_begin()
+        place = self.keeper.find(self.resume)
         seed_everything(self.config.seed, self.mesh.dp_rank)
         if place is not None:
-            self.restore(place)
-        if self.saves is not None:
-            weights = sum(weight.numel() * weight.element_size() for weight in trained(self.model).values())
-            self.saves.prepare(3 * weights)  # weights and two means of AdamW
+            self.counters = self.keeper.restore(place)
+        self.keeper.prepare()
         self._clock = time.monotonic() - self.counters.seconds
         self._saved = self._evaluated = self.counters.seconds
         self._begun = True
@@ -386,109 +389,10 @@ class Trainer:
         for watcher in self.watchers:
             watcher.on_begin(info)
 
-    def _where_to_begin(self) -> Path | None:
-        if self.out is None:
-            return self.resume if isinstance(self.resume, Path) else None
-        found: Path | None = None
-        error: CheckpointError | None = None
-        if self.mesh.is_main:  # checksums are read once, not by every rank
-            try:
-                found = latest(self.out, self.note)
-            except CheckpointError as raised:
-                error = raised
-        if self.mesh.any(error is not None):
-            raise error or CheckpointError("the main rank could not read the checkpoints", path=self.out)
-        newest = self._agree(-1.0 if found is None else float(step_of(found) or 0))
-        if self.resume == "never":
-            if newest >= 0:
-                raise ConfigError(
-                    f"{self.out} holds checkpoints (up to step {newest:.0f}): go on with --resume auto, or choose another `out`"
-                )
-            return None
-        if isinstance(self.resume, Path):
-            step = step_of(self.resume)
-            if newest >= 0 and (step is None or step < newest):
-                raise ConfigError(
-                    f"{self.out} holds checkpoints up to step {newest:.0f}, newer than {self.resume}: choose another `out`, so "
-                    "that two runs do not mix"
-                )
-            return self.resume
-        return self.out / "checkpoints" / f"step-{newest:08.0f}" if newest >= 0 else None
 
-    def restore(self, place: Path) -> None:
-        """Go on from the checkpoint folder `place`, as if its steps had been done here. Only tensors and plain values are read.
-
-        Raises CheckpointError when it does not fit, ConfigError when going on would not be exact and has to be.
-        """
-        state, random = self._open(place)
-        lines, fits = differences(state["identity"], self._identity())
-        told = "\n  ".join(lines)
-        if not fits:
-            raise CheckpointError(f"is a checkpoint of another model:\n  {told}", path=place)
-        if lines and self.exact:
-            raise ConfigError(
-                f"{place} was written by another run than this one:\n  {told}\nRestore these settings, or go on all the same, "
-                "though not exactly (exact=False, --inexact), or choose another `out`"
-            )
-        for line in lines:
-            self.note(f"not exact: {line}")
-        self._fill(place, state)
-        self.loader.restore(_state_of(self.loader, state["loader"]))
-        if random is not None:
-            RandomStates.of_json(random).restore()
-        else:
-            self.note(
-                "not exact: this rank was not there when the checkpoint was written, so its random numbers start anew"
-            )
-        self.counters = Counters(**state["counters"])
-
-    def adopt(self, place: Path) -> None:
-        """Take weights and optimiser states from the checkpoint of another run, and count anew: the next phase of a schedule."""
-        state, _ = self._open(place)
-        kept, now = state["identity"], self._identity()
-        lines, fits = differences(*({key: part[key] for key in ("model", "trained")} for part in (kept, now)))
-        if not fits:
-            raise CheckpointError("is a checkpoint of another model:\n  " + "\n  ".join(lines), path=place)
-        self._fill(place, state)
-
-    def _identity(self) -> dict[str, Any]:
-        if self._known is None:  # what does not train is looked at once
-            self._known = identity(self.model, self.config, self.mesh, self.facts)
-        return self._known
-
-    def _open(self, place: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
-        why = damage(place, deep=self.mesh.is_main)
-        if why is not None:
-            raise CheckpointError(f"is no whole checkpoint of a training run: {why}", path=place)
-        return read_state(place, self.mesh.rank)
-
-    def _fill(self, place: Path, state: Mapping[str, Any]) -> None:
-        assert self.saves is not None or isinstance(place, Path)
-        payload = self.saves.payload if self.saves is not None else OneFile()
-        try:
-            room = targets(self.model, self.optimisers, state["optimisers"])
-            payload.read(place, room)
-            restore_optimisers(self.model, self.optimisers, state["optimisers"], room)
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise CheckpointError(f"state.json does not describe this optimiser: {error!r}", path=place) from error
-
-
-def load_weights(out: Path, model: Llama) -> Path:
-    """Fill `model` with the weights of the newest whole checkpoint of the run in `out`; returns its folder.
-
-    Raises CheckpointError when there is none, or it is one of another model.
-    """
-    place = latest(out)
-    if place is None:
-        raise CheckpointError("holds no checkpoint of a training run", path=out)
-    OneFile().read(place, targets(model, (), {}))
-    return place
-
-
-def _norm(weights: Sequence[Tensor]) -> Tensor:
-    """The norm of all gradients together. Zero when there are none."""
-    gradients = [weight.grad for weight in weights if weight.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients)
+def _scale(parameters: Iterator[torch.nn.Parameter], factor: float) -> None:
+    for gradient in [p.grad for p in parameters if p.grad is not None]:
+        (gradient.to_local() if isinstance(gradient, DTensor) else gradient).mul_(factor)
 
 
 def _rows(loader: Source, batches: Sequence[TokenBatch]) -> str:
@@ -500,14 +404,6 @@ def _rows(loader: Source, batches: Sequence[TokenBatch]) -> str:
     named = [str(where(row)) for row in ids[:3]] if where is not None else [str(row) for row in ids[:3]]
     more = f" and {len(ids) - 3} more" if len(ids) > 3 else ""
     return f" (rows {', '.join(named)}{more})"
-
-
-def _plain_state(state: Any) -> Any:
-    return asdict(state) if hasattr(state, "__dataclass_fields__") else state
-
-
-def _state_of(loader: Source, kept: Any) -> Any:
-    return type(loader.state)(**kept) if hasattr(loader.state, "__dataclass_fields__") else kept
 
 
 def _peak(device: torch.device) -> int:

@@ -117,7 +117,10 @@ def main() -> None:
     Importing torch takes seconds, training these models milliseconds: the fork is what makes hundreds of kills affordable.
     """
     torch.set_num_threads(1)
+    child = 0
     for line in sys.stdin:
+        if child:
+            os.waitpid(child, 0)
         out, steps, lora, log = line.split()
         child = os.fork()
         if child == 0:
@@ -130,7 +133,11 @@ def main() -> None:
                 sys.stderr.flush()
                 os._exit(status)
         print(child, flush=True)
-        print(os.waitpid(child, 0)[1], flush=True)
+        ended = os.waitid(
+            os.P_PID, child, os.WEXITED | os.WNOWAIT
+        )  # its number stays its own until the next line comes
+        assert ended is not None
+        print(ended.si_status, flush=True)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 from herd.adapters.apply import LoraConfig, apply_lora
 from herd.errors import CheckpointError, ConfigError
 from herd.quant.apply import quantize
-from herd.train.config import OptimConfig, SavePart
+from herd.train.config import AveragePart, OptimConfig, SavePart
 from herd.train.objective import NextToken
 from herd.train.state import latest
 from herd.train.stop import Stopped
@@ -107,6 +107,28 @@ def test_an_adapter_over_a_quantized_base_saves_only_itself(tmp_path: Path) -> N
     other, _ = make(tmp_path, base=1)
     with pytest.raises(ConfigError, match="frozen: "):
         other.fit()
+
+
+@pytest.mark.parametrize(("kind", "start"), [("ema", 0.0), ("tail", 0.5)])
+def test_averages_go_on_too(kind: str, start: float, tmp_path: Path) -> None:
+    average = AveragePart(kind=kind, start=start, decay=0.9)  # type: ignore[arg-type]
+
+    def make(out: Path | None) -> Trainer:
+        return trainer(
+            6, out, changes={"average": average}, evaluate=lambda m: {"first": float(m.norm.weight.detach()[0])}
+        )[0]
+
+    whole = make(None)
+    figures = whole.fit()
+    make(tmp_path).fit(until=4)
+    resumed = make(tmp_path)
+    assert resumed.fit() == figures
+    assert whole.average is not None
+    assert resumed.average is not None
+    kept = resumed.average.tensors()
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in whole.average.tensors().items())
+    assert figures["first"] == pytest.approx(float(kept["average.norm.weight"][0]))
+    assert figures["first"] != float(whole.model.norm.weight.detach()[0])
 
 
 def test_another_configuration_is_refused_with_the_differences(tmp_path: Path) -> None:
@@ -299,6 +321,7 @@ def survive(folder: Path, kills: int, steps: int, seed: int) -> dict[str, int]:
     """Kill -9 `kills` times, resume each time; every byte must be that of a run nobody touched. Returns what was met."""
     runs = Runs(folder)
     try:
+        runs.run(folder / "first", 1)  # what torch does only once is done
         began = time.monotonic()
         expected = runs.run(folder / "whole", steps)
         once = time.monotonic() - began

@@ -21,7 +21,7 @@ from herd.parallel.mesh import Mesh
 from herd.train.config import SavePart
 from herd.train.lock import LOCK, alone
 from herd.train.payload import OneFile
-from herd.train.state import Checkpoints, damage, latest, read_state
+from herd.train.state import Checkpoints, damage, latest, read_rank, read_state
 from herd.train.stop import SaveError
 from tests.train.loop import fingerprint, trainer, weights
 
@@ -78,10 +78,11 @@ def test_what_was_saved_is_found_and_the_oldest_go(tmp_path: Path) -> None:
     place = latest(tmp_path)
     assert place is not None
     assert place.name == "step-00000100"
-    assert read_state(place, 0) == ({"step": 100}, {"seed": 100})
-    assert read_state(place, 1)[1] is None
+    assert read_state(place) == {"step": 100}
+    assert read_rank(place, 0) == {"seed": 100}
+    assert read_rank(place, 1) is None
     assert sorted(p.name for p in place.iterdir()) == [
-        "manifest.json", "random-00000.json", "state.json", "tensors.safetensors",
+        "manifest.json", "rank-00000.json", "state.json", "tensors.safetensors",
     ]  # fmt: skip
 
 
@@ -114,7 +115,7 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "tensors gone": (lambda p: (p / "tensors.safetensors").unlink(), "is missing"),
     "a bit of the tensors": (lambda p: flip(p / "tensors.safetensors"), "SHA-256"),
     "a bit of the state": (lambda p: flip(p / "state.json"), "SHA-256"),
-    "random states gone": (lambda p: (p / "random-00000.json").unlink(), "is missing"),
+    "a rank gone": (lambda p: (p / "rank-00000.json").unlink(), "is missing"),
 }  # fmt: skip
 
 
@@ -185,8 +186,8 @@ def test_a_disk_that_fails_leaves_the_old_checkpoint_and_ends_with_3(number: int
     run, _ = trainer(6, tmp_path)
     run.fit(until=2)
     kept = names(tmp_path)
-    assert run.saves is not None
-    run.saves.payload = Failing(number)
+    assert run.keeper.saves is not None
+    run.keeper.saves.payload = Failing(number)
     with pytest.raises(SaveError, match=told) as caught:
         run.fit()
     assert caught.value.exit_code == 3

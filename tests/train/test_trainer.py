@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from herd.data.batch import Loader, TokenBatch
 from herd.data.encode import IGNORE
-from herd.data.read import DataError
-from herd.errors import ConfigError
+from herd.errors import ConfigError, DataError
 from herd.model.attend import packed
 from herd.model.llama import Llama
 from herd.train.config import Budget, EvaluatePart, OptimConfig, ScheduleConfig
@@ -121,7 +120,7 @@ class Fixed:
         self.state += 1
         return self.batches[(self.state - 1) % len(self.batches)]
 
-    def restore(self, state: int) -> None:
+    def restore(self, state: int, *, exact: bool = True) -> None:
         self.state = state
 
 

@@ -122,7 +122,7 @@ def write_card(folder: Path, model: Llama, checked: Checked, bits: tuple[float, 
     for stage in ("stable", "anneal", "chat"):
         place = latest(out / stage)
         if place is not None:
-            kept: dict[str, Any] = read_state(place, 0)[0]["counters"]
+            kept: dict[str, Any] = read_state(place)["counters"]
             lines.append(f"| {stage} | {kept['seconds'] / 60:.0f} | {kept['step']:,} | {kept['tokens'] / 1e6:.1f} M |")
             minutes += kept["seconds"] / 60
             total += kept["tokens"]
