@@ -7,16 +7,19 @@ and the rule behind it (honoured, refused by name, or listed here as of no effec
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import re
+import tempfile
+from array import array
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 from herd.server.fields import Body
-from herd.server.protocol import Began, Call, Ended, Finished, Piece, Usage
+from herd.server.protocol import Began, Call, Ended, Finished, Piece, TokenInfo, Usage
 from herd.server.settings import ModelSpec
 from tests.server import fakes
 from tests.server.conftest import Fake, faked
@@ -25,6 +28,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "server" / "conformance.md"
 FOREIGN = "not a value that anybody allows"
 FUNCTION = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}}
 TOOL = {"type": "function", "function": FUNCTION}
+HI = [{"role": "user", "content": "Hi"}]
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 
 
@@ -34,6 +38,8 @@ class Probe:
 
     value: Any
     beside: Mapping[str, Any]
+    instead: Mapping[str, Any] = field(default_factory=dict)
+    """What it stands in the place of."""
 
 
 def probe(value: Any, **beside: Any) -> Probe:
@@ -120,6 +126,21 @@ THEIRS: dict[tuple[str, str], Probe] = {
     ("/v1/messages", "tools"): probe([ANTHROPIC_TOOL]),
     ("/v1/messages", "tool_choice"): probe({"type": "any"}, tools=[ANTHROPIC_TOOL]),
     ("/v1/messages", "metadata"): probe({"user_id": "me"}),
+    ("/v1/embeddings", "encoding_format"): probe("base64"),
+    ("/v1/embeddings", "dimensions"): probe(1),
+    ("/v1/embeddings", "normalize"): probe(False),
+    ("/v1/moderations", "model"): probe("guard"),
+    ("/tokenize", "messages"): Probe(HI, {}, {"prompt": None}),
+    ("/tokenize", "tools"): probe([TOOL], messages=HI, prompt=None),
+    ("/tokenize", "add_special_tokens"): probe(False),
+    ("/tokenize", "add_generation_prompt"): probe(False, messages=HI, prompt=None),
+    ("/tokenize", "return_token_strs"): probe(True),
+    ("/detokenize", "tokens"): probe([7, 8]),
+    ("/detokenize", "model"): probe("guard"),
+    ("/tokenize", "model"): probe("guard"),
+    ("/v1/files", "file"): probe("other"),
+    ("/v1/files", "purpose"): probe("batch"),
+    ("/v1/files", "expires_after"): probe({"anchor": "created_at", "seconds": 3600}),
     ("/api/chat", "stream"): probe(False),
     ("/api/generate", "stream"): probe(False),
 }
@@ -134,6 +155,9 @@ NO_EFFECT = {
     "cache_control": "prompts are cached by themselves",
     "thinking": "disabled is what happens anyway",
     "truncate": "false is what happens anyway",
+    "num_ctx": "what fits there fits in the context of the model; more than that is refused",
+    "/v1/moderations model": "the guard is chosen when the server starts: names of others are refused",
+    "/v1/files purpose": "files are for batches: other purposes are refused",
     "/v1/responses stream_options": "include_obfuscation may be false, which is what happens anyway",
 }
 """Accepted, though it changes nothing, and why nobody is misled by that."""
@@ -149,10 +173,20 @@ class Api:
     known: tuple[str, ...]
     within: str | None = None
     """The field whose members are listed, such as Ollama's options."""
+    form: bool = False
+    """Whether it is a form with a file, and no JSON."""
 
     @property
     def title(self) -> str:
         return f"POST {self.path}" + (f", {self.within}" if self.within else "")
+
+
+class FileForm(Body):
+    """The fields of an upload."""
+
+    file: str
+    purpose: str
+    expires_after: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -166,10 +200,11 @@ class Row:
 
 
 def apis() -> list[Api]:
-    """Every path whose requests become calls of a model."""
+    """Every path whose requests become calls of a model or questions to one, and that of files."""
     import ollama._types as theirs
     from anthropic.types import message_create_params as messages
     from openai.types import completion_create_params as completions
+    from openai.types import embedding_create_params, file_create_params, moderation_create_params
     from openai.types.chat import completion_create_params as chat
     from openai.types.responses import response_create_params as responses
 
@@ -179,7 +214,10 @@ def apis() -> list[Api]:
     from herd.server.ollama.generate import GenerateBody
     from herd.server.openai.chat import ChatBody
     from herd.server.openai.completions import CompletionBody
+    from herd.server.openai.embeddings import EmbeddingBody
+    from herd.server.openai.moderations import ModerationBody
     from herd.server.openai.responses import ResponseBody
+    from herd.server.openai.tokenize import DetokenizeBody, TokenizeBody
 
     talk = {"model": "fake", "messages": [{"role": "user", "content": "Hi"}]}
     text = {"model": "fake", "prompt": "Hi"}
@@ -188,6 +226,19 @@ def apis() -> list[Api]:
         Api("/v1/chat/completions", ChatBody, talk, _typed(chat.CompletionCreateParamsBase)),
         Api("/v1/completions", CompletionBody, text, _typed(completions.CompletionCreateParamsBase)),
         Api("/v1/responses", ResponseBody, asked, _typed(responses.ResponseCreateParamsBase)),
+        Api("/v1/embeddings", EmbeddingBody, asked, _typed(embedding_create_params.EmbeddingCreateParams)),
+        Api(
+            "/v1/moderations", ModerationBody, {"input": "Hi"}, _typed(moderation_create_params.ModerationCreateParams)
+        ),
+        Api(
+            "/v1/files",
+            FileForm,
+            {"file": "x", "purpose": "batch"},
+            _typed(file_create_params.FileCreateParams),
+            form=True,
+        ),
+        Api("/tokenize", TokenizeBody, text, ()),
+        Api("/detokenize", DetokenizeBody, {"model": "fake", "tokens": [5, 6]}, ()),
         Api("/v1/messages", MessagesBody, talk | {"max_tokens": 5}, _typed(messages.MessageCreateParamsBase)),
         Api("/api/chat", OllamaChatBody, talk, tuple(theirs.ChatRequest.model_fields)),
         Api("/api/generate", GenerateBody, text, tuple(theirs.GenerateRequest.model_fields)),
@@ -206,20 +257,56 @@ def names(api: Api) -> list[str]:
 
 
 async def rows(api: Api) -> list[Row]:
-    with patch.object(fakes, "ABOUT", replace(fakes.ABOUT, infill=True)):
-        async with faked(_script, any_model=True, models=()) as fake:
+    ASKED.clear()
+    about = replace(fakes.ABOUT, infill=True)
+    with (
+        patch.object(fakes, "ABOUT", about),
+        patch.object(fakes.Scripted, "ask", _ask),
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        async with faked(_script, any_model=True, models=(GUARD,), guard="guard", state_dir=folder) as fake:
             # Not named when the server was started: how long such a model stays is for clients to say.
             fake.state.models.add(ModelSpec(source="fake", name="fake", adapters=(("a", "path"),)))
+            await _observed(fake, api, {})  # the first answer is the one that took the model's loading
             return [await _row(fake, api, name) for name in names(api)]
 
 
 def _script(call: Call) -> list[Any]:
-    """As many replies as were asked for."""
+    """As many replies as were asked for; the guard finds everything safe."""
+    if call.id.startswith("modr-"):
+        safe = TokenInfo(5, "safe", b"", -0.1, ((5, "safe", b"", -0.1),))
+        return [
+            Began("", 3),
+            Piece("", 0, "safe", tokens=(safe,)),
+            Ended("", 0, "stop", None, 1),
+            Finished("", Usage(3)),
+        ]
     count = call.sampling.get("n", 1)
     pieces = [
         event for index in range(count) for event in (Piece("", index, "Hello"), Ended("", index, "stop", None, 1))
     ]
     return [Began("", 3), *pieces, Finished("", Usage(3, count, 1, 0.01, 0.02))]
+
+
+GUARD = ModelSpec(source="guard", name="guard")
+ASKED: list[Any] = []
+"""Questions to the model so far."""
+
+
+async def _ask(self: fakes.Scripted, what: str, **args: Any) -> Any:
+    ASKED.append((self.spec.name, what, args))
+    vector = base64.b64encode(array("f", [1.0, 0.0]).tobytes()).decode()
+    return {
+        "embed": lambda: {"vectors": [vector] * len(args["prompts"]), "tokens": [1] * len(args["prompts"])},
+        "guard": lambda: {"categories": {"S1": "Violent Crimes"}, "safe": 5, "unsafe": 6},
+        "tokenize": lambda: {
+            "count": 2,
+            "context": 128,
+            "tokens": [5, 6],
+            "pieces": ["a", "b"] if args["pieces"] else None,
+        },
+        "detokenize": lambda: "ab",
+    }[what]()
 
 
 async def _row(fake: Fake, api: Api, name: str) -> Row:
@@ -231,7 +318,7 @@ async def _row(fake: Fake, api: Api, name: str) -> Row:
         if name == "previous_response_id":
             value = (await fake.client.post(api.path, json=dict(api.smallest))).json()["id"]
         before = await _observed(fake, api, dict(asked.beside))
-        after = await _observed(fake, api, {**asked.beside, name: value})
+        after = await _observed(fake, api, {**asked.beside, **asked.instead, name: value})
         assert before.status == 200, f"{api.title}: {name}: a request without it is refused: {before.words}"
         if after.status != 200:
             assert after.status == 400, f"{api.title}: {name}: status {after.status}: {after.words}"
@@ -273,12 +360,32 @@ class Seen:
 
 async def _observed(fake: Fake, api: Api, more: dict[str, Any]) -> Seen:
     request = {**api.smallest, **({api.within: more} if api.within else more)}
-    seen = len(fake.model.seen) if fake.made else 0
+    seen, questions = len(_calls(fake)), len(ASKED)
+    if api.form:
+        return await _uploaded(fake, api, request)
     reply = await fake.client.post(api.path, json=request)
-    calls = [replace(call, id="") for call in fake.model.seen[seen:]] if fake.made else []
-    stays = next(iter(fake.state.models.slots.values())).keep_alive
+    calls: list[Any] = [replace(call, id="") for call in _calls(fake)[seen:]]
+    calls += ASKED[questions:]
+    stays = fake.state.models.slots["fake"].keep_alive
     words = "" if reply.status_code == 200 else _words(reply.json())
     return Seen(reply.status_code, repr(calls), _masked(reply.text), stays, words)
+
+
+def _calls(fake: Fake) -> list[Call]:
+    """What all models were asked for so far."""
+    return [call for made in fake.made for call in made.seen]
+
+
+async def _uploaded(fake: Fake, api: Api, request: dict[str, Any]) -> Seen:
+    told = {name: value for name, value in request.items() if name != "file" and not isinstance(value, dict)}
+    for name, value in request.items():
+        if isinstance(value, dict):
+            told |= {f"{name}[{key}]": str(part) for key, part in value.items()}
+    reply = await fake.client.post(api.path, files={"file": ("in.jsonl", request["file"].encode())}, data=told)
+    if reply.status_code != 200:
+        return Seen(reply.status_code, "", "", None, _words(reply.json()))
+    made = reply.json()
+    return Seen(200, "", _masked(reply.text), made["expires_at"] - made["created_at"], "")
 
 
 def _words(body: Any) -> str:
@@ -290,6 +397,7 @@ def _masked(text: str) -> str:
     """An answer without what differs from one to the next: ids, times and durations."""
     text = re.sub(r'"[a-z]+[-_][0-9A-Za-z_-]{8,}"', '"ID"', text)
     text = re.sub(r"\d{4}-\d\d-\d\dT[0-9:.]+Z?", "DATE", text)
+    text = re.sub(r'(_duration":) ?\d+', r"\1N", text)  # of any length: they may be short
     return re.sub(r"\d+\.\d+|\d{6,}", "N", text)
 
 

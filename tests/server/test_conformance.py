@@ -11,9 +11,9 @@ from herd.server.settings import ServerSettings
 from tests.server.conformance import PAGE, Api, Row, all_rows, apis, page, rows
 
 OTHERS = {
-    "/v1/embeddings", "/v1/moderations", "/v1/files", "/v1/batches", "/v1/batches/{id}/cancel",
+    "/v1/batches", "/v1/batches/{id}/cancel",
     "/v1/responses/{id}/cancel", "/v1/responses/input_tokens",
-    "/lora-adapters", "/tokenize", "/detokenize", "/v1/load_lora_adapter",
+    "/lora-adapters", "/v1/load_lora_adapter",
     "/v1/unload_lora_adapter", "/v1/messages/count_tokens", "/api/pull", "/api/create", "/api/copy", "/api/show",
     "/api/embed", "/api/embeddings", "/api/push",
 }  # fmt: skip
@@ -43,7 +43,9 @@ def test_what_people_rely_on_is_honoured(found: dict[str, list[Row]]) -> None:
     assert {"prompt", "suffix", "echo", "best_of"} <= honoured["POST /v1/completions"]
     assert {"previous_response_id", "instructions", "text"} <= honoured["POST /v1/responses"]
     assert {"system", "stop_sequences", "top_k"} <= honoured["POST /v1/messages"]
-    assert {"num_ctx", "num_predict", "repeat_penalty"} <= honoured["POST /api/generate, options"]
+    assert {"input", "dimensions", "encoding_format"} <= honoured["POST /v1/embeddings"]
+    assert {"messages", "tools", "prompt"} <= honoured["POST /tokenize"]
+    assert {"num_predict", "repeat_penalty"} <= honoured["POST /api/generate, options"]
 
 
 def test_no_path_is_forgotten() -> None:
