@@ -52,14 +52,22 @@ def records(
 
 
 def rows_with_records(
-    path: Path | str, kind: Kind | None = None, *, bad: BadRows = "stop", report: RowReport | None = None
+    path: Path | str,
+    kind: Kind | None = None,
+    *,
+    bad: BadRows = "stop",
+    report: RowReport | None = None,
+    tick: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[tuple[Row, Record]]:
-    """As `records`, each beside the row that it was made of."""
+    """As `records`, each beside the row that it was made of. `tick` is told the bytes read so far, of all files' bytes."""
     if kind is not None and kind not in KINDS:
         raise DataError(f"there is no kind of rows {kind!r}; choose one of {', '.join(KINDS)}")
     report = RowReport() if report is None else report
-    for file in find_files(path, report.note):
-        rows = read_file(file, report, bad=bad)
+    files = find_files(path, report.note)
+    total, before = sum(file.stat().st_size for file in files), 0
+    for file in files:
+        rows = read_file(file, report, bad=bad, at=lambda position, before=before: tick(before + position, total))
+        before += file.stat().st_size
         first = list(islice(rows, LOOKED_AT if kind is None else 1))
         if not first:
             report.note(f"{file}: no row that can be read")

@@ -20,6 +20,7 @@ __all__ = [
     "IGNORE",
     "Example",
     "FormatError",
+    "NothingLearned",
     "Render",
     "check_prompts",
     "encode",
@@ -30,6 +31,10 @@ __all__ = [
 
 IGNORE = -100
 """Label of a position that is not learned from (torch's cross_entropy default)."""
+
+
+class NothingLearned(DataError):
+    """A row in which no token carries loss."""
 
 
 class FormatError(DataError):
@@ -116,7 +121,7 @@ def encode(record: Record, tokenizer: Tokenizer, format: ChatFormat | None) -> E
     except HerdError as error:
         raise DataError(str(error)) from error
     if not example.learned:
-        raise DataError(
+        raise NothingLearned(
             "no token is learned: it has no words of an assistant, or the format's loss mask covers them all"
         )
     return example

@@ -106,19 +106,49 @@ def _say_passed(where: str, passed: list[Path], note: Callable[[str], None]) -> 
         note(f"{where}: {len(passed)} files that are no data by their names are passed over ({passed[0].name}, ...)")
 
 
-def open_bytes(path: Path) -> BinaryIO:
-    """Open `path` for reading bytes, unpacking `.gz` and `.zst` by file name.
+def open_bytes(path: Path, at: Callable[[int], None] = lambda position: None) -> BinaryIO:
+    """Open `path` for reading bytes, unpacking `.gz` and `.zst` by file name. `at` is told the bytes of the file read so far.
 
     Reading may raise what `DAMAGE` names, when the packed stream is damaged or ends early.
     """
     try:
-        if path.suffix.lower() == ".gz":
-            return io.BufferedReader(gzip.open(path, "rb"), 1 << 18)  # type: ignore[arg-type]
-        if path.suffix.lower() == ".zst":
-            return io.BufferedReader(_Zstandard(path), 1 << 18)
-        return path.open("rb", buffering=1 << 18)
+        raw = io.BufferedReader(_Told(path, at), BUFFER)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if path.suffix.lower() == ".gz":
+        return io.BufferedReader(_Gzip(raw), BUFFER)
+    if path.suffix.lower() == ".zst":
+        return io.BufferedReader(_Zstandard(path, raw), BUFFER)
+    return raw
+
+
+BUFFER = 1 << 18
+
+
+class _Told(io.FileIO):
+    """A file that says how far it was read."""
+
+    def __init__(self, path: Path, at: Callable[[int], None]) -> None:
+        super().__init__(path)
+        self._at, self._position = at, 0
+
+    def readinto(self, buffer: Any, /) -> int:
+        count = super().readinto(buffer) or 0
+        self._position += count
+        self._at(self._position)
+        return count
+
+
+class _Gzip(gzip.GzipFile):
+    """A gzip file that closes what it reads from."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        super().__init__(fileobj=raw, mode="rb")
+        self._beneath = raw
+
+    def close(self) -> None:
+        super().close()
+        self._beneath.close()
 
 
 class StreamError(Exception):
@@ -132,14 +162,15 @@ DAMAGE = (EOFError, zlib.error, OSError, StreamError)
 class _Zstandard(io.RawIOBase):
     """A Zstandard file as a raw stream. Unlike zstandard's own reader it takes several frames and notices a missing end."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, raw: BinaryIO) -> None:
         try:
             import zstandard
         except ImportError as error:
+            raw.close()
             raise DataError(f"{path}: Zstandard data needs the data extra: pip install 'herd[data]'") from error
         self._error = zstandard.ZstdError
         self._make = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW).decompressobj
-        self._file = path.open("rb")
+        self._file = raw
         self._pieces = self._unpack()
         self._held = memoryview(b"")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ MAX_GROUP = 4 << 30
 """Bytes of the largest row group, unpacked, by the file's own word: 4 GiB. pyarrow reads one column chunk of it at a time."""
 
 
-def parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
+def parquet_rows(path: Path, at: Callable[[int], None]) -> Iterator[tuple[int, Any]]:
     """(row number from 1, fields) of a table; null fields are left out. Raises DataError for files that are damaged."""
     from herd.data.read import MAX_ROW
 
@@ -38,6 +38,7 @@ def parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
                     number += 1
                     found = {key: value for key, value in fields.items() if value is not None}
                     yield number, _bounded(found, MAX_ROW)
+                at(path.stat().st_size * number // max(about.num_rows, 1))
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}:{number + 1}: the table is damaged: {' '.join(str(error).split())[:200]}") from error
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from json.decoder import JSONDecoder
 from pathlib import Path
@@ -71,16 +71,18 @@ def read_rows(
         yield row.fields
 
 
-def read_file(path: Path, report: RowReport, *, bad: BadRows = "stop") -> Iterator[Row]:
-    """The rows of one file, as `open_rows` gives them."""
+def read_file(
+    path: Path, report: RowReport, *, bad: BadRows = "stop", at: Callable[[int], None] = lambda position: None
+) -> Iterator[Row]:
+    """The rows of one file, as `open_rows` gives them. `at` is told now and then how many bytes of the file were read."""
     name = str(path)
     form = form_of(path)
     if form == "parquet":
         from herd.data.parquet import parquet_rows
 
-        found: Iterator[tuple[int, Any]] = parquet_rows(path)
+        found: Iterator[tuple[int, Any]] = parquet_rows(path, at)
     else:
-        found = _unpacked(path, form == "text", form == "array", report)
+        found = _unpacked(path, form == "text", form == "array", report, at)
     for line, value in found:
         try:
             fields = _fields(value)
@@ -97,11 +99,13 @@ def _reject(report: RowReport, bad: BadRows, path: str, line: int, reason: str) 
     report.reject(path, line, reason)
 
 
-def _unpacked(path: Path, text: bool, array: bool, report: RowReport) -> Iterator[tuple[int, Any]]:
-    """Lines, elements or documents with their line numbers: bytes that are one row, a value, or an error that was met."""
+def _unpacked(
+    path: Path, text: bool, array: bool, report: RowReport, at: Callable[[int], None]
+) -> Iterator[tuple[int, Any]]:
+    """Lines, elements or documents with their line numbers: values, or the errors that they are."""
     line = 0
     try:
-        with open_bytes(path) as file:
+        with open_bytes(path, at) as file:
             start = file.peek(4)[:4] if hasattr(file, "peek") else b""  # type: ignore[attr-defined]
             if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
                 raise DataError(f"{path}:1: the file is UTF-16: save it as UTF-8")

@@ -1,0 +1,169 @@
+"""What is in training data and what is wrong with it, found in one reading. No torch.
+
+Nothing is written and nothing is left out: every row is read as training would read it, bad rows are named, and what a tokenizer
+and a prompt format make of the rest is counted.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+from herd.chat.format import ChatFormat
+from herd.data.adapt import Kind, rows_with_records
+from herd.data.duplicates import Duplicate, Duplicates
+from herd.data.encode import FormatError, NothingLearned, encode
+from herd.data.languages import language
+from herd.data.leakage import Evaluation, Leak
+from herd.data.records import PreferenceRecord, PromptRecord, Record, text_of
+from herd.data.report import RowReport
+from herd.errors import DataError, PromptError
+from herd.tokenizer.tokenizer import Tokenizer
+
+__all__ = ["NAMED", "Lint", "lint"]
+
+NAMED = 1000
+"""Places that a list keeps; what comes after them is counted only."""
+
+
+@dataclass(slots=True)
+class Lint:
+    """What a reading found. Lengths are tokens with a tokenizer (`unit` says so), words without."""
+
+    report: RowReport
+    unit: str
+    kinds: Counter[str] = field(default_factory=Counter)
+    languages: Counter[str] = field(default_factory=Counter)
+    lengths: array[int] = field(default_factory=lambda: array("q"))
+    learned: int = 0
+    """Tokens that carry loss, of all rows."""
+    unlearned: list[str] = field(default_factory=list)
+    """Rows in which no token carries loss."""
+    unlearned_count: int = 0
+    too_long: list[tuple[str, int]] = field(default_factory=list)
+    too_long_count: int = 0
+    duplicates: dict[int, Duplicate] = field(default_factory=dict)
+    compared_fully: bool = True
+    leaks: list[tuple[str, Leak]] = field(default_factory=list)
+    """(row, what it shares with the evaluation row that it shares most with)."""
+    leak_count: int = 0
+    leaked_rows: set[int] = field(default_factory=set)
+    samples: list[Record] = field(default_factory=list)
+    whole: bool = True
+    """False when `limit` ended the reading."""
+
+    @property
+    def tokens(self) -> int:
+        """All lengths together."""
+        return sum(self.lengths)
+
+    @property
+    def failed(self) -> list[str]:
+        """Why this data should not be trained on as it is: empty when nothing stands against it."""
+        reasons = []
+        if not self.report.good:
+            reasons.append("no row can be used")
+        if self.report.bad_count:
+            reasons.append(f"{self.report.bad_count} bad rows")
+        if self.unlearned_count:
+            reasons.append(f"{self.unlearned_count} rows in which nothing is learned")
+        if self.leak_count:
+            reasons.append(f"{self.leak_count} rows that hold evaluation data")
+        return reasons
+
+
+def lint(
+    path: Path | str,
+    *,
+    kind: Kind | None = None,
+    tokenizer: Tokenizer | None = None,
+    format: ChatFormat | None = None,
+    length: int | None = None,
+    against: Evaluation | None = None,
+    near: bool = True,
+    samples: int = 3,
+    limit: int | None = None,
+    tick: Callable[[int, int], None] = lambda done, total: None,
+) -> Lint:
+    """Read the rows of `path` (file, folder or pattern) and say what is in them.
+
+    With `tokenizer` (and `format`, which conversations need) rows are encoded as training does it: a row that the format cannot
+    express is a bad row, one without a token to learn is named. `length` is the longest row, in tokens (or words). `against`
+    are evaluation files. `near` looks for near duplicates, too. `limit` rows are read at most. Raises DataError for files that
+    cannot be read and for conversations without a format.
+    """
+    found = Lint(RowReport(), "words" if tokenizer is None else "tokens")
+    seen = Duplicates(near=near)
+    rows = rows_with_records(path, kind, bad="skip", report=found.report, tick=tick)
+    for row, record in islice(rows, limit):
+        try:
+            size = _size(record, tokenizer, format, found)
+        except NothingLearned:
+            found.unlearned_count += 1
+            found.unlearned += [record.where][: NAMED - len(found.unlearned)]
+            continue
+        except FormatError as error:
+            raise FormatError(f"{record.where}: {error}") from error
+        except (DataError, PromptError) as error:
+            found.report.good -= 1
+            found.report.reject(row.path, row.line, str(error))
+            continue
+        text = text_of(record)
+        found.kinds[_NAMES[type(record).__name__]] += 1
+        found.languages[language(text).code] += 1
+        found.lengths.append(size)
+        if length is not None and size > length:
+            found.too_long_count += 1
+            found.too_long += [(record.where, size)][: NAMED - len(found.too_long)]
+        seen.add(text, row.path, row.line)
+        if against is not None and (leaks := against.leaks(text)):
+            found.leak_count += 1
+            found.leaked_rows.update(number for number, _ in leaks)
+            found.leaks += [(record.where, leaks[0][1])][: NAMED - len(found.leaks)]
+        if len(found.samples) < samples:
+            found.samples.append(record)
+    found.whole = limit is None or found.report.good + found.report.bad_count < limit
+    found.duplicates = seen.find()
+    found.compared_fully = not seen.passed_over
+    return found
+
+
+_NAMES = {
+    "TextRecord": "text",
+    "ChatRecord": "chat",
+    "CompletionRecord": "completion",
+    "PreferenceRecord": "preference",
+    "PromptRecord": "prompt",
+}
+
+
+def _size(record: Record, tokenizer: Tokenizer | None, format: ChatFormat | None, found: Lint) -> int:
+    """The length of a record; what is learned of it is added to `found`."""
+    if tokenizer is None:
+        return len(text_of(record).split())
+    if isinstance(record, PreferenceRecord | PromptRecord):
+        return _longest(record, tokenizer, format)
+    example = encode(record, tokenizer, format)
+    found.learned += example.learned
+    return len(example)
+
+
+def _longest(record: PreferenceRecord | PromptRecord, tokenizer: Tokenizer, format: ChatFormat | None) -> int:
+    """Tokens of the prompt with the longer reply: what methods that compare replies hold in memory."""
+    replies = (record.chosen, record.rejected) if isinstance(record, PreferenceRecord) else ("",)
+    sizes = []
+    for reply in replies:
+        if isinstance(record.prompt, str):
+            sizes.append(
+                len(tokenizer.encode(record.prompt)) + (len(tokenizer.encode(reply)) if isinstance(reply, str) else 0)
+            )
+            continue
+        if format is None:
+            raise FormatError("a conversation needs a prompt format")
+        messages = record.prompt if isinstance(reply, str) else (*record.prompt, *reply)
+        sizes.append(len(format.render(messages, record.tools, generate=isinstance(reply, str)).tokens))
+    return max(sizes)
