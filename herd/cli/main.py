@@ -4,6 +4,7 @@
 |--------|----------------------------------------------------------------------------|
 | 0      | done                                                                       |
 | 1      | a HerdError (one line on stderr), or a bug in herd (one line, how to see more) |
+| 3, 4, 75 | ends of training runs with states of their own (`herd.train.stop`)       |
 | 2      | a command line that makes no sense                                         |
 | 130    | stopped with Ctrl-C                                                        |
 """
@@ -57,6 +58,9 @@ COMMANDS = {
     "quantize": Entry("herd.cli.quantize", "Write a smaller copy of a model, and say what it lost.", "Files"),
     "merge": Entry("herd.cli.merge", "Add an adapter into its base model, and say what it cost.", "Files"),
     "verify": Entry("herd.cli.verify", "Prove that two checkpoints are the same model.", "Files"),
+    "train": Entry("herd.cli.train", "Train a model: from texts, on conversations, all of it or an adapter.", "Train"),
+    "recipes": Entry("herd.cli.recipes", "List the recipes of herd train, or copy one to change it.", "Train"),
+    "plot": Entry("herd.cli.plot", "Draw how runs went: here, or as a picture.", "Train"),
     "plan": Entry("herd.cli.plan", "Say what running a model takes: memory, speed, what fits.", "Look"),
     "bench": Entry("herd.cli.bench", "Measure speed on this machine, beside other programs.", "Look"),
     "doctor": Entry("herd.cli.doctor", "Say what this machine can run, and why something is slow.", "Look"),
@@ -143,7 +147,7 @@ def run(args: Sequence[str]) -> int:
     except click.ClickException as error:
         return _fail(error, _usage_line(error), error.exit_code)
     except HerdError as error:
-        return _fail(error, str(error), 1)
+        return _fail(error, str(error), error.exit_code)
     except OSError as error:
         if error.errno != errno.EPIPE:
             return _bug(error)

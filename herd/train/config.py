@@ -186,7 +186,7 @@ class TrainConfig:
     """Activations that are made again in the backward pass instead of kept: none, full (of every block), attention, or a
     number n for every n-th block."""
     loss_chunk: int | None = None
-    """Logits are made for so many positions at a time; null makes all at once."""
+    """Logits are made for so many positions at a time. null: a number that bounds their memory."""
     router_aux: float = 0.0
     """Experts: weight of the load-balancing loss."""
     router_z: float = 0.0
@@ -228,8 +228,10 @@ class ModelPart:
     tokenizer: str = ""
     """With `shape`: the folder, file or model whose tokenizer is used. With `source` it is the source's own."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """What weights are held in while training. null: float32 for weights that are trained, bfloat16 for the frozen ones of
-    lora, dora, prefix and prompt where the source has them in 16 bits or fewer."""
+    """What weights are held in while training. null: float32; the frozen ones of an adapter on a GPU in bfloat16. Adapters
+    themselves are float32 always."""
+    save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """What the trained model is written in. null: as the source is stored (quantized ones: bfloat16); random weights bfloat16."""
     rope_theta: float | None = None
     """Another base of the rotary frequencies (long contexts). null: the model's own."""
     rope_scaling: dict[str, Any] | None = None
@@ -373,6 +375,12 @@ class RunConfig:
             _from_to(self, "run", "threads", 1, math.inf)
         if self.method.adapts and not self.model.source:
             raise ConfigError(f"method.kind: {self.method.kind} adapts an existing model; give model.source")
+        turned = self.model.rope_theta is not None or self.model.rope_scaling is not None or bool(self.stages)
+        if self.method.adapts and turned:
+            raise ConfigError(
+                f"method.kind: an adapter ({self.method.kind}) cannot carry changed rotary frequencies (model.rope_theta, "
+                "model.rope_scaling, stages); use method.kind=full"
+            )
 
 
 def _from_to(part: Any, where: str, name: str, low: float, high: float) -> None:

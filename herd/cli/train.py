@@ -1,0 +1,204 @@
+"""`herd train`: a run from a YAML file or a recipe, started, watched, gone on with. No torch before the run begins."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from herd.cli.console import note
+from herd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from herd.train.config import RunConfig
+
+__all__ = ["command", "configured"]
+
+PROOF = 10
+"""Steps of --verify-resume."""
+
+EPILOG = """\
+Examples:
+
+\b
+  herd train pretrain data.sources=texts/              a new model from texts
+  herd train lora model.source=MODEL data.sources=chats.jsonl
+  herd train run.yaml train.optim.lr=1e-4 out=runs/b   a file of your own, with two keys changed
+  herd train runs/b                                    go on with a run, by its folder
+  herd train run.yaml --dry-run                        what would be trained, and how much memory it takes
+  herd recipes                                         the recipes; herd recipes cp copies one
+  herd plot runs/a runs/b                              look at runs
+
+Exit status: 0 done, 1 an error, 2 a command line that makes no sense, 3 a full or broken disk (the last checkpoint
+is whole), 4 a loss that is not finite, 75 stopped by SIGTERM or SIGUSR1 and 130 by Ctrl-C (saved: run it again).
+"""
+
+
+@click.command(epilog=EPILOG)
+@click.argument("what", metavar="CONFIG.yaml|RECIPE|FOLDER")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--resume", default="auto", metavar="auto|never|PATH", help="Go on from the newest whole checkpoint "
+              "(auto), refuse a folder that has any (never), or go on from this one.")  # fmt: skip
+@click.option("--inexact", is_flag=True, help="Go on though the configuration or the machine is another one: "
+              "not the bytes of an uninterrupted run.")  # fmt: skip
+@click.option("--print-config", is_flag=True, help="Print the whole configuration as YAML, and stop.")
+@click.option("--dry-run", is_flag=True, help="Say what would be trained, and stop.")
+@click.option("--verify-resume", is_flag=True, help="Prove on this machine that a run killed and resumed has the bytes of "
+              "one that was not, and stop.")  # fmt: skip
+@click.option("--nproc", type=click.IntRange(min=1), metavar="N", help="Start N processes here (torchrun works, too).")
+@click.option("--json", "as_json", is_flag=True, help="Print the last figures as one JSON object.")
+def command(
+    what: str,
+    overrides: tuple[str, ...],
+    resume: str,
+    inexact: bool,
+    print_config: bool,
+    dry_run: bool,
+    verify_resume: bool,
+    nproc: int | None,
+    as_json: bool,
+) -> int | None:
+    """Train a model as a YAML file, a recipe or the folder of an earlier run says; KEY=VALUE changes keys of it.
+
+    Everything about the run goes into its folder (`out`): configuration, log, TensorBoard's files, checkpoints, and the
+    result, which herd run and herd serve open. Ctrl-C saves and stops; the same command goes on.
+    """
+    config = configured(what, overrides)
+    if print_config:
+        from herd.train.overrides import dump_config
+
+        click.echo(dump_config(config), nl=False)
+        return None
+    from herd.train.trackers import check_trackers
+
+    check_trackers(config.report)
+    if nproc is not None and nproc > 1 and "RANK" not in os.environ and not dry_run:
+        from herd.parallel.launch import spawn
+
+        return spawn(_without_nproc(sys.argv[1:]), nproc)
+    from herd.train.forecast import forecast
+
+    main = os.environ.get("RANK", "0") == "0"
+    if main:
+        for line in forecast(config).lines():
+            note(line, "")
+    if dry_run:
+        return None
+    if verify_resume:
+        return _verify(config)
+    figures = _train(
+        config, "auto" if resume == "auto" else "never" if resume == "never" else Path(resume), inexact, main
+    )
+    if as_json and main:
+        click.echo(json.dumps({"out": config.out, "figures": figures}))
+    return None
+
+
+def configured(what: str, overrides: Sequence[str]) -> RunConfig:
+    """The configuration that the command line means. Raises ConfigError naming near recipes and keys."""
+    from herd.train.overrides import load_config
+    from herd.train.recipes.catalog import recipe_file
+
+    path = Path(what).expanduser()
+    if path.is_dir():
+        if not (path / "config.yaml").exists():
+            raise ConfigError(f"{path} is a folder without a run: config.yaml is missing")
+        return load_config(path / "config.yaml", overrides)
+    if path.is_file():
+        return load_config(path, overrides)
+    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+        raise ConfigError(f"{path}: there is no such file")
+    try:
+        recipe = recipe_file(what)
+    except ConfigError as error:
+        raise ConfigError(f"{what}: no such file, and {error}") from None
+    try:
+        return load_config(recipe, overrides)
+    except ConfigError as error:
+        if "data" in str(error) and "sources" in str(error) and "missing" in str(error):
+            raise ConfigError(
+                f"data.sources is missing: say what to train on, for example herd train {what} data.sources=FILE"
+            ) from None
+        raise
+
+
+def _train(config: RunConfig, resume: Any, inexact: bool, main: bool) -> dict[str, float]:
+    from herd.cli.progress import progress
+    from herd.cli.training import Screen
+    from herd.train.run import run_recipe
+
+    screen = Screen(config)
+    watchers = [screen] if main else []
+    tell = screen.say if main else _silent
+    with progress("tokenizing", "bytes") as tick:
+        try:
+            figures = run_recipe(
+                config,
+                resume=resume,
+                exact=not inexact,
+                watchers=watchers,
+                tell=tell,
+                tick=lambda made: tick(made.done, made.total) if main else None,
+            )
+        finally:
+            screen.close()
+    if main:
+        _afterwards(config)
+    return figures
+
+
+def _afterwards(config: RunConfig) -> None:
+    """What to do with the result."""
+    out = Path(config.out)
+    if (out / "adapter").exists() and config.method.kind in ("lora", "dora", "qlora"):
+        note(f'try it: herd run {config.model.source} "Hi" --adapter {out / "adapter"}', "green")
+    elif (out / "model").exists():
+        how = "herd run --raw" if config.recipe != "sft" and not config.model.source else "herd run"
+        note(f'try it: {how} {out / "model"} "..."    serve it: herd serve {out / "model"}', "green")
+    note(f"look at it: herd plot {out}")
+
+
+def _verify(config: RunConfig) -> int:
+    """Two short runs beside the run's folder, compared byte for byte."""
+    from dataclasses import replace
+
+    from herd.train.config import ReportPart
+    from herd.train.run import run_recipe
+    from herd.train.verify_resume import verify_resume
+
+    budget = config.train.budget
+    if budget.minutes is not None:
+        raise ConfigError(
+            "train.budget.minutes: a run that is limited by the clock has other learning rates each time; verify it with "
+            "train.budget.minutes=null train.budget.steps=N"
+        )
+    steps = min(PROOF, budget.steps or PROOF)
+
+    def run(out: Path, until: int) -> None:
+        run_recipe(replace(config, out=str(out), report=ReportPart()), until=until, tell=_silent)
+
+    out = Path(config.out)
+    proof = verify_resume(run, out.with_name(f"{out.name}-verify"), steps=steps, tell=note)
+    click.echo(str(proof))
+    return 0 if proof.exact else 1
+
+
+def _without_nproc(args: Sequence[str]) -> list[str]:
+    kept, skip = [], False
+    for arg in args:
+        if skip:
+            skip = False
+        elif arg == "--nproc":
+            skip = True
+        elif not arg.startswith("--nproc="):
+            kept.append(arg)
+    return kept
+
+
+def _silent(text: str) -> None:
+    """Other ranks say nothing."""

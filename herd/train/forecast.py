@@ -1,0 +1,167 @@
+"""What a run will be, from its configuration and the headers of its model alone: sizes, steps, memory. No weights are read.
+
+Memory is an estimate of one process without parallelism: numbers that are kept (exact), and what a step needs on top (the tensors
+that the backward pass of each block wants, and the logits of a chunk), which kernels and allocators move by some ten percent.
+`herd plan train` plans many devices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from herd.checkpoint.open import open_store
+from herd.checkpoint.resolve import resolve
+from herd.checkpoint.vocabulary import load_tokenizer
+from herd.model.accounting import parameters
+from herd.model.config import ModelConfig
+from herd.train.config import RunConfig
+
+__all__ = ["Forecast", "forecast"]
+
+LINEAR = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
+NF4_BYTES = 0.5157
+"""Bytes a weight in NF4 with double quantization (`herd.quant.nf4`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Numbers of a run. Bytes: `weights`, `gradients`, `optimiser`, `activations` (of a micro-batch). `tokens`: of a step."""
+
+    what: str
+    parameters: int
+    trained: int
+    tokens: int
+    steps: str
+    weights: int
+    gradients: int
+    optimiser: int
+    activations: int
+    saved: int
+    out: str
+
+    @property
+    def memory(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.optimiser + self.activations
+
+    def lines(self) -> list[str]:
+        """For people."""
+        share = f", {_count(self.trained)} of them trained" if self.trained != self.parameters else ", all trained"
+        parts = f"weights {_size(self.weights)}, gradients {_size(self.gradients)}, optimiser {_size(self.optimiser)}"
+        return [
+            f"{self.what}: {_count(self.parameters)} parameters{share}",
+            f"{self.steps}; a step has {self.tokens:,} tokens",
+            f"memory about {_size(self.memory)}: {parts}, a step {_size(self.activations)}; a checkpoint {_size(self.saved)}",
+            f"into {self.out}",
+        ]
+
+
+def forecast(config: RunConfig, world: int = 1) -> Forecast:
+    """The numbers of `config`. Raises a HerdError for a model that is not there."""
+    geometry, name = _geometry(config)
+    count = parameters(geometry)
+    trained = _trained(config, geometry, count)
+    number = 2 if config.model.dtype == "bfloat16" else 4
+    if config.method.kind == "qlora":
+        inner = count - geometry.vocab_size * geometry.dim * (1 if geometry.tie_embeddings else 2)
+        weights = round(inner * NF4_BYTES + (count - inner) * 1.07) + 4 * trained
+    else:
+        weights = number * count + (4 * trained if config.method.adapts else 0)
+    states = {"adamw": 8.0, "adamw8bit": 2.1, "muon": 4.5}[config.train.optim.kind]
+    tokens = config.data.rows * config.data.length * config.train.accumulate * world
+    optimiser = round(states * trained)
+    return Forecast(
+        what=f"{_method(config)} of {name}",
+        parameters=count + (trained if config.method.adapts else 0),
+        trained=trained,
+        tokens=tokens,
+        steps=_steps(config, tokens),
+        weights=weights,
+        gradients=4 * trained,
+        optimiser=optimiser,
+        activations=_activations(config, geometry),
+        saved=4 * trained + optimiser,
+        out=config.out,
+    )
+
+
+def _geometry(config: RunConfig) -> tuple[ModelConfig, str]:
+    if config.model.source:
+        return open_store(resolve(config.model.source)).config, config.model.source
+    from herd.train.start import model_config
+
+    name = config.model.shape if isinstance(config.model.shape, str) else "a new model"
+    return model_config(config.model, load_tokenizer(config.model.tokenizer), config.data.length), name
+
+
+def _trained(config: RunConfig, geometry: ModelConfig, count: int) -> int:
+    """Numbers that require gradients."""
+    method, kv = config.method, geometry.n_kv_heads * geometry.head_dim
+    if method.kind == "full":
+        return count
+    if method.kind == "prefix":
+        return 2 * geometry.n_layers * method.tokens * kv
+    if method.kind == "prompt":
+        return method.tokens * geometry.dim
+    heads, dim, hidden = geometry.n_heads * geometry.head_dim, geometry.dim, geometry.hidden_dim
+    sizes = {
+        "wq": (dim, heads), "wk": (dim, kv), "wv": (dim, kv), "wo": (heads, dim),
+        "w1": (dim, hidden), "w3": (dim, hidden), "w2": (hidden, dim),
+        "tok_embeddings": (geometry.vocab_size, dim), "output": (dim, geometry.vocab_size),
+    }  # fmt: skip
+    total = 0
+    for target in method.targets or LINEAR:
+        kind = target.rpartition(".")[2]
+        rows, columns = sizes.get(kind, (0, 0))
+        times = geometry.n_layers if target in LINEAR else 1
+        total += times * (method.rank * (rows + columns) + (columns if method.kind == "dora" else 0))
+    return total
+
+
+def _activations(config: RunConfig, geometry: ModelConfig) -> int:
+    """Bytes of one micro-batch: what blocks keep for the backward pass, and the logits of a chunk with their gradient."""
+    tokens = config.data.rows * config.data.length
+    number = 4 if config.train.precision == "float32" else 2
+    heads = geometry.n_heads * geometry.head_dim
+    kv = geometry.n_kv_heads * geometry.head_dim
+    block = 5 * geometry.dim + 3 * heads + 4 * kv + 4 * geometry.hidden_dim
+    kept, checkpointing = geometry.n_layers * block, config.train.checkpointing
+    if checkpointing == "full":
+        kept = geometry.n_layers * geometry.dim + block
+    elif checkpointing == "attention":
+        kept -= geometry.n_layers * (2 * heads + 4 * kv)
+    elif isinstance(checkpointing, int):
+        kept -= (geometry.n_layers // checkpointing) * (block - geometry.dim)
+    chunk = min(tokens, config.train.loss_chunk or 1024)
+    return number * tokens * kept + 2 * 4 * chunk * geometry.vocab_size
+
+
+def _steps(config: RunConfig, tokens: int) -> str:
+    budget, ends = config.train.budget, []
+    if budget.steps is not None:
+        ends.append(f"{budget.steps:,} steps ({_count(budget.steps * tokens)} tokens)")
+    if budget.tokens is not None:
+        ends.append(f"{_count(budget.tokens)} tokens (about {-(-budget.tokens // tokens):,} steps)")
+    if budget.minutes is not None:
+        ends.append(f"{budget.minutes:g} minutes")
+    return ends[0] if len(ends) == 1 else " or ".join(ends) + ", whichever is first"
+
+
+def _method(config: RunConfig) -> str:
+    if config.recipe == "extend":
+        return f"extension to {config.stages[-1].length:,} positions in {len(config.stages)} stages"
+    names = {"full": "full tuning", "lora": "LoRA", "dora": "DoRA", "qlora": "QLoRA", "prefix": "prefix tuning"}
+    if config.recipe == "pretrain" and config.method.kind == "full":
+        return "pretraining"
+    return names.get(config.method.kind, "prompt tuning")
+
+
+def _count(number: int) -> str:
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return str(number)
+
+
+def _size(number: int) -> str:
+    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{max(1, round(number / 1e6)):,} MB"

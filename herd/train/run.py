@@ -1,0 +1,167 @@
+"""What the recipes share around the loop: the run's folder, its facts, its threads."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from herd.chat.base import BaseFormat
+from herd.data.build import Progress
+from herd.data.fingerprint import format_fingerprint, tokenizer_fingerprint
+from herd.data.open import DataReport
+from herd.errors import ConfigError
+from herd.model.config import ModelConfig
+from herd.model.llama import Llama
+from herd.parallel import launch
+from herd.parallel.checkpoint import Sharded
+from herd.parallel.mesh import Mesh
+from herd.train.config import RunConfig
+from herd.train.export import export
+from herd.train.metrics import LOG, Board, Figures, JsonLines
+from herd.train.overrides import dump_config
+from herd.train.payload import Payload
+from herd.train.prepare import unprepared
+from herd.train.start import Start, adapt, start
+from herd.train.throughput import peak_of, work_of
+from herd.train.trackers import trackers_of
+from herd.train.trainer import Resume, Trainer, load_weights
+from herd.train.typed import plain
+from herd.train.watch import Begin, Silent, Watcher
+
+__all__ = [
+    "CONFIG",
+    "ConfigFile",
+    "Resume",
+    "budget_rows",
+    "facts_of",
+    "payload_of",
+    "result",
+    "run_recipe",
+    "set_threads",
+    "watchers_of",
+]
+
+CONFIG = "config.yaml"
+
+
+def run_recipe(
+    config: RunConfig,
+    *,
+    resume: Resume = "auto",
+    exact: bool = True,
+    watchers: Sequence[Watcher] = (),
+    tell: Callable[[str], None] = print,
+    tick: Callable[[Progress], None] = lambda progress: None,
+    until: int | None = None,
+) -> dict[str, float]:
+    """The run of `config` by the recipe that it names; see `herd.train.recipes.pretrain.run`."""
+    recipe = import_module(f"herd.train.recipes.{config.recipe}")
+    return recipe.run(config, resume=resume, exact=exact, watchers=watchers, tell=tell, tick=tick, until=until)
+
+
+def budget_rows(config: RunConfig, dp: int) -> int | None:
+    """Rows that the whole run draws, over all ranks; None when a budget in minutes leaves that open."""
+    budget = config.train.budget
+    if budget.minutes is not None:
+        return None
+    step = config.train.accumulate * config.data.rows * dp
+    if budget.tokens is None:
+        assert budget.steps is not None
+        return budget.steps * step
+    # Rows may hold padding, which the budget does not count: a run may draw more rows than this, never fewer.
+    steps = -(-budget.tokens // (step * config.data.length))
+    return min(steps, budget.steps or steps) * step
+
+
+def facts_of(config: RunConfig, begun: Start, report: DataReport) -> dict[str, Any]:
+    """What a checkpoint of this run must find the same again: vocabulary, prompt format, method, and the data in their order."""
+    form = None if isinstance(begun.format, BaseFormat) else format_fingerprint(begun.format)
+    data = plain(config.data)
+    for name in ("workers", "processes", "shards"):  # change no row and no order
+        data.pop(name)
+    return {
+        "recipe": config.recipe,
+        "model": plain(config.model),
+        "method": plain(config.method),
+        "data": data,
+        "tokenizer": tokenizer_fingerprint(begun.tokenizer),
+        "format": form,
+        "digest": report.content,
+    }
+
+
+def watchers_of(config: RunConfig, model: Llama, mesh: Mesh, more: Sequence[Watcher]) -> list[Watcher]:
+    """Those that every run has (its configuration, its log, TensorBoard's files, the trackers it names) and `more`.
+
+    One of `more` that has `on_figures` is given what speeds are computed with.
+    """
+    if not mesh.is_main:
+        return []
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    work = work_of(model.config, config.data.length, trained if config.method.adapts else None)
+    dtype = torch.float32 if config.train.precision == "float32" else torch.bfloat16
+    if config.train.precision == "float8" and mesh.device.type == "cuda":
+        dtype = torch.float8_e4m3fn
+    figures, out = Figures(work, peak_of(mesh.device, dtype), mesh.world), Path(config.out)
+    kept: list[Watcher] = [ConfigFile(config), JsonLines(out / LOG, figures), Board(out / "tensorboard", figures)]
+    for watcher in more:
+        tell = getattr(watcher, "on_figures", None)
+        if tell is not None:
+            tell(figures)
+    return [*kept, *trackers_of(config, out, figures), *more]
+
+
+class ConfigFile(Silent):
+    """Writes the whole configuration into the run's folder, where `herd train FOLDER` finds it, once the run has begun."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+
+    def on_begin(self, info: Begin) -> None:
+        out = Path(self.config.out)
+        partial = out / f".{CONFIG}.new"
+        partial.write_text(dump_config(self.config), encoding="utf-8")
+        os.replace(partial, out / CONFIG)
+
+
+def payload_of(config: ModelConfig, mesh: Mesh) -> Payload | None:
+    """Who writes the tensors of a checkpoint: every rank its part, when there are several."""
+    return Sharded(tied=config.tie_embeddings) if mesh.world > 1 else None
+
+
+def result(trainer: Trainer, begun: Start, config: RunConfig, tell: Callable[[str], None]) -> None:
+    """Write what a run that is over has made, and say where; a run that is not over has no result.
+
+    Several ranks leave their group here: the main one alone puts the model together, from the last checkpoint.
+    """
+    over, mesh, model = trainer.progress >= 1, trainer.mesh, trainer.model
+    if mesh.world > 1:
+        launch.stop()
+    if not over or not mesh.is_main:
+        return
+    if mesh.world > 1:
+        begun = start(config, torch.device("cpu"))
+        model = adapt(begun.model, config.method, config.model.seed)
+        load_weights(Path(config.out), model, payload_of(model.config, mesh))
+        if trainer.average is not None:
+            raise ConfigError(
+                "train.average: averages of runs over several ranks are not exported yet; the last weights are saved"
+            )
+        tell(str(export(model, begun, config)))
+        return
+    averaged = contextlib.nullcontext() if trainer.average is None else trainer.average.swapped()
+    unprepared(model)
+    with averaged:
+        tell(str(export(model, begun, config)))
+
+
+def set_threads(config: RunConfig) -> None:
+    """Take the processor threads that the run asks for."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
