@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,22 +25,19 @@ from herd.engine.blocks import BlockPool
 from herd.engine.choosing import Found, Row, choose, row_of
 from herd.engine.config import EngineConfig
 from herd.engine.grammar import Grammar, Grammars
-from herd.engine.native import runner_for
 from herd.engine.pack import pack
 from herd.engine.paged import PagedCache
 from herd.engine.request import Request, Sequence, TokenEvent
-from herd.engine.runner import Runner, TorchRunner
+from herd.engine.runner import Runner
+from herd.engine.runners import fastest_runner, steps_ahead
 from herd.engine.sampler import RowState, Sampler
 from herd.engine.scheduler import Chunk, Progress, Scheduler, StepPlan
 from herd.engine.speculate import Drafter, Speculation
 from herd.engine.stats import Stats
-from herd.engine.tiles import TiledRunner
 from herd.errors import ConfigError, HerdError
 from herd.model.llama import Llama
 
 if TYPE_CHECKING:
-    from herd.engine.ahead import Ahead
-    from herd.engine.cuda_runner import CudaRunner
     from herd.engine.graphs import Flight
 
 __all__ = ["Engine", "Stats"]
@@ -69,7 +66,7 @@ class Engine:
             self.pool, max_seqs=config.max_seqs, max_tokens=config.max_tokens, max_len=config.max_len
         )
         self.adapters = AdapterSet(model)
-        self.runner = _runner(model, config) if runner is None else runner
+        self.runner = fastest_runner(model, config) if runner is None else runner
         self._adapted = AdapterRunner(self.runner, self.adapters, deterministic=config.deterministic)
         self.sampler = Sampler()
         if config.deterministic and not getattr(drafter, "same_tokens", True):
@@ -87,7 +84,7 @@ class Engine:
             device=self.device,
             spare=getattr(self.runner, "records", False),
         )
-        self._ahead = _ahead(self.runner, self.cache)
+        self._ahead = steps_ahead(self.runner, self.cache)
         self._flying: tuple[StepPlan, Flight] | None = None
         """A step that was begun and whose tokens nobody has read."""
         self._inbox: deque[tuple[Request, Grammar | None] | tuple[str, int | None]] = deque()
@@ -450,25 +447,6 @@ class Engine:
         stats.steps += 1
         stats.busy_seconds += seconds
         stats.generated_tokens += made
-
-
-def _runner(model: Llama, config: EngineConfig) -> Runner:
-    """The fastest runner that does what `config` asks for."""
-    if model.norm.weight.is_cuda and not config.deterministic:
-        from herd.engine.cuda_runner import CudaRunner  # a CPU pays for no GPU
-
-        return CudaRunner(model, max_seqs=config.max_seqs, max_len=config.max_len, graphs=config.graphs)
-    runner = runner_for(model, deterministic=config.deterministic)
-    return TiledRunner(model) if config.deterministic and isinstance(runner, TorchRunner) else runner
-
-
-def _ahead(runner: Runner, cache: PagedCache) -> Ahead | None:
-    """Steps that the device does whole, where the runner records any."""
-    if not getattr(runner, "records", False):
-        return None
-    from herd.engine.ahead import Ahead
-
-    return Ahead(cast("CudaRunner", runner), cache)
 
 
 def _sampling(sequence: Sequence) -> RowState:
