@@ -7,19 +7,26 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from herd.adapters.apply import LoraConfig, apply_lora, trained
 from herd.data.batch import Loader
 from herd.data.encode import IGNORE, Example, encode_text
 from herd.data.pack import Rows, pack_stream
+from herd.errors import HerdError
 from herd.model.config import ModelConfig, plain
 from herd.model.init import init_weights
 from herd.model.llama import Llama
+from herd.parallel.checkpoint import Sharded
+from herd.parallel.config import ParallelPart
+from herd.parallel.mesh import Mesh
+from herd.parallel.prepare import prepare
 from herd.train.config import Budget, EvaluatePart, OptimConfig, SavePart, ScheduleConfig, TrainConfig
 from herd.train.moment import tensors_of
 from herd.train.objective import NextToken
@@ -69,6 +76,9 @@ def trainer(
     """A trainer and what it tells."""
     seen = Recorder()
     made = model(lora)
+    mesh = options.pop("mesh", None)
+    if mesh is not None:
+        options["spread"] = prepare(made, mesh)
     options.setdefault("watchers", [seen])
     options.setdefault("objective", NextToken())
     options.setdefault("loader", Loader(rows(), batch, seed=1))
@@ -93,13 +103,30 @@ def weights(run: Trainer) -> dict[str, Tensor]:
 
 
 def _bytes(tensor: Tensor) -> bytes:
+    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return tensor.detach().contiguous().view(torch.uint8).numpy().tobytes() if tensor.ndim else repr(tensor).encode()
 
 
-def train(out: Path, steps: int, lora: bool) -> None:
+def train(out: Path, steps: int, lora: bool, rank: int, world: int, store: str) -> None:
     """A run that saves after every step, in this process; says every loss as it is made, and the fingerprint at the end."""
+    options: dict[str, Any] = {}
+    if world > 1:
+        from datetime import timedelta
+
+        import torch.distributed as dist
+
+        dist.init_process_group(
+            "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=120)
+        )
+        mesh = Mesh.of(ParallelPart(dp_shard=world))
+        options = {
+            "mesh": mesh,
+            "payload": Sharded(tied=True),
+            "objective": NextToken(attend=mesh.packed),
+            "loader": Loader(rows(), 4 // world, seed=1, rank=mesh.dp_rank, world=mesh.dp_size),
+        }
     save = SavePart(every_steps=1, every_minutes=None)
-    run, seen = trainer(steps, out, lora=lora, changes={"save": save})
+    run, seen = trainer(steps, out, lora=lora, changes={"save": save}, **options)
     keep = seen.on_step
 
     def tell(report: Any) -> None:
@@ -108,36 +135,51 @@ def train(out: Path, steps: int, lora: bool) -> None:
 
     seen.on_step = tell  # type: ignore[method-assign]
     run.fit()
-    os.write(1, f"done {fingerprint(run)}\n".encode())
+    made = fingerprint(run)
+    if rank == 0:
+        os.write(1, f"done {made}\n".encode())
 
 
 def main() -> None:
-    """For every line "OUT STEPS LORA LOG" on stdin: train in a forked process that writes LOG; says its number and then its end.
+    """For every line "OUT STEPS LORA LOG WORLD" on stdin: train in forked processes that write LOG; says their numbers, then
+    their ends.
 
     Importing torch takes seconds, training these models milliseconds: the fork is what makes hundreds of kills affordable.
     """
     torch.set_num_threads(1)
-    child = 0
-    for line in sys.stdin:
-        if child:
+    children: list[int] = []
+    for number, line in enumerate(sys.stdin):
+        for child in children:
             os.waitpid(child, 0)
-        out, steps, lora, log = line.split()
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), 1)
-                train(Path(out), int(steps), lora == "1")
-                status = 0
-            finally:
-                sys.stderr.flush()
-                os._exit(status)
-        print(child, flush=True)
-        ended = os.waitid(
-            os.P_PID, child, os.WEXITED | os.WNOWAIT
-        )  # its number stays its own until the next line comes
-        assert ended is not None
-        print(ended.si_status, flush=True)
+        out, steps, lora, log, ranks = line.split()
+        world = int(ranks)
+        children = [_child(Path(out), int(steps), lora == "1", log, rank, world, number) for rank in range(world)]
+        print(*children, flush=True)
+        # Their numbers stay their own until the next line comes.
+        ends = [os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT) for child in children]
+        print(*(end.si_status for end in ends if end is not None), flush=True)
+
+
+def _child(out: Path, steps: int, lora: bool, log: str, rank: int, world: int, number: int) -> int:
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        for descriptor, name in ((1, log), (2, f"{log}.errors-{rank}")):
+            os.dup2(
+                os.open(name, os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if rank == 0 else os.O_APPEND), 0o644), descriptor
+            )
+        train(out, steps, lora, rank, world, f"{log}.store-{number}")
+        status = 0
+    except HerdError as error:
+        os.write(2, f"{error}\n".encode())
+        status = error.exit_code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
 
 
 if __name__ == "__main__":

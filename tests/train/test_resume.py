@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from herd.train.trainer import Trainer, load_weights
 from herd.train.watch import Recorder, Silent
 from tests.build import build
 from tests.train.loop import Loader, config, fingerprint, model, rows, trainer, weights
+from tests.train.runs import Runs
 
 KINDS: dict[str, Any] = {
     "muon": {},
@@ -280,41 +279,6 @@ def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
     run, _ = trainer(6, tmp_path, objective=Stubborn())
     with pytest.raises(KeyboardInterrupt):
         run.fit()
-
-
-class Runs:
-    """Runs in processes of their own, forked by one that has everything imported."""
-
-    def __init__(self, folder: Path) -> None:
-        self.log = folder / "log"
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.train.loop"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            text=True,
-        )
-
-    def run(self, out: Path, steps: int, wait: float | None = None) -> list[str]:
-        """What a run said. With `wait` it is killed so many seconds after it began."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(f"{out} {steps} 1 {self.log}\n")
-        self.process.stdin.flush()
-        child = int(self.process.stdout.readline())
-        if wait is not None:
-            time.sleep(wait)
-            os.kill(child, signal.SIGKILL)
-        status = int(self.process.stdout.readline())
-        assert status in (0, signal.SIGKILL) if wait is not None else status == 0, status
-        return self.log.read_text().splitlines()
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.close()
-        self.process.wait()
-        self.process.stdout.close()
 
 
 def survive(folder: Path, kills: int, steps: int, seed: int) -> dict[str, int]:
