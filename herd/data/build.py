@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
@@ -124,7 +125,8 @@ class Build:
     """Makes the shards of files in the folder `root`; `processes` tokenize (None: one per core).
 
     `tick` is told how far it is, `tell` what a person should know. `check` reads every byte of the shards that are there, and
-    makes those again that are damaged.
+    makes those again that are damaged. `joining` only writes the indexes of files whose shards other parts have made; what is
+    missing is then a DataError.
     """
 
     def __init__(
@@ -136,12 +138,14 @@ class Build:
         processes: int | None = None,
         part: Part | None = None,
         size: ShardSize | None = None,
+        joining: bool = False,
         check: bool = False,
         tick: Callable[[Progress], None] = lambda progress: None,
         tell: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.root, self.encoder, self.check = root, encoder, check
         self.bad: BadRows = bad
+        self.joining = joining
         self.processes = processes or _cores()
         self.part, self.size = part or Part(), size or ShardSize()
         self.tick, self.tell = tick, tell
@@ -290,6 +294,7 @@ class Build:
             self._tokens += len(outcome.documents.tokens)
             self.tick(Progress("tokenizing", self._behind, self._sum, self._documents, self._tokens))
         self._close(built, begun, parts)
+        self.tick(Progress("tokenizing", self._sum, self._sum, self._documents, self._tokens))
         for i in todo:
             self._finish(built[i], *ends[i])
 
@@ -305,9 +310,10 @@ class Build:
         for i in todo:
             one, report, number = built[i], RowReport(), 0
             before = done
-            rows = read_file(one.file, report, bad=self.bad)
+            rows = read_file(one.file, report, bad=self.bad, at=partial(self._is_at, before))
             while (row := next(rows, None)) is not None:
                 wanted = self.part.has(i, len(built), number) and not self._whole(self._path(one, number), one.file)
+                wanted = wanted and not self.joining
                 for batch in self._batches(chain([row], rows)):
                     if wanted:
                         yield Job((i, number), one.kind, batch)
@@ -315,6 +321,9 @@ class Build:
             done = before + sizes[i]
             self._behind = done
             ends[i] = number, report
+
+    def _is_at(self, before: int, position: int) -> None:
+        self._behind = before + position
 
     def _batches(self, rows: Iterator[Row]) -> Iterator[list[Row]]:
         """Rows up to the end of a shard, in jobs."""
@@ -365,8 +374,16 @@ class Build:
         """Write the index of a file whose shards are all there."""
         one.shards = [self._path(one, number) for number in range(shards)]
         one.missing = [path.name for path in one.shards if not path.exists()]
+        if one.missing and self.joining:
+            shown = ", ".join(one.missing[:3]) + (", ..." if len(one.missing) > 3 else "")
+            raise DataError(
+                f"{one.file}: {len(one.missing)} of {shards} shards are missing in {one.folder} ({shown}): has every part "
+                "been built there, with the same vocabulary and format?"
+            )
         if one.missing:
             return
+        for left in one.folder.glob(".*.part"):  # of runs that were killed
+            left.unlink(missing_ok=True)
         opened = [Shard(path, str(one.file)) for path in one.shards]
         for shard in opened:
             for line, why in shard.file.about["bad"]:

@@ -160,7 +160,7 @@ def open_data(
         total=total,
     )
     report = DataReport(
-        [_told(part.name, ones, rows) for part, ones, rows in zip(config.sources, made, arranged, strict=True)],
+        [_told(part.name, ones, rows) for part, ones, rows in zip(config.sources, made[:count], arranged, strict=True)],
         mixture.content,
         notes=notes,
     )
