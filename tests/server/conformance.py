@@ -395,9 +395,9 @@ def _words(body: Any) -> str:
 
 def _masked(text: str) -> str:
     """An answer without what differs from one to the next: ids, times and durations."""
+    text = re.sub(r'(_duration":) ?\d+', r"\1N", text)  # of any length: they may be short
     text = re.sub(r'"[a-z]+[-_][0-9A-Za-z_-]{8,}"', '"ID"', text)
     text = re.sub(r"\d{4}-\d\d-\d\dT[0-9:.]+Z?", "DATE", text)
-    text = re.sub(r'(_duration":) ?\d+', r"\1N", text)  # of any length: they may be short
     return re.sub(r"\d+\.\d+|\d{6,}", "N", text)
 
 
