@@ -16,6 +16,7 @@ import struct
 import subprocess
 import sys
 import threading
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
@@ -94,13 +95,14 @@ class Encoder:
                         check_prompts(record, self.format)
                     example = encode(record, self.tokenizer, self.format)
                     ids = example.tokens
-                    masks.append(np.array(example.labels) != IGNORE)
+                    masks.append(np.frombuffer(array("i", example.labels), np.int32) != IGNORE)
             except FormatError as error:
                 raise FormatError(f"{row.where}: {error}") from error
             except HerdError as error:
                 bad.append((row.line, str(error)))
                 continue
-            tokens.append(np.array(ids, self.dtype))
+            # From lists by way of `array`: numpy's own way takes three times as long.
+            tokens.append(np.frombuffer(array(self.dtype.char, ids), self.dtype))
             sizes.append(len(ids))
             lines.append(row.line)
         learned = None if job.kind == "text" else np.concatenate([np.zeros(0, np.uint8), *masks]).astype(np.uint8)
