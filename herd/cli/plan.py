@@ -8,7 +8,8 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
@@ -30,10 +31,29 @@ Examples:
   herd plan llama-3.1-405b --device h100 --devices 8 --weights fp8 --batch 16 --price-per-hour 20
   herd plan ./model-Q4_K_M.gguf --device custom --memory 16 --bandwidth 300 --flops 40
   herd plan llama-4-maverick --json | jq .weights_bytes
+
+\b
+  herd plan train --model 405b --gpus 16384                 what training takes (herd plan train --help)
+  herd plan fit RUNS...                                     a scaling law from small runs (herd plan fit --help)
 """
 
 
-@click.command(epilog=EPILOG)
+class _WithOthers(click.Command):
+    """`herd plan MODEL`, and `herd plan train`, `herd plan fit`: a model of such a name is `./train`."""
+
+    others: ClassVar = {"train": "herd.cli.plan_train", "fit": "herd.cli.plan_fit"}
+
+    def make_context(self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any):
+        if args and args[0] in self.others:
+            chosen: click.Command = import_module(self.others[args[0]]).command
+            return chosen.make_context(f"{info_name} {args[0]}", args[1:], parent=parent, **extra)
+        return super().make_context(info_name, args, parent=parent, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        return super().invoke(ctx) if ctx.command is self else ctx.command.invoke(ctx)
+
+
+@click.command(cls=_WithOthers, epilog=EPILOG)
 @click.argument("model", shell_complete=models)
 @click.option("--context", type=click.IntRange(min=1), metavar="N", help="Tokens per sequence (default: 8192).")
 @click.option("--batch", type=click.IntRange(min=1), default=1, metavar="N", help="Sequences at once (default: 1).")

@@ -1,0 +1,264 @@
+"""`herd plan train`: layouts of a training run on a cluster, as a table or JSON, and the files that start it. No torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from herd.cli.columns import columns
+from herd.cli.completion import models
+from herd.cli.console import note, safe, styled
+
+if TYPE_CHECKING:
+    from herd.planning.train import TrainPlan
+    from herd.planning.train_layout import Estimate
+
+__all__ = ["command"]
+
+EPILOG = """\
+Examples:
+
+\b
+  herd plan train --model 405b --gpus 16384 --gpu h100 --tokens 15.6T
+  herd plan train --model llama-3.1-8b --gpus 8 --length 8192 --precision float8
+  herd plan train --model 70b --gpus 256 --tokens 1T --slurm run.sbatch --config run.yaml
+  herd plan train --compute 1e21                        which size and how many tokens are best for a budget
+"""
+
+SHORT = {
+    size: f"llama-{version}-{size}"
+    for version, sizes in (("3.2", ("1b", "3b")), ("3.1", ("8b", "70b", "405b")))
+    for size in sizes
+}
+"""Sizes that mean one Llama 3 to everybody."""
+
+
+@click.command(epilog=EPILOG)
+@click.option(
+    "--model", shell_complete=models, metavar="MODEL", help="A name of the catalog (405b, llama-3.2-1b) or a path."
+)
+@click.option("--gpus", type=click.IntRange(min=1), default=8, metavar="N", help="How many (default: 8).")
+@click.option("--gpu", default="h100", metavar="NAME", help="h100, h200, a100-80gb, ... (default: h100).")
+@click.option("--tokens", metavar="N", help="Of the whole run, such as 15.6T, 300B: gives days and the budget.")
+@click.option(
+    "--length", type=click.IntRange(min=1), default=8192, metavar="N", help="Tokens of a row (default: 8192)."
+)
+@click.option("--batch", metavar="N", help="Tokens of a step, such as 16M (default: up to 16M).")
+@click.option("--precision", type=click.Choice(["bfloat16", "float8"]), default="bfloat16", help="Default: bfloat16.")
+@click.option(
+    "--compute", type=click.FloatRange(min=1), metavar="FLOP", help="Only say which size and tokens suit a budget."
+)
+@click.option(
+    "--slurm", type=click.Path(path_type=Path), metavar="FILE", help="Write a Slurm script of the best layout."
+)
+@click.option("--kuberay", type=click.Path(path_type=Path), metavar="FILE", help="Write a RayJob for KubeRay likewise.")
+@click.option(
+    "--config", default="run.yaml", metavar="FILE", help="The config that those files name (default: run.yaml)."
+)
+@click.option("--image", default="herd:latest", metavar="NAME", help="The image of --kuberay (default: herd:latest).")
+@click.option("--json", "as_json", is_flag=True, help="Everything as one JSON object (docs/train/planning.md).")
+def command(
+    model: str | None,
+    gpus: int,
+    gpu: str,
+    tokens: str | None,
+    length: int,
+    batch: str | None,
+    precision: str,
+    compute: float | None,
+    slurm: Path | None,
+    kuberay: Path | None,
+    config: str,
+    image: str,
+    as_json: bool,
+) -> None:
+    """Say how to train a model on many GPUs: memory, seconds of a step, MFU and days, the fastest layouts first.
+
+    Everything is arithmetic with rates that were fitted to published runs (within 15 % of their time and 10 % of their memory);
+    what is assumed is said.
+    """
+    from herd.errors import ConfigError
+    from herd.planning.subject import subject
+    from herd.planning.train import cluster_of, compute_optimal, plan_train
+
+    if compute is not None:
+        parameters, optimal = compute_optimal(compute)
+        if as_json:
+            click.echo(json.dumps({"compute": compute, "parameters": parameters, "tokens": optimal}))
+        else:
+            click.echo(
+                f"{compute:.3g} operations: best spent on {_short(parameters)} parameters and {_short(optimal)} tokens"
+            )
+        if model is None:
+            return
+    if model is None:
+        raise click.UsageError("give --model, or --compute alone")
+    own = subject(SHORT.get(model.lower(), model))
+    if own.config is None:
+        raise ConfigError(f"{own.name}: its geometry was never published, so there is nothing to plan")
+    found = plan_train(
+        own.name,
+        own.config,
+        cluster_of(gpu),
+        gpus,
+        length=length,
+        batch=None if batch is None else round(_count(batch)),
+        tokens=None if tokens is None else _count(tokens),
+        precision=precision,  # pyright: ignore[reportArgumentType] (click has checked it)
+    )
+    click.echo(json.dumps(found.as_dict(), indent=1) if as_json else _text(found))
+    if slurm is not None or kuberay is not None:
+        _write(found, slurm, kuberay, config, image)
+
+
+def _write(plan: TrainPlan, slurm: Path | None, kuberay: Path | None, config: str, image: str) -> None:
+    from herd.errors import ConfigError
+    from herd.planning import train_launch
+
+    if not plan.fits:
+        raise ConfigError("no layout fits, so there is nothing to start: see the table")
+    layout = plan.fits[0].layout
+    words = train_launch.overrides(
+        layout.part,
+        accumulate=layout.microbatches,
+        rows=layout.rows,
+        length=layout.length,
+        checkpointing=layout.checkpointing,
+    )
+    if layout.precision == "float8":
+        words.append("train.precision=float8")
+    node = plan.cluster.node
+    for path, text in (
+        (slurm, lambda: train_launch.slurm(config, words, gpus=plan.gpus, node=node)),
+        (kuberay, lambda: train_launch.kuberay(config, words, gpus=plan.gpus, image=image, node=node)),
+    ):
+        if path is not None:
+            path.write_text(text(), encoding="utf-8")
+            note(f"written: {path}")
+
+
+def _text(plan: TrainPlan) -> str:
+    config = plan.config
+    from herd.model.accounting import active_parameters, parameters
+
+    total, active = parameters(config), active_parameters(config)
+    size = f"{total / 1e9:,.2f}B parameters" + (f", {active / 1e9:,.2f}B active" if active != total else "")
+    head = f"{styled(safe(plan.name), 'bold', sys.stdout)}: {size}\n"
+    head += f"{plan.gpus:,} x {plan.cluster.device.name}, {_short(plan.batch)} tokens a step in rows of {plan.length:,}"
+    parts = [head]
+    if plan.fits:
+        parts += [_table(plan, plan.fits[:8]), _detail(plan.fits[0])]
+    elif plan.nearest is not None:
+        parts += ["Nothing fits. The nearest:", _table(plan, (plan.nearest,)), _detail(plan.nearest)]
+    if plan.budget is not None:
+        parts.append(_budget(plan))
+    said = "\n".join(textwrap.fill(item, 118, initial_indent="- ", subsequent_indent="  ") for item in plan.assumptions)
+    return "\n\n".join([*parts, f"{styled('Assumptions', 'bold', sys.stdout)}\n{said}"])
+
+
+def _table(plan: TrainPlan, found: tuple[Estimate, ...]) -> str:
+    rows = [
+        [
+            "DP",
+            "TP",
+            "CP",
+            "PP",
+            "ROWS",
+            "ACCUM",
+            "CHECKPOINTS",
+            "GIB",
+            "STEP",
+            "TOK/S/GPU",
+            "MFU",
+            "FULL",
+            "BUBBLE",
+            "RUN",
+        ]
+    ]
+    for one in found:
+        part, layout = one.layout.part, one.layout
+        run = plan.seconds(one)
+        rows.append(
+            [
+                str(part.dp),
+                str(part.tp),
+                str(part.cp),
+                f"{part.pp}" + (f" x {part.stages}" if part.stages > 1 else ""),
+                str(layout.rows),
+                str(layout.microbatches),
+                layout.checkpointing,
+                f"{one.memory.total / 2**30:,.1f}",
+                _seconds(one.time.total),
+                f"{one.tokens_per_second:,.0f}",
+                f"{one.mfu:.1%}",
+                f"{one.mfu_full:.1%}",
+                f"{layout.bubble:.1%}",
+                "" if run is None else f"{run / 86400:,.1f} d",
+            ]
+        )
+    return columns(rows, right=(0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 11, 12, 13))
+
+
+def _detail(one: Estimate) -> str:
+    memory = ", ".join(
+        f"{name} {getattr(one.memory, name) / 2**30:,.1f}"
+        for name in one.memory.__dataclass_fields__
+        if getattr(one.memory, name) > 0
+    )
+    share = {name: getattr(one.time, name) / one.time.total for name in one.time.__dataclass_fields__}
+    time = ", ".join(f"{name} {value:.0%}" for name, value in share.items() if value >= 0.005)
+    return "\n".join(
+        [
+            "MFU counts what is not masked, FULL all of attention; both against the 16-bit peak.",
+            f"GiB of the first: {memory}",
+            f"Time of the first: {time}",
+        ]
+    )
+
+
+def _budget(plan: TrainPlan) -> str:
+    budget = plan.budget
+    assert budget is not None
+    word = "over-trained" if budget.ratio > 1.1 else "under-trained" if budget.ratio < 0.9 else "compute-optimal"
+    lines = [
+        f"{_short(budget.tokens)} tokens: {budget.compute:.3g} operations (6 N D), {word}: {budget.ratio:.2g} x the best number "
+        "of tokens for them.",
+        f"By Llama 3's law these operations are best spent on {_short(budget.optimal_parameters)} parameters and "
+        f"{_short(budget.optimal_tokens)} tokens.",
+    ]
+    if plan.fits:
+        seconds = plan.seconds(plan.fits[0])
+        assert seconds is not None
+        lines.append(
+            f"The first layout takes {seconds / 86400:,.1f} days, {_short(seconds / 3600 * plan.gpus)} GPU hours."
+        )
+    return "\n".join(textwrap.fill(line, 118) for line in lines)
+
+
+def _count(text: str) -> float:
+    """A number as people write it: 15.6T, 300B, 16M, 4096."""
+    powers = {"K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
+    letter = text.strip().upper()[-1:]
+    try:
+        value = float(text.strip()[:-1]) * powers[letter] if letter in powers else float(text)
+    except ValueError:
+        value = 0.0
+    if not 1 <= value < float("inf"):
+        raise click.UsageError(f"{text!r} is no number of tokens: write 15.6T, 300B, 16M or 4096")
+    return value
+
+
+def _short(value: float) -> str:
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if value >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value < 100 else f"{value:,.0f} s"

@@ -1,0 +1,187 @@
+"""Files that start a run on many machines: a Slurm batch script, and a RayJob for KubeRay. No torch, no Ray.
+
+Both run one process a GPU. Slurm's ranks find each other through the first node; Ray's head starts torchrun on every node.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from herd.errors import ConfigError
+from herd.parallel.config import ParallelPart
+
+__all__ = ["kuberay", "overrides", "slurm"]
+
+RAY = "2.60.0"
+PORT = 29_500
+
+
+def overrides(part: ParallelPart, *, accumulate: int, rows: int, length: int, checkpointing: str) -> list[str]:
+    """The words that make `herd train CONFIG ...` use a planned layout."""
+    words = [
+        f"parallel.{name}={getattr(part, name)}"
+        for name in ("dp_replicate", "dp_shard", "tp", "cp", "pp", "stages", "schedule")
+        if getattr(part, name) != getattr(ParallelPart(), name)
+    ]
+    kind = {"none": "none", "half": "2", "full": "full"}[checkpointing]
+    return [
+        *words,
+        f"train.accumulate={accumulate}",
+        f"data.rows={rows}",
+        f"data.length={length}",
+        f"train.checkpointing={kind}",
+    ]
+
+
+def slurm(config: str, words: Sequence[str], *, gpus: int, node: int = 8, name: str = "herd") -> str:
+    """A batch script: `sbatch FILE`. A run that is told to stop saves itself, and the script queues it again.
+
+    Raises ConfigError when `gpus` do not fill nodes.
+    """
+    nodes, each = _nodes(gpus, node)
+    line = shlex.join(["herd", "train", config, *words, "--resume", "auto"])
+    return f"""#!/bin/bash
+# Made by herd plan train. Add what your cluster asks for (--partition, --account, --time), then: sbatch FILE
+#SBATCH --job-name={name}
+#SBATCH --nodes={nodes}
+#SBATCH --ntasks-per-node={each}
+#SBATCH --gpus-per-node={each}
+#SBATCH --cpus-per-task=8
+#SBATCH --exclusive
+#SBATCH --output=%x-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@300
+set -euo pipefail
+
+# Where the ranks meet: the first node. herd reads its rank from SLURM_PROCID.
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_ADDR MASTER_PORT={PORT} OMP_NUM_THREADS=8
+
+# Five minutes before the end every rank gets SIGUSR1, saves and ends with status 75: then the job is queued again.
+trap 'kill -USR1 "$ranks"' USR1 TERM
+srun --kill-on-bad-exit=1 {line} &
+ranks=$!
+status=0
+wait "$ranks" || status=$?
+while kill -0 "$ranks" 2>/dev/null; do
+  status=0
+  wait "$ranks" || status=$?
+done
+if [ "$status" -eq 75 ]; then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"
+"""
+
+
+def kuberay(
+    config: str, words: Sequence[str], *, gpus: int, image: str, node: int = 8, name: str = "herd-train"
+) -> str:
+    """A RayJob as YAML: `kubectl create -f FILE`. Raises ConfigError when `gpus` do not fill nodes."""
+    nodes, each = _nodes(gpus, node)
+    head = [
+        "# Made by herd plan train. Edit image, sizes and the volume first, then: kubectl create -f FILE",
+        "# The image must have herd and Ray " + RAY + "; the run's folder and data lie on the volume /data.",
+    ]
+    return "\n".join([*head, *_yaml(_job(config, words, nodes, each, image, name)), ""])
+
+
+def _job(config: str, words: Sequence[str], nodes: int, each: int, image: str, name: str) -> dict[str, Any]:
+    run = shlex.join(["herd", "train", config, *words, "--resume", "auto"])
+    torchrun = (
+        f"torchrun --nnodes={nodes} --nproc-per-node={each} --rdzv-backend=c10d "
+        f"--rdzv-endpoint=$RAY_NODE_0:{PORT} --rdzv-id={name} --no-python {run}"
+    )
+    start = "\n".join(
+        [
+            "import os, ray",
+            "from ray.util.placement_group import placement_group",
+            "from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy as At",
+            "ray.init()",
+            f"group = placement_group([{{'GPU': {each}, 'CPU': 8}}] * {nodes}, strategy='STRICT_SPREAD')",
+            "ray.get(group.ready())",
+            "def place(i):",
+            f"    return dict(num_gpus={each}, num_cpus=8, scheduling_strategy=At(group, placement_group_bundle_index=i))",
+            "@ray.remote(max_retries=0)",
+            "def address():",
+            "    return ray.util.get_node_ip_address()",
+            "@ray.remote(max_retries=0)",
+            "def node(first):",
+            "    import subprocess",
+            "    return subprocess.call(os.environ['HERD_RUN'], shell=True, env={**os.environ, 'RAY_NODE_0': first})",
+            "first = ray.get(address.options(**place(0)).remote())",
+            f"statuses = ray.get([node.options(**place(i)).remote(first) for i in range({nodes})])",
+            "raise SystemExit(max(statuses))",
+            "",
+        ]
+    )
+    size = {"cpu": "64", "memory": "512Gi", "nvidia.com/gpu": str(each)}
+    volumes = [{"name": "data", "persistentVolumeClaim": {"claimName": f"{name}-data"}}]
+    mounts = [{"name": "data", "mountPath": "/data"}]
+    memory = {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "64Gi"}}
+    environment = [{"name": "HERD_RUN", "value": torchrun}]
+    worker = {
+        "name": "ray-worker",
+        "image": image,
+        "env": environment,
+        "resources": {"requests": size, "limits": size},
+        "volumeMounts": [*mounts, {"name": "shm", "mountPath": "/dev/shm"}],
+    }
+    small = {"cpu": "4", "memory": "16Gi"}
+    first = {"name": "ray-head", "image": image, "env": environment, "resources": {"requests": small, "limits": small}}
+    return {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayJob",
+        "metadata": {"name": name},
+        "spec": {
+            "entrypoint": f"python -c {shlex.quote(start)}",
+            "shutdownAfterJobFinishes": True,
+            "backoffLimit": 3,
+            "rayClusterSpec": {
+                "rayVersion": RAY,
+                "headGroupSpec": {
+                    "rayStartParams": {"num-cpus": "0"},
+                    "template": {"spec": {"containers": [{**first, "volumeMounts": mounts}], "volumes": volumes}},
+                },
+                "workerGroupSpecs": [
+                    {
+                        "groupName": "gpus",
+                        "replicas": nodes,
+                        "minReplicas": nodes,
+                        "maxReplicas": nodes,
+                        "rayStartParams": {},
+                        "template": {"spec": {"containers": [worker], "volumes": [*volumes, memory]}},
+                    }
+                ],
+            },
+        },
+    }
+
+
+def _nodes(gpus: int, node: int) -> tuple[int, int]:
+    if gpus <= node:
+        return 1, gpus
+    if gpus % node:
+        raise ConfigError(f"{gpus} GPUs do not fill nodes of {node}: choose a multiple")
+    return gpus // node, node
+
+
+def _yaml(value: Any, indent: str = "") -> Iterator[str]:
+    """Lines of YAML: mappings and lists as blocks, everything else as JSON, which YAML reads."""
+    pairs = value.items() if isinstance(value, Mapping) else ((None, item) for item in value)
+    for key, item in pairs:
+        lead = f"{indent}-" if key is None else f"{indent}{key}:"
+        if isinstance(item, Mapping | list) and item:
+            lines = list(_yaml(item, indent + "  "))
+            if key is None:
+                yield f"{lead} {lines[0].lstrip()}"
+                yield from lines[1:]
+            else:
+                yield lead
+                yield from lines
+        else:
+            yield f"{lead} {json.dumps(item)}"
