@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from herd.kernels.documents import document_attention
 from herd.model.config import ModelConfig
 
 __all__ = ["Attend", "Causal", "Packed", "masked_attention", "packed", "uncached", "visible"]
@@ -85,14 +86,19 @@ class Packed:
     """Documents packed back to back: `positions` [B, S] restart at 0 at each document's first token.
 
     Those restarts are the only record of document borders, so rotary angles and mask cannot disagree. Use `packed`, which
-    builds every mask before the first layer runs: a block compiled on its own must not find a mask missing.
+    builds what is needed before the first layer runs: a block compiled on its own must not find a mask missing. On a CPU that
+    is where documents begin, and no mask is made.
     """
 
     positions: Tensor
     masks: dict[int | None, Tensor] = field(default_factory=dict)
+    firsts: dict[int | None, Tensor] = field(default_factory=dict)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, chunk: int | None) -> Tensor:
-        return masked_attention(q, k, v, self.mask(chunk))
+        if chunk not in self.firsts:
+            return masked_attention(q, k, v, self.mask(chunk))
+        q_flat, k_flat, v_flat = (x.flatten(0, -3).contiguous() for x in (q, k, v))
+        return document_attention(q_flat, k_flat, v_flat, self.firsts[chunk])[0].view(q.shape)
 
     def mask(self, chunk: int | None) -> Tensor:
         """[B, 1, S, S] bool, built once per distinct `chunk`."""
@@ -102,12 +108,23 @@ class Packed:
             self.masks[chunk] = (same & visible(self.positions, self.positions, chunk)).unsqueeze(-3)
         return self.masks[chunk]
 
+    def first(self, chunk: int | None) -> Tensor:
+        """[B * S] bool, where a row, a document or a chunk of one begins: what lies between sees itself causally."""
+        if chunk not in self.firsts:
+            begins = self.positions == 0 if chunk is None else self.positions % chunk == 0
+            begins[..., 0] = True
+            self.firsts[chunk] = begins.flatten()
+        return self.firsts[chunk]
+
 
 def packed(config: ModelConfig, positions: Tensor) -> Sequence[Attend]:
     """One Attend per layer for packed documents at `positions` [B, S], see `Packed`."""
     see = Packed(positions)
     for chunk in dict.fromkeys(spec.chunk for spec in config.layers):
-        see.mask(chunk)
+        if positions.device.type == "cpu":
+            see.first(chunk)
+        else:
+            see.mask(chunk)
     return (see,) * config.n_layers
 
 

@@ -101,12 +101,15 @@ def test_packed_equals_separate_documents(chunk: int | None) -> None:
 
 
 def test_packed_masks_are_ready_and_shared() -> None:
-    """One mask per distinct chunk, built before the first layer runs."""
+    """What attention needs is made once per distinct chunk before the first layer runs: borders on a CPU, masks elsewhere."""
     config = tiny("llama-4-scout")
     see = packed(config, torch.arange(12)[None])
     assert len(see) == config.n_layers
     assert isinstance(see[0], Packed)
-    assert set(see[0].masks) == {None, 16}
+    assert set(see[0].firsts) == {None, 16}
+    on_meta = packed(config, torch.arange(12, device="meta")[None])[0]
+    assert isinstance(on_meta, Packed)
+    assert set(on_meta.masks) == {None, 16}
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
