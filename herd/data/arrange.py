@@ -119,7 +119,8 @@ def _write(path: Path, documents: Documents, how: Arrangement) -> None:
 def _too_long(documents: Documents, refused: Sequence[int], sizes: NDArray[np.int64], length: int) -> str:
     shown = ", ".join(f"{documents.where(i)} ({int(sizes[i])} tokens)" for i in refused[:SHOWN])
     longest = int(sizes[list(refused)].max())
+    more = f" and {len(refused) - SHOWN} more" if len(refused) > SHOWN else ""
     return (
-        f"{len(refused)} of {len(documents)} documents are longer than a row of {length} tokens, the longest {longest}: {shown}"
-        f"{', ...' if len(refused) > SHOWN else ''}. Raise data.length, or leave them out with data.long_rows: skip"
+        f"{len(refused)} of {len(documents)} documents are longer than a row of {length} tokens, the longest {longest}: "
+        f"{shown}{more}. Raise data.length, or leave them out with data.long_rows: skip"
     )

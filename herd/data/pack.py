@@ -92,28 +92,43 @@ def plan(sizes: Longs, length: int, kind: PackKind) -> Plan:
     )
 
 
+WORD = 1024
+"""Rooms that one integer of `_best_fit` stands for: so short that rows of 131,072 positions cost no more than those of 1,024."""
+
+
 def _best_fit(sizes: Sequence[int], length: int) -> Longs:
     """The row of each piece, longest first: the one with the least room that is enough, else a new one.
 
-    Bit r of `rooms` says that some row has r places left, so the best one is found without a search.
+    Bit r of word w says that some row has w * WORD + r places left, bit w of `words` that word w has any, so the best one is
+    found without a search.
     """
     having: list[list[int]] = [[] for _ in range(length + 1)]
-    rooms = rows = 0
+    rooms = [0] * (length // WORD + 1)
+    words = rows = 0
     found = np.empty(len(sizes), np.int64)
     for i, size in enumerate(sizes):
-        fits = rooms >> size
-        if fits:
+        word, bit = divmod(size, WORD)
+        if fits := rooms[word] >> bit:
             room = size + (fits & -fits).bit_length() - 1
-            row = having[room].pop()
-            if not having[room]:
-                rooms &= ~(1 << room)
+        elif fits := words >> (word + 1):
+            word += (fits & -fits).bit_length()
+            room = word * WORD + (rooms[word] & -rooms[word]).bit_length() - 1
         else:
+            room = -1
+        if room < 0:
             room, row = length, rows
             rows += 1
+        else:
+            row = having[room].pop()
+            if not having[room]:
+                rooms[word] &= ~(1 << room % WORD)
+                if not rooms[word]:
+                    words &= ~(1 << word)
         found[i] = row
-        if room > size:
-            having[room - size].append(row)
-            rooms |= 1 << (room - size)
+        if left := room - size:
+            having[left].append(row)
+            rooms[left // WORD] |= 1 << left % WORD
+            words |= 1 << left // WORD
     return found
 
 

@@ -117,11 +117,13 @@ def best_fit_slow(sizes, length):
     return sorted(sorted(row) for row in rows)
 
 
-def test_best_fit_is_what_its_definition_says():
-    sizes = np.minimum(SIZES, LENGTH).astype(np.int64)
-    rows = plan(sizes, LENGTH, "best-fit")
+@pytest.mark.parametrize("length", [LENGTH, 1023, 1024, 5000])
+def test_best_fit_is_what_its_definition_says(length):
+    scale = max(1, length // 90)
+    sizes = np.minimum(SIZES * scale + np.arange(300) % scale, length).astype(np.int64)
+    rows = plan(sizes, length, "best-fit")
     found = sorted(sorted(int(sizes[d]) for d, _, _ in pieces_of(rows, r)) for r in range(len(rows)))
-    slow = best_fit_slow(sizes.tolist(), LENGTH)
+    slow = best_fit_slow(sizes.tolist(), length)
     assert len(found) == len(slow)  # rows of equal room may be taken in another order, never more of them
     assert sorted(map(sum, found)) == sorted(map(sum, slow))
 
