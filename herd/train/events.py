@@ -43,7 +43,7 @@ def crc32c(content: bytes) -> int:
 
 
 class EventFile:
-    """One event file in `folder`, open for appending. Raises OSError.
+    """One event file in `folder`; every record is on its way to the disk when a method returns. Raises OSError.
 
     With `begin_after`, readers forget what earlier files hold of later steps: they were lost with a run that was killed, and are
     written again.
@@ -56,7 +56,7 @@ class EventFile:
         name, number = f"events.out.tfevents.{int(now):010d}.{host}.{os.getpid()}", 0
         while (folder / f"{name}.{number}").exists():
             number += 1
-        self._file = open(folder / f"{name}.{number}", "xb")  # noqa: SIM115  # closed by `close`
+        self.path = folder / f"{name}.{number}"
         self._write(now, 0, _field(3, VERSION.encode()))
         if begin_after:
             self._write(now, begin_after + 1, _field(7, _varint_field(1, 1)))  # SessionLog.START
@@ -74,18 +74,11 @@ class EventFile:
         value = _field(1, tag.encode()) + _field(8, tensor) + _field(9, metadata)
         self._write(time.time(), step, _field(5, _field(1, value)))
 
-    def flush(self) -> None:
-        """Make readers see what was written."""
-        self._file.flush()
-
-    def close(self) -> None:
-        """Flush and close; nothing can be written afterwards."""
-        self._file.close()
-
     def _write(self, wall: float, step: int, rest: bytes) -> None:
         event = b"\x09" + struct.pack("<d", wall) + _varint_field(2, step) + rest
         length = struct.pack("<Q", len(event))
-        self._file.write(length + _masked(length) + event + _masked(event))
+        with open(self.path, "ab") as file:  # not held open: a run may end anywhere
+            file.write(length + _masked(length) + event + _masked(event))
 
 
 def _masked(content: bytes) -> bytes:

@@ -121,7 +121,6 @@ class Board(Silent):
     def __init__(self, folder: Path, figures: Figures) -> None:
         self.folder, self.figures = folder, figures
         self._file: EventFile | None = None
-        self._flushed = 0.0
 
     def on_begin(self, info: Begin) -> None:
         self._file = EventFile(self.folder, info.step)
@@ -129,23 +128,15 @@ class Board(Silent):
     def on_step(self, report: StepReport) -> None:
         assert self._file is not None
         self._file.scalars(report.step, tags(report, self.figures.of(report)))
-        if time.monotonic() - self._flushed > 5:
-            self._file.flush()
-            self._flushed = time.monotonic()
 
     def on_evaluation(self, step: int, figures: Mapping[str, float]) -> None:
         assert self._file is not None
         self._file.scalars(step, {f"eval/{name}": value for name, value in figures.items()})
-        self._file.flush()
 
     def on_text(self, step: int, prompt: str, reply: str) -> None:
         assert self._file is not None
         quoted = "\n".join("    " + line for line in reply.splitlines())
         self._file.text(step, f"samples/{prompt[:60]}", f"**{prompt}**\n\n{quoted}")
-
-    def on_end(self, figures: Mapping[str, float]) -> None:
-        if self._file is not None:
-            self._file.close()
 
 
 def read_log(path: Path) -> Iterator[dict[str, Any]]:

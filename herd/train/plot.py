@@ -70,7 +70,7 @@ def read_run(path: Path, axis: Axis = "steps") -> Run:
             for name in ("loss", "norm", "rate"):
                 curves[name].add(at, line.get(name))
             curves["speed"].add(at, line.get("tokens_per_second"))
-            curves["memory"].add(at, line.get("memory_bytes", 0) / 1e9)
+            curves["memory"].add(at, line["memory_bytes"] / 1e9 if "memory_bytes" in line else None)
         elif line["event"] == "evaluation":
             curves["bits_per_byte"].add(at, line["figures"].get("bits_per_byte"))
     if not curves["loss"].x:
@@ -193,6 +193,8 @@ def _cut(axes: Any, runs: Sequence[Run], name: str) -> None:
     if len(values) < 40:
         return
     low, high = values[0], values[int(len(values) * 0.985)]
+    if high == low:
+        return
     axes.set_ylim(max(0.0, low - 0.05 * (high - low)), high + 0.08 * (high - low))
 
 

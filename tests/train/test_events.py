@@ -34,7 +34,6 @@ def test_tensorboard_reads_scalars_and_texts(tmp_path):
         file.scalars(step, {"train/loss": 1 / step, "train/grad_norm": -3.5})
     file.scalars(70_001, {"train/loss": math.inf, "train/grad_norm": 1e300})
     file.text(300, "samples/Hi", "**Hi**\n\n    Grüß dich!")
-    file.close()
     found = reader(tmp_path)
     losses = found.Scalars("train/loss")
     assert [point.step for point in losses] == [1, 2, 300, 70_000, 70_001]
@@ -52,8 +51,7 @@ def test_a_run_that_goes_on_replaces_the_steps_it_lost(tmp_path):
         file = EventFile(tmp_path, begin)
         for step in steps:
             file.scalars(step, {"train/loss": begin + step})
-        file.close()
-    points = reader(tmp_path).Scalars("train/loss")
+        points = reader(tmp_path).Scalars("train/loss")
     assert [(point.step, point.value) for point in points] == [(1, 1), (2, 2), (3, 3), (4, 7), (5, 8), (6, 9), (7, 10)]
 
 
@@ -61,7 +59,6 @@ def test_a_torn_record_ends_the_file_for_readers(tmp_path):
     file = EventFile(tmp_path)
     file.scalars(1, {"a": 1.0})
     file.scalars(2, {"a": 2.0})
-    file.close()
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:-5])
     assert [point.step for point in reader(tmp_path).Scalars("a")] == [1]

@@ -1,0 +1,202 @@
+"""herd train, recipes and plot at the command line."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from herd.cli.main import run
+from herd.cli.training import Screen
+from herd.train.overrides import load_config
+from herd.train.recipes.catalog import recipe_file, recipe_module
+from tests.train.test_metrics import begin, figures, step
+
+TINY = ["model.shape={dim: 32, n_layers: 1, n_heads: 2}", "data.length=32", "data.rows=2", "data.held_out=40%"]
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i in range(12):
+        (folder / f"{i}.txt").write_text(" ".join(f"word{j % (i + 3)}" for j in range(60)))
+    return folder
+
+
+def arguments(tmp_path: Path, texts: Path, *more: str, steps: int = 3) -> list[str]:
+    return [
+        "train", "pretrain", f"data.sources={texts}", f"out={tmp_path / 'runs' / 'a'}", f"data.shards={tmp_path / 'shards'}",
+        f"train.budget.steps={steps}", "data.processes=1", *TINY, *more,
+    ]  # fmt: skip
+
+
+def test_a_run_from_start_to_result(
+    tmp_path: Path, texts: Path, capsys: pytest.CaptureFixture[str], piped: Callable[[str], None]
+) -> None:
+    piped("")
+    assert run(arguments(tmp_path, texts, "train.log_every=1", "--json")) == 0
+    told = capsys.readouterr()
+    figures = json.loads(told.out)["figures"]
+    assert figures["bits_per_byte"] > 0
+    for part in (
+        r"pretraining of a new model: \d+K parameters, all trained",
+        r"3 steps",
+        r"memory about",
+        r"step 1/3 loss \d\.\d{4} norm [\d.]+ rate \S+ [\d,]+ tok/s mfu [\d.]+% \([\d.]+% with attention\) [\d.]+ GB eta ",
+        r"held out at step 3: loss",
+        r"'Once upon a time' -> ",
+        r"model written to .*model \(read back",
+        r"herd serve",
+    ):
+        assert re.search(part, told.err), part
+    folder = str(tmp_path / "runs" / "a")
+    # By its folder, finished: nothing is trained again.
+    assert run(["train", folder]) == 0
+    assert "step 1/3" not in capsys.readouterr().err
+    assert run(["train", folder, "--resume", "never"]) == 1
+    assert "checkpoint" in capsys.readouterr().err
+    assert run(["train", folder, "train.optim.lr=1"]) == 1
+    assert "lr" in capsys.readouterr().err
+    # And it is a model.
+    assert run(["run", "--raw", f"{folder}/model", "word1", "--max-tokens", "2"]) == 0, capsys.readouterr().err
+    capsys.readouterr()
+    assert run(["plot", folder]) == 0
+    assert "loss (nats a token)" in capsys.readouterr().out
+
+
+def test_what_is_asked_before_a_run_loads_no_model(texts: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from herd.cli.main import run; "
+        f"status = run({[*arguments(tmp_path, texts), '--print-config']!r}); sys.exit(status or 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout)["data"]["length"] == 32
+
+
+def test_a_dry_run_trains_nothing(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*arguments(tmp_path, texts), "--dry-run"]) == 0
+    assert "memory about" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["lor"], r"lor: no such file, and there is no recipe 'lor': did you mean lora"),
+        (["lora"], r"data\.sources is missing: say what to train on, for example herd train lora data\.sources=FILE"),
+        (["none.yaml"], r"none\.yaml: there is no such file"),
+        (["lora", "data.sources=x.jsonl", "lr=1"], r"herd calls it train\.optim\.lr"),
+        (["lora", "data.sources=no-such-file.jsonl"], r"no-such-file\.jsonl"),
+        (["lora", "data.sources=x.jsonl", "report.to=wandb"], r'pip install "herd\[wandb\]"'),
+        (["pretrain", "data.sources=x", "train.budget.minutes=1", "--verify-resume"], r"train\.budget\.minutes"),
+    ],
+)
+def test_mistakes_are_one_line(
+    args: list[str], said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if "wandb" in said:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert run(["train", *args]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert re.search(said, lines[-1])
+    assert lines[-1].startswith("herd: ")
+    assert "bug in herd" not in lines[-1]
+
+
+def test_a_folder_without_a_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", str(tmp_path)]) == 1
+    assert "config.yaml is missing" in capsys.readouterr().err
+
+
+def test_a_proof_of_exact_resume(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*arguments(tmp_path, texts, steps=4), "--verify-resume"]) == 0
+    assert capsys.readouterr().out.startswith("exact: 4 steps")
+    assert not (tmp_path / "runs" / "a").exists()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="no such signals on this system")
+def test_a_signal_saves_and_the_same_command_goes_on(texts: Path, tmp_path: Path) -> None:
+    args = arguments(tmp_path, texts, "train.save.every_minutes=null", "train.log_every=1", steps=100_000)
+    with subprocess.Popen([sys.executable, "-m", "herd", *args], stderr=subprocess.PIPE, text=True) as child:
+        assert child.stderr is not None
+        for line in child.stderr:
+            if line.startswith("step 3/"):
+                child.send_signal(signal.SIGTERM)
+                break
+        rest = child.stderr.read()
+    assert child.returncode == 75
+    assert "--resume auto goes on from there" in rest
+    (kept,) = (tmp_path / "runs" / "a" / "checkpoints").glob("step-*")
+    assert int(kept.name[5:]) >= 3
+
+
+def test_recipes_are_listed_and_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["recipes"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()][:3] == ["pretrain", "sft", "lora"]
+    for name, options in (("a.yaml", []), ("b.yaml", ["--all"]), ("c.py", ["--python"])):
+        assert run(["recipes", "cp", "lora", str(tmp_path / name), *options]) == 0
+    assert (tmp_path / "a.yaml").read_text() == recipe_file("lora").read_text()
+    assert load_config(tmp_path / "b.yaml") == load_config(recipe_file("lora"), ["data.sources=YOUR-FILES"])
+    assert (tmp_path / "b.yaml").read_text().count("#") > 80
+    assert (tmp_path / "c.py").read_text() == recipe_module("lora").read_text()
+    capsys.readouterr()
+    assert run(["recipes", "cp", "lora", str(tmp_path / "a.yaml")]) == 1
+    assert "there already" in capsys.readouterr().err
+    assert run(["recipes", "cp", "lroa", str(tmp_path / "d.yaml")]) == 1
+    assert "did you mean lora" in capsys.readouterr().err
+    assert run(["recipes", "keys", "optim.clip"]) == 0
+    assert "train.optim.clip" in capsys.readouterr().out
+    assert run(["recipes", "keys", "bananas"]) == 1
+
+
+def test_a_copied_recipe_runs(texts: Path, tmp_path: Path) -> None:
+    made = load_config(recipe_file("pretrain"), arguments(tmp_path, texts)[2:])
+    from herd.train.overrides import dump_config
+
+    (tmp_path / "run.yaml").write_text(dump_config(made))
+    assert run(["recipes", "cp", "pretrain", str(tmp_path / "mine.py"), "--python"]) == 0
+    command = [sys.executable, "mine.py", "run.yaml", "train.budget.steps=1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "model written" in done.stdout
+
+
+class Terminal(io.StringIO):
+    """Somebody looks."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_screen_of_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = Terminal()
+    monkeypatch.setattr(sys, "stderr", seen)
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("TERM", "xterm")
+    screen = Screen(load_config(recipe_file("lora"), ["data.sources=x", "train.budget.steps=9"]))
+    screen.on_figures(figures())
+    screen.on_begin(begin())
+    for number in range(1, 10):
+        screen.on_step(step(number, loss=10 - number))
+        time.sleep(0.01)
+    screen.on_evaluation(9, {"bits_per_byte": 1.25})
+    screen.on_text(9, "Hi", "\x1b[31mHello")
+    screen.on_end({})
+    shown = seen.getvalue()
+    assert "step 9/9" in shown
+    assert "held out at step 9: bits per byte 1.25" in shown
+    assert "\x1b[31mHello" not in shown  # what a model writes cannot steer the terminal
+    assert "with attention" in shown
+    assert "9 steps, 900 tokens" in shown

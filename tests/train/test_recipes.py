@@ -1,0 +1,318 @@
+"""Recipes from a configuration to a folder that others open: every generation, every method, stages, what is refused."""
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import herd
+from herd.chat.formats import detect
+from herd.chat.templates import template_of
+from herd.checkpoint.open import open_store
+from herd.checkpoint.peft import read_peft
+from herd.checkpoint.peft_virtual import read_virtual
+from herd.checkpoint.store import GenerationDefaults
+from herd.checkpoint.vocabulary import load_tokenizer
+from herd.checkpoint.write.hf import write_hf
+from herd.checkpoint.write.model_store import ModelStore
+from herd.checkpoint.write.source import Source
+from herd.errors import CheckpointError, ConfigError
+from herd.model.accounting import parameters
+from herd.model.config import irope
+from herd.tokenizer.sentencepiece import SentencePieceTokenizer
+from herd.train import export as exporting
+from herd.train.forecast import forecast
+from herd.train.metrics import read_log
+from herd.train.overrides import load_config
+from herd.train.recipes.catalog import names, recipe_file, recipe_module, summary
+from herd.train.run import run_recipe
+from herd.train.start import shape_config
+from herd.train.watch import Recorder
+from tests.build import build, tiny
+from tests.vocabularies import trained_pieces
+
+STEPS = 3
+EQUAL = 1e-4
+"""Logits of one model in herd and in another program: the same products, added in another order."""
+KINDS = {"llama-2": "llama2", "llama-3": "llama3", "llama-4-maverick": "llama3"}
+"""Generation -> a prompt format for which a small vocabulary is at hand. That of Llama 4 differs in its headers alone."""
+
+
+def tokenizer(name, tmp_path):
+    if name == "llama-2":
+        path = tmp_path / "tokenizer.model"
+        path.write_bytes(trained_pieces())
+        return load_tokenizer(path)
+    return load_tokenizer("nano")
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Writes a tiny model of a generation with a vocabulary of its kind."""
+    from dataclasses import replace
+
+    def make(name="llama-3", **changes):
+        vocabulary = tokenizer(name, tmp_path)
+        config = replace(tiny(name), vocab_size=vocabulary.vocab_size, **changes)
+        model = build(config)
+        folder = tmp_path / name
+        kept = GenerationDefaults(vocabulary.special.stop)
+        write_hf(Source(ModelStore(model), vocabulary, kept, template_of(KINDS[name])), folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def chats(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    with open(path, "w") as file:
+        for i in range(12):
+            messages = [
+                {"role": "user", "content": f"{i} and 1?"},
+                {"role": "assistant", "content": f"That is {i + 1}."},
+            ]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return path
+
+
+@pytest.fixture
+def texts(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i in range(12):
+        (folder / f"{i}.txt").write_text(" ".join(f"word{j % (i + 3)} and so on" for j in range(60)))
+    return folder
+
+
+def config(tmp_path, recipe, *overrides):
+    common = [
+        f"out={tmp_path / 'run'}", f"data.shards={tmp_path / 'shards'}", "data.processes=1", "data.workers=0",
+        f"train.budget.steps={STEPS}", "data.length=64", "data.rows=2", "train.evaluate.prompts=[Hi]",
+        "train.evaluate.max_tokens=4", "train.schedule.warmup_steps=1", "device=cpu", "data.held_out=null",
+    ]  # fmt: skip
+    return load_config(recipe_file(recipe), [*common, *overrides])
+
+
+def done(made, **given):
+    told = []
+    figures = run_recipe(made, tell=told.append, **given)
+    return figures, "\n".join(told)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_fine_tuning_of_every_generation(name, source, chats, tmp_path):
+    folder = source(name)
+    recorder = Recorder()
+    made = config(
+        tmp_path, "sft", f"model.source={folder}", f"data.sources={chats}", "data.held_out=30%", "train.optim.lr=1e-2"
+    )
+    figures, told = done(made, watchers=[recorder])
+    assert figures["bits_per_byte"] > 0
+    assert [step.step for step in recorder.steps] == [1, 2, 3]
+    assert recorder.steps[-1].loss < recorder.steps[0].loss
+    assert recorder.texts[0][1] == "Hi"
+    model, vocabulary = herd.load(tmp_path / "run" / "model")
+    assert detect(vocabulary).name == KINDS[name]
+    assert model.config == open_store(folder).config
+    assert "read back" in told
+    before = dict(herd.load(folder)[0].named_parameters())
+    assert any(not torch.equal(weight, before[key]) for key, weight in model.named_parameters())
+    for part in ("config.yaml", "log.jsonl", "tensorboard", "checkpoints", "model/generation_config.json"):
+        assert (tmp_path / "run" / part).exists(), part
+
+
+def test_transformers_opens_the_result(source, chats, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    made = config(tmp_path, "sft", f"model.source={source()}", f"data.sources={chats}", "data.held_out=null")
+    done(made)
+    other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype=torch.float32)
+    model, _ = herd.load(tmp_path / "run" / "model", "float32")
+    ids = torch.arange(5, 40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(other(ids).logits, model(ids), rtol=0, atol=EQUAL)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "qlora", "prefix", "prompt"])
+def test_adapters_of_every_kind(kind, source, chats, tmp_path):
+    # NF4 takes 64 weights a block, so rows are multiples of 64.
+    folder = source("llama-3", hidden_dim=192)
+    made = config(
+        tmp_path, "lora", f"model.source={folder}", f"data.sources={chats}", f"method.kind={kind}", "method.rank=4",
+        "method.tokens=3", "train.optim.lr=1e-2",
+    )  # fmt: skip
+    recorder = Recorder()
+    _, told = done(made, watchers=[recorder])
+    assert recorder.steps[-1].loss < recorder.steps[0].loss
+    result, geometry = tmp_path / "run" / "adapter", open_store(folder).config
+    if kind in ("prefix", "prompt"):
+        kept = read_virtual(result, geometry)
+        assert "engine does not yet" in told
+    else:
+        kept = read_peft(result, geometry)
+        assert kept.rank == 4
+        assert kept.dora == (kind == "dora")
+        assert all(bool(pair.b.any()) for pair in kept.factors.values())
+    assert kept.base == str(folder.resolve())
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_peft_computes_what_was_trained(source, chats, tmp_path):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    folder = source()
+    done(config(tmp_path, "lora", f"model.source={folder}", f"data.sources={chats}", "train.optim.lr=1e-2"))
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's own use of transformers
+        other = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter")
+    from herd.adapters.apply import apply_adapter
+
+    model, _ = herd.load(folder, "float32")
+    ids = torch.arange(5, 40)[None]
+    plain = model(ids)
+    apply_adapter(model, read_peft(tmp_path / "run" / "adapter", model.config))
+    with torch.no_grad():
+        torch.testing.assert_close(other(ids).logits, model(ids), rtol=0, atol=EQUAL)
+        assert float((model(ids) - plain).abs().max()) > 100 * EQUAL
+
+
+def test_pretraining_from_texts_and_going_on(texts, tmp_path):
+    made = config(
+        tmp_path, "pretrain", f"data.sources={texts}", "model.shape={dim: 32, n_layers: 2, n_heads: 2}", "data.held_out=40%",
+        "train.accumulate=1",
+    )  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        done(made, watchers=[Interrupting(2)])
+    first, _ = done(made, until=2)
+    assert first == {}
+    assert not (tmp_path / "run" / "model").exists()
+    figures, told = done(made)
+    lines = list(read_log(tmp_path / "run" / "log.jsonl"))
+    assert [line["step"] for line in lines if line["event"] == "step"] == [1, 2, 3]
+    assert lines[-1]["event"] == "end"
+    assert figures["bits_per_byte"] > 0
+    assert "model written" in told
+    model, vocabulary = herd.load(tmp_path / "run" / "model")
+    assert detect(vocabulary).name == "base"  # the vocabulary's owner chats, this one does not
+    assert model.config.max_seq_len == 64
+    assert load_config(tmp_path / "run" / "config.yaml") == made
+
+
+class Interrupting(Recorder):
+    """Ctrl-C twice, in the middle of telling: nothing is saved."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.at = at
+
+    def on_step(self, report):
+        if report.step == self.at:
+            raise KeyboardInterrupt
+
+
+def test_stages_of_growing_length(texts, source, tmp_path):
+    made = config(
+        tmp_path, "extend", f"model.source={source()}", f"data.sources={texts}", "data.held_out=null", "train.budget.steps=4",
+        "stages=[{length: 64, share: 1, rope_theta: 600000}, {length: 128, share: 3, rope_scaling: {factor: 2.0}}]",
+    )  # fmt: skip
+    done(made)
+    first = open_store(tmp_path / "run" / "stage-1-64" / "model").config
+    last = open_store(tmp_path / "run" / "model").config
+    assert (first.rope_theta, first.rope_scaling, first.max_seq_len) == (600_000.0, None, 64)
+    assert (last.rope_theta, last.max_seq_len) == (600_000.0, 128)
+    assert last.rope_scaling is not None
+    assert last.rope_scaling.factor == 2.0
+    steps = [line["step"] for line in read_log(tmp_path / "run" / "log.jsonl") if line["event"] == "step"]
+    assert steps == [1, 2, 3]
+    assert open_store(tmp_path / "run" / "stage-1-64" / "model").info("norm.weight").number == "float32"
+    _, told = done(made)
+    assert "done" in told
+    kept = load_config(tmp_path / "run" / "config.yaml")
+    assert (kept.recipe, kept.data.length, kept.data.rows) == ("pretrain", 128, 1)
+
+
+def test_a_result_of_other_numbers_is_refused(source, chats, tmp_path, monkeypatch):
+    made = config(tmp_path, "sft", f"model.source={source()}", f"data.sources={chats}", "data.held_out=null")
+    honest = exporting.write_hf
+
+    def tampered(source, folder, **given):
+        notes = honest(source, folder, **given)
+        path = Path(folder) / "model.safetensors"
+        content = bytearray(path.read_bytes())
+        content[-3] ^= 0x40
+        path.write_bytes(content)
+        return notes
+
+    monkeypatch.setattr(exporting, "write_hf", tampered)
+    with pytest.raises(CheckpointError, match="other numbers than were trained"):
+        done(made)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["data.chat_format=base"], r"data\.chat_format: the files of .* name the prompt format"),
+        (["data.chat_format=llama9"], r"data\.chat_format: there is no prompt format 'llama9'"),
+        (["method={kind: lora, rank: 64}"], r"rank 64 is not thin"),
+        (["method={kind: lora, targets: [wz]}"], r"no matrix of this model is called 'wz'"),
+        (["device=cuda"], r"device: cuda, but torch finds no GPU"),
+        (["device=tpu9"], r"device: 'tpu9' is none"),
+        (["model.rope_scaling={faktor: 2}"], r"model\.rope_scaling: .*faktor"),
+        (["model.source=no-such-model"], r"no-such-model"),
+        (["method={kind: lora}", "model.rope_theta=1e6"], r"an adapter \(lora\) cannot carry"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_its_key(overrides, said, source, chats, tmp_path):
+    if "cuda" in overrides[0] and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(herd.HerdError, match=said):
+        done(config(tmp_path, "sft", f"model.source={source()}", f"data.sources={chats}", *overrides))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_shapes_from_a_few_numbers():
+    made = shape_config({"dim": 256, "n_layers": 4}, 1000)
+    assert (made.n_heads, made.head_dim, made.hidden_dim, made.tie_embeddings) == (4, 64, 704, True)
+    four = shape_config({"dim": 64, "n_layers": 4, "chunk": 32, "moe": {"n_experts": 4}}, 1000)
+    assert four.layers == irope(4, chunk=32, moe_layers=(1, 3), temper=False)
+    for bad, said in (
+        ({"dim": 64}, "n_layers is missing"),
+        ({"dim": 64, "n_layers": 2, "n_head": 4}, "did you mean n_heads"),
+        ({"dim": 63, "n_layers": 2}, "model.shape"),
+        ({"dim": "64", "n_layers": 2}, "model.shape.dim: '64'"),
+        ({"dim": 64, "n_layers": 2, "moe": {"experts": 4}}, "model.shape"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            shape_config(bad, 1000)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "dora", "prefix", "prompt"])
+def test_the_forecast_counts_what_is_trained(kind, source, chats, tmp_path):
+    from herd.train.start import adapt, start
+
+    made = config(
+        tmp_path, "lora", f"model.source={source()}", f"data.sources={chats}", f"method.kind={kind}", "method.rank=4",
+        "train.accumulate=3",
+    )  # fmt: skip
+    told = forecast(made)
+    model = adapt(start(made, torch.device("cpu")).model, made.method, 0)
+    assert told.trained == sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    assert told.parameters == parameters(model.config) + (told.trained if kind != "full" else 0)
+    assert told.tokens == 2 * 64 * 3
+    assert any("3 steps" in line for line in told.lines())
+
+
+@pytest.mark.parametrize("name", names())
+def test_recipes_that_come_with_herd_are_whole(name):
+    made = load_config(recipe_file(name), ["data.sources=FILE"])
+    assert made.out == f"runs/{name}"
+    assert summary(name)
+    text = recipe_module(name).read_text()
+    assert text.count("\n") < 130
+    compile(text, name, "exec")
+
+
+def test_a_small_vocabulary_of_pieces_is_one(tmp_path):
+    assert isinstance(tokenizer("llama-2", tmp_path), SentencePieceTokenizer)
