@@ -170,8 +170,9 @@ def _show(found: Lint, path: str, length: int | None, evaluation: Any, shown: in
     for what, count in report.changed.items():
         print(f"  {count:,}: {what}")
     if report.bad_count:
-        for reason, count in report.reasons.most_common(None if shown is None else 8):
-            print(f"  {count:>6,}  {styled(safe(reason), 'red', sys.stdout)}")
+        if report.bad_count > SHOWN:
+            for reason, count in report.reasons.most_common(None if shown is None else 8):
+                print(f"  {count:>6,}  {styled(safe(reason), 'red', sys.stdout)}")
         _places([str(row) for row in report.bad], report.bad_count, shown, "bad rows")
     if found.lengths:
         _show_lengths(found, length)
@@ -236,7 +237,7 @@ def _show_duplicates(found: Lint, shown: int | None) -> None:
     if not found.duplicates:
         _head("Duplicates", "none")
         return
-    _head("Duplicates", f"{len(exact):,} rows exact, {len(near):,} near (herd data dedup leaves them out)", "yellow")
+    _head("Duplicates", f"{len(exact):,} exact, {len(near):,} near (herd data dedup leaves them out)", "yellow")
     _places([f"{d.where} says what {d.of} says" for d in exact], len(exact), shown, "exact")
     _places([f"{d.where} is near {d.of} ({d.similarity:.0%})" for d in near], len(near), shown, "near")
     if not found.compared_fully:

@@ -68,11 +68,11 @@ class Lint:
         if not self.report.good:
             reasons.append("no row can be used")
         if self.report.bad_count:
-            reasons.append(f"{self.report.bad_count} bad rows")
+            reasons.append(f"bad rows: {self.report.bad_count:,}")
         if self.unlearned_count:
-            reasons.append(f"{self.unlearned_count} rows in which nothing is learned")
+            reasons.append(f"rows in which nothing is learned: {self.unlearned_count:,}")
         if self.leak_count:
-            reasons.append(f"{self.leak_count} rows that hold evaluation data")
+            reasons.append(f"rows that hold evaluation data: {self.leak_count:,}")
         return reasons
 
 

@@ -63,7 +63,7 @@ def test_lint_without_a_model(chats, capsys):
     assert f"{chats}:5: message 1 (assistant) has no text" in out
     assert f"{chats}:3 says what {chats}:1 says" in out
     assert "[[Tom is a cat.]]" in out
-    assert "Not ready to train on: 1 bad rows." in out
+    assert "Not ready to train on: bad rows: 1." in out
 
 
 def test_lint_with_a_model(chats, tmp_path, capsys):

@@ -66,7 +66,7 @@ def test_every_finding_is_named(tmp_path, tokenizer, format):
     assert [(d.where, d.of, d.exact) for d in found.duplicates.values()] == [(f"{path}:4", f"{path}:1", True)]
     assert [(where, leak.where) for where, leak in found.leaks] == [(f"{path}:5", f"{eval_path}:1")]
     assert found.leaked_rows == {0}
-    assert found.failed == ["1 bad rows", "1 rows that hold evaluation data"]
+    assert found.failed == ["bad rows: 1", "rows that hold evaluation data: 1"]
 
 
 def test_what_a_format_cannot_express_is_a_bad_row(tmp_path, tokenizer, format):
@@ -90,7 +90,7 @@ def test_rows_that_teach_nothing_are_an_error(tmp_path, tokenizer, format, monke
     monkeypatch.setattr(encode, "from_mask", lambda tokens, mask: plain(tokens, [False] * len(mask)))
     found = lint(_file(tmp_path, CHAT), tokenizer=tokenizer, format=format)
     assert found.unlearned == [f"{tmp_path}/rows.jsonl:1"]
-    assert "1 rows in which nothing is learned" in found.failed
+    assert "rows in which nothing is learned: 1" in found.failed
 
 
 def test_a_limit_is_told(tmp_path):
