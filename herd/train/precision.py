@@ -84,6 +84,8 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
         for module in model.modules():
             if type(module) in _NARROW:
                 module.__class__ = _NARROW[type(module)]
+            elif hasattr(type(module), "narrow"):  # what made the layer another kind knows how
+                module.narrow = True  # type: ignore[assignment]
 
 
 def compute_plainly(model: nn.Module) -> None:
@@ -91,3 +93,5 @@ def compute_plainly(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) in _PLAIN:
             module.__class__ = _PLAIN[type(module)]
+        elif hasattr(type(module), "narrow"):
+            module.narrow = False  # type: ignore[assignment]
