@@ -103,11 +103,11 @@ class Keeper:
                 )
             return None
         if isinstance(resume, Path):
-            step = step_of(resume)
-            if newest >= 0 and (step is None or step < newest):
+            own = self.out / "checkpoints" / f"step-{newest:08d}"
+            if newest >= 0 and resume.resolve() != own.resolve():
                 raise ConfigError(
-                    f"{self.out} holds checkpoints up to step {newest}, newer than {resume}: choose another `out`, so that two "
-                    "runs do not mix"
+                    f"{self.out} holds checkpoints up to step {newest}, and {resume} is not the newest of them: choose another "
+                    "`out`, so that two runs do not mix"
                 )
             return resume
         return self.out / "checkpoints" / f"step-{newest:08d}" if newest >= 0 else None
@@ -129,6 +129,8 @@ class Keeper:
             )
         for line in lines:
             self.tell(f"not exact: {line}")
+        if self.saves is not None:
+            self.saves.current = place
         own = read_rank(place, self.mesh.rank)
         if own is None:
             self.tell(

@@ -49,6 +49,8 @@ class Checkpoints:
 
     def __init__(self, out: Path, payload: Payload, keep: int, mesh: Mesh, tell: Tell) -> None:
         self.folder, self.payload, self.keep, self.mesh, self.tell = out / "checkpoints", payload, keep, mesh, tell
+        self.current: Path | None = None
+        """The checkpoint that this run wrote last, or began from."""
 
     def prepare(self, need: int) -> None:
         """Make the folder, clear away what a killed run left, and see that a checkpoint of `need` bytes has room."""
@@ -61,8 +63,8 @@ class Checkpoints:
         """
         place, new = self.folder / f"step-{step:08d}", self.folder / f"{NEW}step-{step:08d}"
         need = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        if self.mesh.any(self.mesh.is_main and place.exists() and damage(place) is None):
-            return place  # saved at this very step before: a run that was resumed and stopped at once
+        if self.current is not None and place.resolve() == self.current.resolve():
+            return place  # nothing was done since: a run that was resumed and stopped at once
         try:
             self._together(lambda: self._begin(new, need), need)
             self._together(lambda: self.payload.write(new, tensors), need)
@@ -77,6 +79,7 @@ class Checkpoints:
             if self.mesh.is_main:
                 shutil.rmtree(new, ignore_errors=True)
             raise
+        self.current = place
         self._together(self._rotate, need)
         return place
 
@@ -123,7 +126,7 @@ class Checkpoints:
         _write_json(new / MANIFEST, {"version": 1, "step": step, "world": self.mesh.world, "files": files})
         for folder in {new, *(p for p in new.rglob("*") if p.is_dir())}:
             _flush_folder(folder)
-        if place.exists():  # a damaged one of the same step
+        if place.exists():  # a damaged one of the same step: whole ones are not left behind, see `Keeper.find`
             self._remove(place)
         new.rename(place)
         _flush_folder(self.folder)

@@ -186,7 +186,13 @@ def test_another_model_is_refused_whatever_was_asked(tmp_path: Path) -> None:
 def test_never_refuses_a_folder_with_checkpoints_and_a_path_must_be_the_newest(tmp_path: Path) -> None:
     first, _ = run_of("adamw", 4, tmp_path / "a")
     first.fit()
-    for resume, told_ in (("never", "holds checkpoints"), (tmp_path / "a/checkpoints/step-00000002", "newer than")):
+    elsewhere, _ = run_of("adamw", 4, tmp_path / "elsewhere")
+    elsewhere.fit()
+    for resume, told_ in (
+        ("never", "holds checkpoints"),
+        (tmp_path / "a/checkpoints/step-00000002", "is not the newest"),
+        (tmp_path / "elsewhere/checkpoints/step-00000004", "is not the newest"),
+    ):
         other, _ = run_of("adamw", 4, tmp_path / "a", resume=resume)
         with pytest.raises(ConfigError, match=told_):
             other.fit()
@@ -197,6 +203,21 @@ def test_never_refuses_a_folder_with_checkpoints_and_a_path_must_be_the_newest(t
         other, _ = run_of("adamw", 4, tmp_path / "c", resume=wrong)
         with pytest.raises(CheckpointError, match="no whole checkpoint"):
             other.fit()
+
+
+def test_going_on_in_another_way_leaves_nothing_of_the_first_way(tmp_path: Path) -> None:
+    """The checkpoint of step 4 is damaged, and the run goes on from 2 with another rate: 4 has to be the new one."""
+    first, _ = trainer(6, tmp_path)
+    first.fit(until=4)
+    (tmp_path / "checkpoints/step-00000004/state.json").write_text("{}")
+    other, seen = trainer(6, tmp_path, changes={"optim": OptimConfig(kind="muon", lr=1e-3)}, exact=False)
+    other.fit(until=4)
+    assert seen.steps[0].step == 3
+    assert any("step-00000004 is not whole" in note for note in seen.notes)
+    again, seen = trainer(6, tmp_path, changes={"optim": OptimConfig(kind="muon", lr=1e-3)})
+    again.fit(until=4)
+    assert seen.notes == []
+    assert fingerprint(again) == fingerprint(other)
 
 
 def test_the_next_phase_starts_counting_anew(tmp_path: Path) -> None:
@@ -323,8 +344,7 @@ def test_killed_and_resumed_runs_have_the_same_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_hundred_kills(tmp_path: Path, measured: Any) -> None:
+def test_two_hundred_kills(tmp_path: Path) -> None:
     met = survive(tmp_path, kills=200, steps=60, seed=1)
-    for what, count in met.items():
-        measured("kill and resume", what, count)
-    assert met["while a checkpoint grew"] >= 20
+    print(met)  # shown by pytest -rP
+    assert met["while a checkpoint grew"] >= 50
