@@ -36,6 +36,7 @@ from herd.train.config import Budget, OptimConfig, SavePart, ScheduleConfig, Tra
 from herd.train.export import export_folder
 from herd.train.measure import bits_per_byte
 from herd.train.objective import NextToken
+from herd.train.prepare import prepare_model
 from herd.train.recipes.nano_card import write_card, write_credits
 from herd.train.recipes.nano_chat import chat_rows
 from herd.train.recipes.nano_check import SAMPLING, check
@@ -175,9 +176,6 @@ def run_stages(
 ) -> Llama:
     """Run or continue each stage; a stage whose budget is used up is only loaded."""
     model = init_weights(Llama(CONFIG))
-    if not args.eager:
-        for block in model.layers:
-            block.compile(dynamic=False)
     before: Path | None = None
     for stage in stages:
         out = args.out / stage.name
@@ -189,6 +187,8 @@ def run_stages(
             compile=not args.eager,
             save=SavePart(every_minutes=3.0),
         )
+        if before is None:
+            prepare_model(model, config)
         rows = stage.rows()
         print(
             f"{stage.name}: {rows.tokens.size / 1e6:.2f}M tokens an epoch, {rows.learned / 1e6:.2f}M learned",
