@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +22,8 @@ __all__ = ["Arranged", "Arrangement", "arrange", "held_out"]
 
 VERSION = 1
 """Raised whenever the same documents would give other rows."""
+
+PLAN = ("chosen", "first", "document", "start", "size")
 
 SHOWN = 5
 """Long documents that a message names."""
@@ -73,15 +77,16 @@ def arrange(documents: Documents, how: Arrangement, pad: int, root: Path) -> Arr
     try:
         kept = Sections(path) if path.exists() else None
     except DataError:
-        path.unlink()
-        kept = None
-    if kept is None:
-        _write(path, documents, how)
-        kept = Sections(path)
-    told = kept.about
-    rows = Plan(*(kept.read(name) for name in ("first", "document", "start", "size")))
+        kept = None  # damaged: made again
+    if kept is not None:
+        told, arrays = kept.about, {name: kept.read(name) for name in PLAN}
+    else:
+        told, arrays = _made(documents, how)
+        with contextlib.suppress(DataError):  # shards that somebody else keeps may lie in a folder that is read only
+            write_sections(path, told, arrays)
+    rows = Plan(*(arrays[name] for name in PLAN[1:]))
     return Arranged(
-        PackedRows(documents, kept.read("chosen"), rows, how.length, pad),
+        PackedRows(documents, arrays["chosen"], rows, how.length, pad),
         int(told["split"]),
         int(told["too_long"]),
         tuple(documents.where(i) + f" ({size} tokens)" for i, size in told["named"]),
@@ -89,7 +94,8 @@ def arrange(documents: Documents, how: Arrangement, pad: int, root: Path) -> Arr
     )
 
 
-def _write(path: Path, documents: Documents, how: Arrangement) -> None:
+def _made(documents: Documents, how: Arrangement) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """What is said of a plan, and its arrays."""
     sizes = documents.sizes()
     out = held_out(documents.marks(), how.share) if how.share else np.zeros(len(sizes), bool)
     taken = out if how.inverse else ~out
@@ -113,7 +119,7 @@ def _write(path: Path, documents: Documents, how: Arrangement) -> None:
         "held_out": int(out.sum()),
     }
     arrays = {"chosen": chosen, "first": made.first, "document": made.document, "start": made.start, "size": made.size}
-    write_sections(path, told, arrays)
+    return told, arrays
 
 
 def _too_long(documents: Documents, refused: Sequence[int], sizes: NDArray[np.int64], length: int) -> str:

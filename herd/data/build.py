@@ -16,7 +16,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
@@ -41,6 +41,9 @@ FORMAT = 1
 
 TRUSTED_AGE = 2_000_000_000
 """Nanoseconds that a file must have been left alone before its size and time are taken for its content."""
+
+ABANDONED = 600.0
+"""Seconds after which a half-written file is nobody's: writing a shard takes less than one."""
 
 SMALL = 1 << 20
 """Bytes of sources below which starting processes costs more than it brings."""
@@ -170,14 +173,7 @@ class Build:
         ]
         todo = [i for i, one in enumerate(built) if not self._finished(one)]
         if todo:
-            with ExitStack() as held:
-                for name in sorted(
-                    {built[i].folder.name for i in todo}
-                ):  # in one order everywhere, so that none waits in a circle
-                    lock = self.root / "locks" / f"{name}.{self.part.number}-{self.part.of}"
-                    held.enter_context(
-                        locked(lock, time.sleep, lambda name=name: self.tell(f"another process builds {name}"))
-                    )
+            with self._alone(built):
                 todo = [i for i in todo if not self._finished(built[i])]
                 self._make(built, todo)
         for one in built:
@@ -189,6 +185,20 @@ class Build:
                 shown = "\n  ".join(str(row) for row in one.report.bad[:5])
                 raise DataError(f"{one.file}: none of its rows can be used" + (f":\n  {shown}" if shown else ""))
         return built
+
+    @contextmanager
+    def _alone(self, built: Sequence[Built]) -> Iterator[None]:
+        """Only one process at a time builds these files: of the ranks of a run, one builds and the others find it done."""
+        name = sha256(" ".join(sorted({one.folder.name for one in built})).encode()).hexdigest()[:20]
+        lock = self.root / "locks" / f"{name}.{self.part.number}-{self.part.of}"
+        with ExitStack() as held:
+            try:
+                held.enter_context(
+                    locked(lock, time.sleep, lambda: self.tell("waiting: another process tokenizes these files"))
+                )
+            except OSError as error:
+                raise DataError(f"{self.root}: shards cannot be written here: {error.strerror or error}") from error
+            yield
 
     def _contents(self, files: Sequence[Path]) -> list[str]:
         """SHA-256 of each file, from memory where size and time are those of then."""
@@ -221,7 +231,8 @@ class Build:
         if (after.st_size, after.st_mtime_ns) != (stat.st_size, stat.st_mtime_ns):
             raise DataError(f"{file}: has changed while it was read; try again when it is finished")
         if time.time_ns() - stat.st_mtime_ns > TRUSTED_AGE:  # else a change within the clock's step could go unnoticed
-            _write_json(kept, {**mark, "sha256": digest.hexdigest()})
+            with suppress(DataError):  # a folder that is read only: the file is read again the next time
+                _write_json(kept, {**mark, "sha256": digest.hexdigest()})
         return digest.hexdigest()
 
     def _key(self, content: str, kind: Kind) -> str:
@@ -383,7 +394,9 @@ class Build:
         if one.missing:
             return
         for left in one.folder.glob(".*.part"):  # of runs that were killed
-            left.unlink(missing_ok=True)
+            with suppress(OSError):
+                if time.time() - left.stat().st_mtime > ABANDONED:
+                    left.unlink()
         opened = [Shard(path, str(one.file)) for path in one.shards]
         for shard in opened:
             for line, why in shard.file.about["bad"]:

@@ -226,5 +226,7 @@ def _held_out(
                 )
     if not count:
         raise DataError(f"data.held_out: {config.held_out} of the documents are none; hold out more")
-    report.held_out = count, sum(len(one.rows) for one in arranged)
+    report.held_out = sum(len(one.rows.chosen) for one in arranged), sum(len(one.rows) for one in arranged)
+    if left := sum(one.too_long for one in arranged):
+        report.notes.append(f"held out: {left:,} documents are longer than a row and left out")
     return HeldOut([one.rows for one in arranged], tokenizer, names, config.rows)

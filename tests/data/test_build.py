@@ -113,6 +113,20 @@ def test_a_change_within_the_clocks_step_is_noticed(tmp_path):
     assert build(tmp_path / "out", path)[0].folder != first.folder
 
 
+def test_the_content_of_a_file_that_rests_is_remembered(tmp_path, sources):
+    told = []
+    for file in sources:
+        os.utime(file, (1e9, 1e9))
+    build(tmp_path / "out", *sources, tick=told.append)
+    assert {progress.doing for progress in told} == {"reading", "tokenizing"}
+    told.clear()
+    assert not any(one.made for one in build(tmp_path / "out", *sources, tick=told.append))
+    assert told == []
+    write(sources[0], texts(331))
+    os.utime(sources[0], (1e9, 1e9))  # another size at the same time is another content
+    assert build(tmp_path / "out", sources[0])[0].documents == 331
+
+
 def test_another_vocabulary_or_format_is_another_folder_but_not_for_text(tmp_path, sources):
     base = build(tmp_path / "out", *sources)
     plain = Build(tmp_path / "out", Encoder(tokenizer(), None), size=SIZE, processes=1)([(sources[0], None)])
@@ -155,7 +169,7 @@ from pathlib import Path
 from herd.data import build as building
 from tests.data.test_build import SIZE, encoder
 building.SMALL = 0
-building.Build(Path(sys.argv[1]), encoder(), size=SIZE, processes=2)([(Path(sys.argv[2]), None)])
+made = building.Build(Path(sys.argv[1]), encoder(), size=SIZE, processes=2)([(Path(sys.argv[2]), None)])
 """
 
 
@@ -184,7 +198,8 @@ def kill_and_go_on(tmp_path: Path, count: int, kills: tuple[int, ...]) -> None:
         assert time.monotonic() < end, "workers outlive the program"
         time.sleep(0.05)
     build(tmp_path / "out", source)
-    assert written(tmp_path / "out") == written(tmp_path / "whole")  # no half-written file is left, either
+    found = {name: hash for name, hash in written(tmp_path / "out").items() if not name.endswith(".part")}
+    assert found == written(tmp_path / "whole")
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
@@ -340,9 +355,41 @@ def test_progress_ends_at_all_of_it(tmp_path, sources):
     assert [p.done for p in told if p.doing == "tokenizing"] == sorted(p.done for p in told if p.doing == "tokenizing")
 
 
+def test_what_killed_runs_left_is_cleared_away(tmp_path, sources):
+    folder = build(tmp_path / "out", sources[0])[0].folder
+    (folder / "index.json").unlink()
+    old, young = folder / ".00000.rows.x.part", folder / ".00000.rows.y.part"
+    for file in (old, young):
+        file.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    build(tmp_path / "out", sources[0])
+    assert not old.exists()
+    assert young.exists()  # may be another process's
+
+
+def test_two_at_once_build_once(tmp_path):
+    """As the ranks of a run on one machine do."""
+    source = write(tmp_path / "texts.jsonl", texts(1500, most=200))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = [
+        sys.executable,
+        "-c",
+        PROGRAM + "print(sum(one.made for one in made))",
+        str(tmp_path / "out"),
+        str(source),
+    ]
+    ranks = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) for _ in range(2)]
+    made = sorted(int(rank.communicate()[0]) for rank in ranks)
+    assert made[0] == 0
+    assert made[1] == len(list((tmp_path / "out").rglob("*.rows")))
+
+
 def test_a_file_that_is_not_there_and_a_full_disk(tmp_path, sources, monkeypatch):
     with pytest.raises(DataError, match=r"none\.jsonl"):
         build(tmp_path / "out", tmp_path / "none.jsonl")
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10})())
     with pytest.raises(DataError, match="only 10 are free"):
         build(tmp_path / "full", *sources)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="file: shards cannot be written here"):
+        build(tmp_path / "file", *sources)

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 from itertools import pairwise
 from pathlib import Path
 
@@ -225,6 +226,20 @@ def test_plans_are_kept_and_made_again_when_they_are_damaged(folder):
     assert open_(folder, "texts")[0].mixture.content == first
     assert plans[0].stat().st_mtime_ns == before
     plans[0].write_bytes(plans[0].read_bytes()[:100])
+    assert open_(folder, "texts")[0].mixture.content == first
+
+
+def test_shards_in_a_folder_that_is_read_only_are_used(folder, monkeypatch):
+    first = open_(folder, "texts")[0].mixture.content
+    for plan in (folder / "shards/plans").iterdir():
+        plan.unlink()
+    os.utime(folder / "in/texts.jsonl", (1e9, 1e9))  # so old that its content would be remembered
+
+    def refused(*arguments):
+        raise DataError("cannot be written: Read-only file system")
+
+    monkeypatch.setattr("herd.data.arrange.write_sections", refused)
+    monkeypatch.setattr("herd.data.build._write_json", refused)
     assert open_(folder, "texts")[0].mixture.content == first
 
 
