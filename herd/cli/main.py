@@ -58,7 +58,7 @@ COMMANDS = {
     "quantize": Entry("herd.cli.quantize", "Write a smaller copy of a model, and say what it lost.", "Files"),
     "merge": Entry("herd.cli.merge", "Add an adapter into its base model, and say what it cost.", "Files"),
     "verify": Entry("herd.cli.verify", "Prove that two checkpoints are the same model.", "Files"),
-    "train": Entry("herd.cli.train", "Train a model: from texts, on conversations, all of it or an adapter.", "Train"),
+    "train": Entry("herd.cli.train", "Train a model, or an adapter, on texts or conversations.", "Train"),
     "recipes": Entry("herd.cli.recipes", "List the recipes of herd train, or copy one to change it.", "Train"),
     "plot": Entry("herd.cli.plot", "Draw how runs went: here, or as a picture.", "Train"),
     "plan": Entry("herd.cli.plan", "Say what running a model takes: memory, speed, what fits.", "Look"),

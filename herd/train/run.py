@@ -23,11 +23,13 @@ from herd.parallel.checkpoint import Sharded
 from herd.parallel.mesh import Mesh
 from herd.train.config import RunConfig
 from herd.train.export import export
+from herd.train.memory import keep_freed_memory
 from herd.train.metrics import LOG, Board, Figures, JsonLines
 from herd.train.overrides import dump_config
 from herd.train.payload import Payload
 from herd.train.prepare import unprepared
-from herd.train.start import Start, adapt, start
+from herd.train.qat import remove_qat
+from herd.train.start import Start, adapt, device_of, start
 from herd.train.throughput import peak_of, work_of
 from herd.train.trackers import trackers_of
 from herd.train.trainer import Resume, Trainer, load_weights
@@ -157,11 +159,15 @@ def result(trainer: Trainer, begun: Start, config: RunConfig, tell: Callable[[st
         return
     averaged = contextlib.nullcontext() if trainer.average is None else trainer.average.swapped()
     unprepared(model)
+    if config.method.qat is not None:
+        remove_qat(model)
     with averaged:
         tell(str(export(model, begun, config)))
 
 
-def set_threads(config: RunConfig) -> None:
-    """Take the processor threads that the run asks for."""
+def settle(config: RunConfig) -> None:
+    """The process as the run wants it: its threads, and on a CPU memory that is kept between steps."""
+    if device_of(config.device).type == "cpu":
+        keep_freed_memory()
     if config.threads is not None:
         torch.set_num_threads(config.threads)

@@ -70,8 +70,6 @@ def device_of(name: str) -> torch.device:
 def start(config: RunConfig, device: torch.device, tick: Callable[[int, int], None] | None = None) -> Start:
     """Open or make the model of a run. Raises ConfigError, CheckpointError, UnknownModelError and TokenizerError."""
     part, method = config.model, config.method
-    if method.qat is not None:
-        raise ConfigError("method.qat: quantization-aware training is not built into the recipes yet: leave it out")
     if part.source:
         begun = _opened(part, method, device, tick)
     else:

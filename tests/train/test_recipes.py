@@ -233,6 +233,19 @@ def test_stages_of_growing_length(texts, source, tmp_path):
     assert (kept.recipe, kept.data.length, kept.data.rows) == ("pretrain", 128, 1)
 
 
+def test_training_with_rounding_in_view(source, chats, tmp_path):
+    folder = source("llama-3", hidden_dim=192)
+    common = [f"model.source={folder}", f"data.sources={chats}", "train.optim.lr=1e-2"]
+    recorder = Recorder()
+    done(config(tmp_path, "sft", *common, "method.qat=q4_0"), watchers=[recorder])
+    plain = Recorder()
+    done(config(tmp_path, "sft", *common, f"out={tmp_path / 'plain'}"), watchers=[plain])
+    # The first loss is that of the model which herd quantize would write, not of the float one.
+    assert recorder.steps[0].loss != plain.steps[0].loss
+    # And the result is float again, to be quantized.
+    assert open_store(tmp_path / "run" / "model").info("layers.0.attention.wq.weight").number == "float32"
+
+
 def test_a_result_of_other_numbers_is_refused(source, chats, tmp_path, monkeypatch):
     made = config(tmp_path, "sft", f"model.source={source()}", f"data.sources={chats}", "data.held_out=null")
     honest = exporting.write_hf

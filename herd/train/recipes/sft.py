@@ -23,8 +23,9 @@ from herd.train.config import RunConfig
 from herd.train.objective import NextToken
 from herd.train.overrides import load_config
 from herd.train.prepare import prepare_model
+from herd.train.qat import prepare_qat
 from herd.train.router import Routers
-from herd.train.run import Resume, budget_rows, facts_of, payload_of, result, set_threads, watchers_of
+from herd.train.run import Resume, budget_rows, facts_of, payload_of, result, settle, watchers_of
 from herd.train.samples import Evaluation
 from herd.train.start import adapt, device_of, start
 from herd.train.trainer import Trainer
@@ -48,7 +49,7 @@ def run(
     `watchers` are told how it goes, `tell` what was decided on the way, `tick` how far tokenizing is. `until` stops earlier,
     after so many steps, without a result. Raises a HerdError that names the key to change, or Stopped after a signal.
     """
-    set_threads(config)
+    settle(config)
     mesh = launch.start(config.parallel, device_of(config.device).type)
 
     # The model, and the prompt format in which it is asked and answers.
@@ -68,6 +69,8 @@ def run(
     tell("\n".join(report.lines()))
 
     # The method on these machines: rounding, recomputing, low precision, compiling; cut over the ranks.
+    if config.method.qat is not None:
+        tell("\n".join(prepare_qat(model, config.method.qat)))
     spread = prepare(model, mesh, middle=lambda whole: prepare_model(whole, config.train))
 
     # What is learned, what is measured, and who is told.
