@@ -2,9 +2,9 @@
 
     python benchmarks/training.py [--only full-fp32,lora-bf16,...] [--rounds 7] [--threads 2] [--json FILE] [--write]
 
-One process per player, the same weights (a folder both open), the same batches, AdamW fused in both, gradients clipped in both; the
-first loss of both must agree before anything is timed. Steps are interleaved, a step of each player in turn; figures are medians,
-with the quartiles beside them. In each round the peak of this machine's matrix products is measured, too (random numbers, the
+One process per player, the same weights (a folder both open), the same batches, AdamW fused in both, gradients clipped in both;
+the first loss of both must agree before anything is timed. Steps are interleaved, a step of each player in turn; figures are
+medians, with the quartiles beside them. In each round the peak of this machine's matrix products is measured, too (random numbers, the
 model's own shapes), and MFU is the causal count over that. Peak memory is the process's largest resident size.
 
 transformers runs as its Trainer would: eager, sdpa; in bf16 under autocast over float32 weights (full), or with a bf16 base and
@@ -41,8 +41,8 @@ CASES: dict[str, list[str]] = {
     "chats-fp32": ["transformers", "herd", "herd-compile"],
     "qlora-bf16": ["herd"],
 }
-"""full, lora: rows of 512 tokens, all learned. chats: lora on conversations of 40 to 512 tokens of which the second half is learned:
-padded to the longest for transformers, packed with document borders for herd; tokens are those of conversations."""
+"""full, lora: rows of 512 tokens, all learned. chats: lora on conversations of 40 to 512 tokens of which the second half is
+learned: padded to the longest for transformers, packed with document borders for herd; tokens are those of conversations."""
 AGREE = {"fp32": 2e-4, "bf16": 3e-2}
 """How far first losses may be apart, in nats a token."""
 
@@ -63,7 +63,8 @@ def batches(case: str, player: str) -> tuple[list[Any], int, int]:
     lengths = [40, 90, 130, 170, 210, 260, 300, 512, 77, 259]
     texts = [torch.randint(0, SHAPE["vocab_size"], (n,), generator=random) for n in lengths]
     targets = [
-        torch.cat([torch.full((n // 2,), -100), t[n // 2 + 1 :], torch.tensor([-100])]) for n, t in zip(lengths, texts)
+        torch.cat([torch.full((n // 2,), -100), t[n // 2 + 1 :], torch.tensor([-100])])
+        for n, t in zip(lengths, texts, strict=True)
     ]
     count, learned = sum(lengths), sum(int((t != -100).sum()) for t in targets)
     if player.startswith("transformers"):
@@ -99,7 +100,6 @@ def theirs(case: str, player: str, folder: str) -> tuple[Callable[[], float], di
     import contextlib
 
     import torch
-    from torch.nn.functional import cross_entropy
     from transformers import AutoModelForCausalLM
 
     method, _, kind = case.partition("-")
@@ -132,7 +132,6 @@ def theirs(case: str, player: str, folder: str) -> tuple[Callable[[], float], di
         optimiser.zero_grad(set_to_none=True)
         return total
 
-    assert cross_entropy is not None
     return step, {"parameters": sum(p.numel() for p in model.parameters()), "trained": sum(p.numel() for p in trained)}
 
 
@@ -145,15 +144,14 @@ def ours(case: str, player: str, folder: str) -> tuple[Callable[[], float], dict
     from herd.train.config import Budget, OptimConfig, TrainConfig
     from herd.train.memory import keep_freed_memory
     from herd.train.objective import NextToken
-    from herd.train.optim import make_optimisers, state_bytes
+    from herd.train.optim import make_optimisers
     from herd.train.prepare import prepare_model
 
     keep_freed_memory()
     method, _, kind = case.partition("-")
     narrow = kind == "bf16"
     held = torch.bfloat16 if narrow and method != "full" else torch.float32
-    weights = "nf4" if method == "qlora" else None
-    model = load_model(Path(folder), dtype=held, **({"weights": weights} if weights else {}))
+    model = load_model(Path(folder), dtype=held, weights="nf4" if method == "qlora" else "plain")
     if method != "full":
         torch.manual_seed(0)
         apply_lora(model, LoraConfig(rank=RANK, alpha=32))
@@ -183,9 +181,9 @@ def ours(case: str, player: str, folder: str) -> tuple[Callable[[], float], dict
             optimiser.zero_grad(set_to_none=True)
         return total
 
-    held_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
-    assert state_bytes is not None
-    return step, {"trained": sum(p.numel() for p in trained), "frozen_bytes": held_bytes}
+    held_bytes = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    matrices = {id(m.matrix): m.matrix.nbytes for m in model.modules() if hasattr(m, "matrix")}
+    return step, {"trained": sum(p.numel() for p in trained), "frozen_bytes": held_bytes + sum(matrices.values())}
 
 
 def limits(case: str) -> tuple[Callable[[], float], dict[str, Any]]:
@@ -252,7 +250,7 @@ class Player:
             text=True,
             env=environment,
         )
-        self.begun = self._read()
+        self.begun: dict[str, Any] = {}
         self.steps: list[dict[str, Any]] = []
 
     def _read(self) -> dict[str, Any]:
@@ -263,6 +261,10 @@ class Player:
                 raise SystemExit(f"{self.name} ended: run its worker by hand to see why")
             if line.startswith("{"):
                 return json.loads(line)
+
+    def begin(self) -> None:
+        """Wait until it is ready."""
+        self.begun = self._read()
 
     def step(self, keep: bool = True) -> dict[str, Any]:
         """One step, timed inside."""
@@ -285,6 +287,8 @@ def measure(case: str, folder: str, rounds: int, threads: int) -> dict[str, Any]
     """One case: all players beside each other."""
     players = [Player(case, name, folder, threads) for name in CASES[case]]
     machine = Player(case, "limits", folder, threads)
+    for p in (*players, machine):
+        p.begin()
     first = {p.name: p.step(keep=False)["value"] for p in players}
     for p in players:
         p.step(keep=False)
@@ -332,7 +336,7 @@ def work(case: str) -> float:
 def table(results: list[dict[str, Any]], threads: int) -> str:
     """The section of results.md."""
     cpu = next(
-        (l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in l), ""
+        (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), ""
     )
     import torch
     import transformers
@@ -340,10 +344,10 @@ def table(results: list[dict[str, Any]], threads: int) -> str:
     lines = [
         "## Training",
         "",
-        f"`python benchmarks/training.py`: a model of 66 M parameters (10 layers of 640, 32,000 tokens, tied), {ROWS} rows of {LENGTH} "
-        f"tokens a step, {threads} threads of {cpu}, torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"Python {platform.python_version()}. Medians of interleaved steps (quartiles in brackets); MFU is the causal count over the "
-        "products measured in the same run; memory is the process's peak, the libraries included.",
+        f"`python benchmarks/training.py`: a model of 66 M parameters (10 layers of 640, 32,000 tokens, tied), {ROWS} rows of "
+        f"{LENGTH} tokens a step, {threads} threads of {cpu}, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}, Python {platform.python_version()}. Medians of interleaved steps (quartiles in brackets); MFU is the causal count over "
+        "the products measured in the same run; memory is the process's peak, the libraries included.",
         "",
         "| case | player | tokens/s | x transformers | MFU | peak memory |",
         "|---|---|---|---|---|---|",

@@ -2,8 +2,8 @@
 float ones, so the model learns what rounding leaves of it.
 
 - GGUF kinds (q4_0, q8_0, q4_k_m, ...): each tensor exactly as `herd quantize` writes it, in the type its mix gives it;
-  activations as they are. Weights are those of `herd.quant.encode`, bit for bit, so trained and served weights agree exactly; what a server
-  does with activations is its own.
+  activations as they are. Weights are those of `herd.quant.encode`, bit for bit, so trained and served weights agree exactly;
+  what a server does with activations is its own.
 - int8-int4: matrices of layers in 4 bits, groups of 32; embedding and output in 8 bits a row; both symmetric; what goes into a
   matrix in 8 bits a token. The scheme of Meta's quantized Llama 3.2 1B and 3B (model cards; torchao's 8da4w): scale of a group =
   largest magnitude / 7.5, of a row / 127.5, of a token (highest - lowest) / 255 with a zero point.
