@@ -169,7 +169,7 @@ def _elements(path: Path, file: BinaryIO) -> Iterator[tuple[int, Any]]:
             value, end = error, JSONDecoder().raw_decode(text, at)[1]
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}:{line}: {_said(error)}") from error
-        if "\\u" in text[at:end]:
+        if "\\u" in text[at:end] and not isinstance(value, DataError):
             value = _checked(value)
         if end - at > MAX_ROW:
             value = DataError(f"the row has {end - at:,} characters, more than {MAX_ROW:,}")

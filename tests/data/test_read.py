@@ -2,6 +2,7 @@ import gzip
 import io
 import json
 import os
+import random
 
 import pytest
 
@@ -121,7 +122,7 @@ def test_byte_order_marks(tmp_path):
 
 def test_a_json_array_gives_its_elements_with_their_lines(tmp_path):
     path = tmp_path / "alpaca.json"
-    path.write_text('[\n  {"n": 1},\n\n  {"n": 2,\n   "m": 0}, [3],\n  {"n": 4}, {"n": NaN}\n]\n')
+    path.write_text('[\n  {"n": 1},\n\n  {"n": 2,\n   "m": 0}, [3],\n  {"n": 4}, {"n": NaN, "t": "\\u00e9"}\n]\n')
     report = RowReport()
     rows = list(open_rows(path, report, bad="skip"))
     assert [(row.line, row.fields["n"]) for row in rows] == [(2, 1), (4, 2), (6, 4)]
@@ -232,3 +233,48 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(DataError, match=r"pip install 'herd\[data\]'"):
             list(open_rows(tmp_path / name))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_damaged_files_are_data_errors_or_rows(tmp_path, seed):
+    """Bytes changed, cut out, put in and cut off anywhere: rows, bad rows or one DataError that names the file."""
+    rng = random.Random(seed)
+    rows = [
+        {"messages": [{"role": "user", "content": f"{n} \u00e9"}, {"role": "assistant", "content": "b"}]}
+        for n in range(40)
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    files = {
+        "a.jsonl": lines,
+        "b.jsonl.gz": gzip.compress(lines),
+        "c.jsonl.zst": _zst(lines),
+        "d.json": json.dumps(rows, indent=1).encode(),
+        "e.txt": b"one\n\ntwo\n" * 40,
+    }
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    table = io.BytesIO()
+    pq.write_table(pyarrow.Table.from_pylist(rows), table, row_group_size=16)
+    files["f.parquet"] = table.getvalue()
+    for _ in range(120):
+        name = rng.choice(list(files))
+        damaged = bytearray(files[name])
+        for _ in range(rng.choice((1, 1, 2, 8))):
+            at = rng.randrange(len(damaged)) if damaged else 0
+            how = rng.random()
+            if how < 0.5:
+                damaged[at : at + 1] = bytes([rng.randrange(256)])
+            elif how < 0.7:
+                del damaged[at : at + rng.randrange(1, 40)]
+            elif how < 0.9:
+                damaged[at:at] = rng.randbytes(rng.randrange(1, 9))
+            else:
+                del damaged[at:]
+        path = tmp_path / name
+        path.write_bytes(damaged)
+        try:
+            for row in open_rows(path, bad="skip"):
+                assert row.line >= 1
+        except DataError as error:
+            assert str(error).startswith(f"{path}:")  # noqa: PT017  # most damage is no error at all
