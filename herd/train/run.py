@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from herd.chat.base import BaseFormat
+from herd.convert.merge import merge
 from herd.data.build import Progress
 from herd.data.fingerprint import format_fingerprint, tokenizer_fingerprint
 from herd.data.open import DataReport
-from herd.errors import ConfigError
+from herd.errors import CheckpointError, ConfigError
 from herd.model.config import ModelConfig
 from herd.model.llama import Llama
 from herd.parallel import launch
@@ -45,7 +46,7 @@ __all__ = [
     "payload_of",
     "result",
     "run_recipe",
-    "set_threads",
+    "settle",
     "watchers_of",
 ]
 
@@ -155,14 +156,27 @@ def result(trainer: Trainer, begun: Start, config: RunConfig, tell: Callable[[st
             raise ConfigError(
                 "train.average: averages of runs over several ranks are not exported yet; the last weights are saved"
             )
-        tell(str(export(model, begun, config)))
+        _write(model, begun, config, tell)
         return
     averaged = contextlib.nullcontext() if trainer.average is None else trainer.average.swapped()
     unprepared(model)
     if config.method.qat is not None:
         remove_qat(model)
     with averaged:
-        tell(str(export(model, begun, config)))
+        _write(model, begun, config, tell)
+
+
+def _write(model: Llama, begun: Start, config: RunConfig, tell: Callable[[str], None]) -> None:
+    """The result, and the merged model beside an adapter when that is asked for."""
+    tell(str(export(model, begun, config)))
+    if config.method.save_merged:
+        out = Path(config.out)
+        proof = merge(begun.base, out / "adapter", out / "model", to="hf", overwrite=True, greedy=0)
+        if not proof.passed:
+            raise CheckpointError(
+                "the merged model drifts too far from base and adapter: herd merge says how far", path=out / "model"
+            )
+        tell(f"merged model written to {out / 'model'}")
 
 
 def settle(config: RunConfig) -> None:

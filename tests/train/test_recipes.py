@@ -178,6 +178,25 @@ def test_peft_computes_what_was_trained(source, chats, tmp_path):
         assert float((model(ids) - plain).abs().max()) > 100 * EQUAL
 
 
+def test_an_adapter_and_the_merged_model_beside_it(source, chats, tmp_path):
+    made = config(
+        tmp_path,
+        "lora",
+        f"model.source={source()}",
+        f"data.sources={chats}",
+        "train.optim.lr=1e-2",
+        "method.save_merged=true",
+    )
+    _, told = done(made)
+    assert "merged model written" in told
+    from herd.adapters.apply import apply_adapter
+
+    model, merged = herd.load(made.model.source, "float32")[0], herd.load(tmp_path / "run" / "model", "float32")[0]
+    apply_adapter(model, read_peft(tmp_path / "run" / "adapter", model.config))
+    ids = torch.arange(5, 40)[None]
+    torch.testing.assert_close(merged(ids), model(ids), rtol=0, atol=EQUAL)
+
+
 def test_pretraining_from_texts_and_going_on(texts, tmp_path):
     made = config(
         tmp_path, "pretrain", f"data.sources={texts}", "model.shape={dim: 32, n_layers: 2, n_heads: 2}", "data.held_out=40%",
