@@ -164,6 +164,7 @@ def test_the_hardware_computes_what_is_emulated(recipe):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:VecISA")  # a busy machine: torch waits 60 s for a compiler
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch asks for it and hides the warning itself
 @pytest.mark.parametrize("kind", ["plain", "experts"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

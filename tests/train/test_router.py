@@ -83,6 +83,7 @@ def test_dense_models_have_none_and_removed_hooks_leave_nothing():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:VecISA")  # a busy machine: torch waits 60 s for a compiler
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch asks for it and hides the warning itself
 def test_compiled_blocks_tell_the_same():
     def run(compile):
