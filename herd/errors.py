@@ -10,6 +10,7 @@
     +-- PromptError        a conversation that its prompt format cannot express (also a ValueError)
     +-- ContextFullError   more tokens than the context holds (also a ValueError)
     +-- BenchError         a measurement that could not be taken
+    +-- RanksError         a process gone that holds a part of a model
     +-- HubError           a download that the hub, the network or the disk refused
     +-- UnknownModelError  a model name that is neither a path nor in the catalog (also a LookupError)
 
@@ -31,6 +32,7 @@ __all__ = [
     "HerdError",
     "HubError",
     "PromptError",
+    "RanksError",
     "TokenizerError",
     "TokenizerFileError",
     "UnknownModelError",
@@ -87,6 +89,10 @@ class HubError(HerdError):
     def __init__(self, message: str, *, cause: str) -> None:
         super().__init__(message)
         self.cause = cause
+
+
+class RanksError(HerdError):
+    """A model over several processes of which one is gone or out of step: nothing can be computed with it any more."""
 
 
 class BenchError(HerdError):

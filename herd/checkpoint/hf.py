@@ -11,12 +11,13 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from herd.checkpoint.generation import read_generation
 from herd.checkpoint.hf_config import read_config
-from herd.checkpoint.layout import fitting
+from herd.checkpoint.layout import Interleave, fitting
 from herd.checkpoint.names import Column, Home, homes, ignored, shapes
 from herd.checkpoint.quantized.files import PackedFile, rearranged, unpacked
 from herd.checkpoint.quantized.module import Packed
@@ -98,6 +99,16 @@ class HFStore:
         tensor = self._files[foreign].tensor(foreign)
         with self._fitting(foreign, home, tuple(tensor.shape)):
             return home.read(tensor, self.config)
+
+    def read_part(self, name: str, dim: int, start: int, count: int) -> torch.Tensor:
+        """As `read(name).narrow(dim, start, count)`; only the heads of a part are re-paired."""
+        foreign, home = self._home(name)
+        steps, width = home.cell.steps, self.config.head_dim
+        if dim or home.cell.fused is not None or not steps or not all(isinstance(step, Interleave) for step in steps):
+            return self.read(name).narrow(dim, start, count)
+        assert start % width == count % width == 0, "heads are not cut"
+        part = replace(self.config, n_heads=count // width, n_kv_heads=count // width)
+        return home.read(self._files[foreign].tensor(foreign).narrow(0, start, count), part)
 
     def packed(self, name: str) -> Packed | None:
         """The matrix `name` in the form of the tool that quantized it; None for plain ones."""

@@ -102,11 +102,13 @@ def read_checkpoint(
     weights: str = "auto",
     tick: Callable[[int, int], None] | None = None,
     made: Created | None = None,
+    filled: Callable[..., Llama] = fill,
 ) -> Checkpoint:
-    """The rest of `open_checkpoint`, for callers that look at the opened `store` first to choose dtype or device."""
+    """The rest of `open_checkpoint`, for callers that look at the opened `store` first to choose dtype or device. `filled` makes
+    the model, as `fill` does."""
     tokenizer = tokenizer_of(store)
     defaults = getattr(store, "generation", GenerationDefaults())
-    model = fill(store, dtype, device, weights=weights, tick=tick)
+    model = filled(store, dtype, device, weights=weights, tick=tick)
     if made is not None:
         defaults = replace(defaults, chosen=made.params)
     return Checkpoint(path, store, model, tokenizer, defaults, made)

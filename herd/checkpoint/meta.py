@@ -135,6 +135,26 @@ class MetaStore:
             for rank, part in enumerate(out.chunk(len(self._ranks), dim)):
                 part.copy_(self._piece(home, rank))
 
+    def read_part(self, name: str, dim: int, start: int, count: int) -> torch.Tensor:
+        """As `read(name).narrow(dim, start, count)`, joined of nothing but the pieces that it lies in."""
+        home = self._home(name)
+        joined = self._dim(home, self._piece(home, 0).shape)
+        if len(self._ranks) == 1 or joined is None or (self._copies > 1 and _KV.fullmatch(name)):
+            return self.read(name).narrow(dim, start, count)
+        import torch
+
+        parts, at = [], 0
+        for rank in range(len(self._ranks)):
+            piece = self._piece(home, rank)
+            if joined != dim:
+                parts.append(piece.narrow(dim, start, count))
+                continue
+            first, last = max(start, at), min(start + count, at + piece.shape[dim])
+            if first < last:
+                parts.append(piece.narrow(dim, first - at, last - first))
+            at += piece.shape[dim]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, joined)
+
     def packed(self, name: str) -> Packed | None:
         """The matrix `name` (the first rank's piece) as Meta quantized it; None for plain ones."""
         rank = self._ranks[0]

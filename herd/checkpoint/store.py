@@ -28,6 +28,7 @@ __all__ = [
     "HoldsPacked",
     "KeepsBlocks",
     "ReadsInto",
+    "ReadsParts",
     "Releases",
     "TensorFile",
     "TensorInfo",
@@ -95,6 +96,15 @@ class ReadsInto(Protocol):
 
     def read_into(self, name: str, out: torch.Tensor) -> None:
         """Copy the tensor into `out`, which has its shape and any dtype and device."""
+        ...
+
+
+@runtime_checkable
+class ReadsParts(Protocol):
+    """A store that reads a part of a tensor without making the whole of it."""
+
+    def read_part(self, name: str, dim: int, start: int, count: int) -> torch.Tensor:
+        """As `read(name).narrow(dim, start, count)`; parts of heads are whole heads."""
         ...
 
 

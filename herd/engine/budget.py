@@ -39,6 +39,8 @@ class Budget:
     wished: int
     seqs: int
     free: int | None
+    ranks: int = 1
+    """Processes that each have so much, for their own heads."""
 
     @property
     def tokens(self) -> int:
@@ -53,8 +55,9 @@ class Budget:
             if self.max_len == self.wished
             else f" (the model was made for {self.wished:,}: memory does not hold more)"
         )
+        each = "" if self.ranks == 1 else f" on each of {self.ranks} ranks"
         return (
-            f"KV cache: {_size(self.nbytes)}{of}, {self.tokens:,} tokens in {self.kv} ({self.blocks:,} blocks of "
+            f"KV cache{each}: {_size(self.nbytes)}{of}, {self.tokens:,} tokens in {self.kv} ({self.blocks:,} blocks of "
             f"{self.block_size}); up to {self.seqs} requests at once, each of up to {self.max_len:,} tokens{cut}"
         )
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from herd.engine.cache import StaticCache
-from herd.errors import ConfigError, HerdError, PromptError
+from herd.errors import ConfigError, ContextFullError, HerdError, PromptError
 from herd.model.attend import packed
 from herd.model.llama import Llama
 
-__all__ = ["ROWS", "Pooling", "embed", "shortened"]
+__all__ = ["ROWS", "Pooling", "check_lengths", "embed", "shortened"]
 
 Pooling = Literal["mean", "last"]
 """mean: the average over all positions, BOS included. last: the state of the last one, which has seen all others."""
@@ -53,6 +53,15 @@ def embed(prompts: Sequence[Sequence[int]], run: Run, *, pooling: Pooling = "mea
     if not bool(out.isfinite().all()):
         raise HerdError("the model's states are not finite: its weights are damaged, or overflow in this dtype")
     return out
+
+
+def check_lengths(prompts: Sequence[Sequence[int]], most: int) -> None:
+    """Raise ContextFullError naming the first prompt of more than `most` ids."""
+    for i, ids in enumerate(prompts):
+        if len(ids) > most:
+            raise ContextFullError(
+                f"prompt {i} has {len(ids):,} tokens, and the context holds {most:,}", needed=len(ids), available=most
+            )
 
 
 def shortened(vectors: Tensor, dimensions: int | None, *, normalize: bool = True) -> Tensor:

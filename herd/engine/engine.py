@@ -34,7 +34,7 @@ from herd.engine.sampler import RowState, Sampler
 from herd.engine.scheduler import Chunk, Progress, Scheduler, StepPlan
 from herd.engine.speculate import Drafter, Speculation
 from herd.engine.stats import Stats
-from herd.errors import ConfigError, HerdError
+from herd.errors import ConfigError, HerdError, RanksError
 from herd.model.llama import Llama
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Engine:
             )
         self.speculation = None if drafter is None else Speculation(drafter, model.config)
         self.device = model.norm.weight.device
-        self.cache = PagedCache(
+        self.cache = getattr(self.runner, "cache", PagedCache)(  # a runner over several ranks has a part on each
             model.config,
             blocks=config.blocks,
             block_size=config.block_size,
@@ -353,10 +353,14 @@ class Engine:
         """The logits [chunk.logits, V] of every chunk; where a forward of all fails, of each alone, or what is wrong."""
         try:
             plan.copy(self.cache.copy)
+        except RanksError:  # not one request's affair: nothing can be computed any more
+            raise
         except Exception as error:  # rows would read what is not there
             return [error] * len(plan.rows)
         try:
             return self._logits(plan.rows)
+        except RanksError:
+            raise
         except Exception as error:
             if len(plan.rows) == 1:
                 return [error]

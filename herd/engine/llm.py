@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import queue
 import weakref
@@ -20,23 +21,25 @@ from herd.chat.params import Constraint, SamplingParams
 from herd.chat.toolspec import tools_from
 from herd.checkpoint.load import Checkpoint
 from herd.engine.adapters import LoadedAdapter, Rows
-from herd.engine.budget import Budget, budget_for, free_on
+from herd.engine.budget import Budget
 from herd.engine.completion import Collector, Completion
 from herd.engine.config import EngineConfig
-from herd.engine.embed import Pooling, embed, shortened
+from herd.engine.embed import Pooling, check_lengths, embed, shortened
 from herd.engine.engine import Engine, Stats
 from herd.engine.grammar import Grammars
 from herd.engine.intake import Conversation, Intake, Prompt, is_conversation
 from herd.engine.loop import Loop, Sink
-from herd.engine.opening import drafter_for, kv_for, opened
+from herd.engine.opening import budget_of, drafter_for, opened, ranks_for
 from herd.engine.prompt_cache import fingerprint, load_prompt, save_prompt
+from herd.engine.ranks import Ranks
 from herd.engine.request import Request
 from herd.engine.scoring import joined, rounds, score_of
 from herd.engine.searches import Searches
 from herd.engine.sinks import CompletionSink, ReplySink
 from herd.engine.speculate import Drafter
 from herd.engine.streams import AsyncReplyStream, Pending, ReplyStream
-from herd.errors import ConfigError, ContextFullError, HerdError
+from herd.errors import ConfigError, HerdError
+from herd.model.config import ModelConfig
 from herd.model.llama import Llama
 from herd.quant.apply import held
 from herd.tokenizer.tokenizer import Tokenizer
@@ -58,6 +61,10 @@ class LLM:
     `seed` is where requests without one get theirs; None draws fresh ones. `draft` guesses tokens ahead, which changes the
     speed and no distribution: "lookup" looks in the text so far, any other name is a smaller model of the same vocabulary, or
     it is a drafter (`herd.engine.speculate`). `tick(done, total)` hears of the bytes read.
+
+    `tensor_parallel` processes share the model: each has a part of every matrix, and the keys and values of its heads
+    (docs/engine.md). This one has the scheduler and starts the others; on a CPU they divide cores and memory, on GPUs each has
+    one. A process that dies ends the model: RanksError, see `lost`.
 
     On a GPU decode steps are recorded when they are first needed, or by `warm_up`, and replayed; `graphs=False` runs every step
     as it is (docs/gpu.md).
@@ -89,46 +96,50 @@ class LLM:
         draft: str | os.PathLike[str] | Drafter | None = None,
         graphs: bool = True,
         debug: bool = False,
+        tensor_parallel: int = 1,
         tick: Callable[[int, int], None] | None = None,
     ) -> None:
-        self.model, self.tokenizer, self._defaults = opened(model, weights, dtype, device, tick)
-        chosen = format_named(format, self.tokenizer) if isinstance(format, str) else format
-        where = self.model.norm.weight.device
-        if step_tokens is None:
-            step_tokens = STEP_TOKENS["gpu" if where.type == "cuda" else "cpu"]
-        self.budget: Budget = budget_for(
-            self.model.config,
-            kv=kv_for(self.model) if kv == "auto" else kv,
-            free=free_on(where),
-            kind="cpu" if where.type == "cpu" else "gpu",
-            max_len=max_len,
-            max_seqs=max_seqs,
-            max_tokens=step_tokens,
-            memory=memory,
-        )
-        config = EngineConfig(
-            blocks=self.budget.blocks,
-            block_size=self.budget.block_size,
-            kv=self.budget.kv,
-            max_len=self.budget.max_len,
-            max_seqs=max_seqs,
-            max_tokens=max(step_tokens, max_seqs),
-            prefix_cache=prefix_cache,
-            deterministic=deterministic,
-            seed=seed,
-            debug=debug,
-            graphs=graphs,
-            overlap=graphs,
-        )
-        grammars = Grammars(self.tokenizer, vocab_size=self.model.config.vocab_size)
-        self._engine = Engine(
-            self.model, config, drafter=drafter_for(draft, self.tokenizer, where, deterministic), grammars=grammars
-        )
-        self._loop = Loop(self._engine)
-        self._intake = Intake(self.tokenizer, self._defaults, chosen, self._engine.check)
-        self._searches = Searches(self._loop, self.tokenizer, self.max_len, max_seqs)
-        # The thread knows the loop and not this object, so one that is dropped or outlives the program is closed, too.
-        self._closed = weakref.finalize(self, self._loop.close)
+        self._ranks = ranks = ranks_for(tensor_parallel, model, device)
+        with contextlib.ExitStack() as undo:
+            if ranks is not None:
+                undo.callback(ranks.close)
+                device, graphs = ranks.device, False  # recordings have not been tried across GPUs
+            self.model, self.tokenizer, self._defaults = opened(model, weights, dtype, device, tick, ranks)
+            chosen = format_named(format, self.tokenizer) if isinstance(format, str) else format
+            where = self.model.norm.weight.device
+            if step_tokens is None:
+                step_tokens = STEP_TOKENS["gpu" if where.type == "cuda" else "cpu"]
+            self.budget: Budget = budget_of(
+                self.model, ranks, kv, memory, max_len=max_len, max_seqs=max_seqs, max_tokens=step_tokens
+            )
+            config = EngineConfig(
+                blocks=self.budget.blocks,
+                block_size=self.budget.block_size,
+                kv=self.budget.kv,
+                max_len=self.budget.max_len,
+                max_seqs=max_seqs,
+                max_tokens=max(step_tokens, max_seqs),
+                prefix_cache=prefix_cache,
+                deterministic=deterministic,
+                seed=seed,
+                debug=debug,
+                graphs=graphs,
+                overlap=graphs,
+            )
+            grammars = Grammars(self.tokenizer, vocab_size=self.model.config.vocab_size)
+            self._engine = Engine(
+                self.model,
+                config,
+                runner=None if ranks is None else ranks.runner(self.model, config),
+                drafter=drafter_for(draft, self.tokenizer, where, deterministic),
+                grammars=grammars,
+            )
+            self._loop = Loop(self._engine)
+            self._intake = Intake(self.tokenizer, self._defaults, chosen, self._engine.check)
+            self._searches = Searches(self._loop, self.tokenizer, self.max_len, max_seqs)
+            # The thread knows the loop and not this object, so one that is dropped or outlives the program is closed, too.
+            self._closed = weakref.finalize(self, _close, self._loop, ranks)
+            undo.pop_all()
 
     @property
     def format(self) -> ChatFormat:
@@ -141,8 +152,19 @@ class LLM:
         return self.budget.max_len
 
     @property
+    def config(self) -> ModelConfig:
+        """The model's geometry. With `tensor_parallel`, `model` is this process's part of it."""
+        whole = None if self._ranks is None else self._ranks.whole
+        return self.model.config if whole is None else whole
+
+    @property
+    def lost(self) -> str | None:
+        """With `tensor_parallel`, why there is no model any more: which process is gone, and how; None while all is well."""
+        return None if self._ranks is None else self._ranks.lost
+
+    @property
     def weights(self) -> dict[str, int]:
-        """Bytes of the weights in memory by type: {"Q8_0": 1313251328, "float32": 270336}."""
+        """Bytes of the weights in this process's memory by type: {"Q8_0": 1313251328, "float32": 270336}."""
         return held(self.model)
 
     def params(self, **chosen: Any) -> SamplingParams:
@@ -329,6 +351,7 @@ class LLM:
         They have length 1 unless `normalize` is False; `dimensions` keeps the first ones only. Forwards come between the steps of
         requests that run. Raises ContextFullError or PromptError naming the prompt, ConfigError for what cannot be done.
         """
+        self._alone("embeddings are")
         if pooling not in get_args(Pooling):
             raise ConfigError(f"pooling is {pooling!r}: choose one of {', '.join(get_args(Pooling))}")
         if dimensions is not None and not 1 <= dimensions <= self.model.config.dim:
@@ -336,13 +359,7 @@ class LLM:
         if adapter is not None:
             self._engine.adapters.check(adapter)
         every = [list(self._intake.base.complete(p).tokens) if isinstance(p, str) else list(p) for p in prompts]
-        for i, ids in enumerate(every):
-            if len(ids) > self.max_len:
-                raise ContextFullError(
-                    f"prompt {i} has {len(ids):,} tokens, and the context holds {self.max_len:,}",
-                    needed=len(ids),
-                    available=self.max_len,
-                )
+        check_lengths(every, self.max_len)
 
         def run(task: Callable[[Llama], Any]) -> Any:
             return self._loop.between(lambda: self._with(adapter, task))
@@ -366,6 +383,7 @@ class LLM:
 
         Raises CheckpointError or ConfigError with the reason when it does not fit this model.
         """
+        self._alone("adapters are", ": merge it first (herd merge)")
         return self._engine.load_adapter(name, source)
 
     def unload_adapter(self, name: str) -> None:
@@ -385,6 +403,7 @@ class LLM:
         `load_prompt` has it at once in another run. Returns how many of its tokens the file has: whole blocks only. Raises
         ConfigError when it is shorter than a block or the prefix cache is off, CheckpointError when `path` cannot be written.
         """
+        self._alone("prompt files are")
         ids = self._intake.ids(prompt)
         self.generate([ids], SamplingParams(temperature=0, max_tokens=1))
         cache, pool, mark = self._engine.cache, self._engine.pool, fingerprint(self.model)
@@ -395,6 +414,7 @@ class LLM:
 
         Raises CheckpointError for a file of another model, other weights or another dtype of keys and values.
         """
+        self._alone("prompt files are")
         cache, pool, mark = self._engine.cache, self._engine.pool, fingerprint(self.model)
         return len(self._loop.between(lambda: load_prompt(path, cache, pool, mark)))
 
@@ -422,6 +442,11 @@ class LLM:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _alone(self, what: str, advice: str = "") -> None:
+        """Refuse what works on one process's model alone. Raises ConfigError."""
+        if self._ranks is not None:
+            raise ConfigError(f"{what} not possible with tensor_parallel={self._ranks.count}{advice}")
 
     def _submit(
         self, requests: Sequence[tuple[Request, str | None]], on_done: Callable[[Completion], None] | None
@@ -480,6 +505,13 @@ class LLM:
     def _start(self, request: Request, sink: ReplySink) -> Pending:
         self._loop.submit(request, sink)
         return Pending(request.id, sink.future, self._loop)
+
+
+def _close(loop: Loop, ranks: Ranks | None) -> None:
+    """End the engine's thread, then the other processes."""
+    loop.close()
+    if ranks is not None:
+        ranks.close()
 
 
 def _checked(done: Sequence[Completion], errors: Literal["raise", "keep"]) -> list[Completion]:

@@ -4,29 +4,36 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 
+from herd.checkpoint.fill import fill
 from herd.checkpoint.load import Checkpoint, read_checkpoint
 from herd.checkpoint.open import open_store
+from herd.checkpoint.part import PartStore
 from herd.checkpoint.placement import device_named, dtype_named
 from herd.checkpoint.resolve import resolve
 from herd.checkpoint.store import GenerationDefaults, TensorStore
+from herd.engine.budget import Budget, budget_for, free_on, memory_of
 from herd.engine.config import SMALL
 from herd.engine.draft_model import ModelDrafter, check_vocabularies
 from herd.engine.ngram import NgramDrafter
+from herd.engine.ranks import Ranks
 from herd.engine.speculate import Drafter
 from herd.errors import ConfigError
 from herd.hub.created import find
 from herd.kernels import triton
 from herd.model.accounting import parameters
 from herd.model.llama import Llama
+from herd.parallel.part import Part
 from herd.quant.linear import QuantLinear
 from herd.quant.packing import PACKS
 from herd.quant.scheme import block_type
 from herd.tokenizer.tokenizer import Tokenizer
 
-__all__ = ["drafter_for", "kv_for", "opened"]
+__all__ = ["budget_of", "drafter_for", "kv_for", "opened", "ranks_for"]
 
 
 def opened(
@@ -35,10 +42,11 @@ def opened(
     dtype: str | torch.dtype | None,
     device: str | torch.device,
     tick: Callable[[int, int], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[Llama, Tokenizer, GenerationDefaults]:
     """The model, its tokenizer and its sampling defaults. An unsaid dtype is float32 for a small model on a CPU.
 
-    `tick(done, total)` hears of the bytes read.
+    `tick(done, total)` hears of the bytes read. With `ranks` this process gets its part, and they get theirs.
 
     Raises CheckpointError when it cannot be read, ConfigError when `weights` or `dtype` are said of a model that is loaded.
     """
@@ -51,7 +59,14 @@ def opened(
         small = where.type == "cpu" and weights in (None, "auto") and parameters(store.config) <= SMALL
         wanted = dtype_named(dtype, torch.float32 if small else None)
         model = read_checkpoint(
-            path, store, wanted, where, weights=weights or "auto", tick=tick, made=find(os.fspath(model))
+            path,
+            store,
+            wanted,
+            where,
+            weights=weights or "auto",
+            tick=tick,
+            made=find(os.fspath(model)),
+            filled=fill if ranks is None else ranks.filled,
         )
     elif weights is not None or dtype is not None:
         raise ConfigError(
@@ -81,6 +96,35 @@ def drafter_for(
     model, other, _ = opened(draft, None, None, device)
     check_vocabularies(tokenizer, other)
     return ModelDrafter(model, same_tokens=deterministic)
+
+
+def ranks_for(
+    count: int, model: str | os.PathLike[str] | Checkpoint | tuple[Llama, Tokenizer], device: str | torch.device
+) -> Ranks | None:
+    """The processes of a model over `count` of them; None for one. Raises ConfigError before any is started when it cannot be."""
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ConfigError(f"tensor_parallel is {count!r}: expected an integer of at least 1")
+    if count == 1:
+        return None
+    if not isinstance(model, str | os.PathLike):
+        raise ConfigError("tensor_parallel reads a part of the files in each process: give the model's name or path")
+    store = open_store(resolve(model))
+    PartStore(store, Part(store.config, 0, count))
+    return Ranks(count, device_named(device))
+
+
+def budget_of(model: Llama, ranks: Ranks | None, kv: str, memory: int | str | None, **limits: Any) -> Budget:
+    """`budget_for` a model in memory: of what is free beside it, or of `memory`, which `ranks` divide. Raises ConfigError."""
+    where = model.norm.weight.device
+    found = budget_for(
+        model.config,
+        kv=kv_for(model) if kv == "auto" else kv,
+        free=free_on(where) if ranks is None else ranks.free_each(free_on(where)),
+        kind="cpu" if where.type == "cpu" else "gpu",
+        memory=memory if ranks is None or memory is None else memory_of(memory) // ranks.count,
+        **limits,
+    )
+    return found if ranks is None else replace(found, ranks=ranks.count)
 
 
 def kv_for(model: Llama) -> str:

@@ -41,7 +41,8 @@ class PagedSession(Session):
         dtype = torch.float16 if kind_of(model) is not None else model.norm.weight.dtype
         device = model.norm.weight.device
         blocks = -(-min(FIRST_ALLOCATION, self.max_len) // BLOCK)
-        self.paged = PagedCache(model.config, blocks=blocks, block_size=BLOCK, dtype=dtype, device=device)
+        self._made: type[PagedCache] = getattr(self.runner, "cache", PagedCache)  # over several ranks: a part on each
+        self.paged = self._made(model.config, blocks=blocks, block_size=BLOCK, dtype=dtype, device=device)
 
     def _forward(self, ids: Sequence[int]) -> Tensor:
         start, rows = len(self.tokens), len(ids)
@@ -66,7 +67,7 @@ class PagedSession(Session):
         if needed <= old.blocks:
             return
         blocks = min(max(needed, 2 * old.blocks), -(-self.max_len // BLOCK))
-        new = PagedCache(old.config, blocks=blocks, block_size=BLOCK, dtype=old.dtype, device=old.device)
+        new = self._made(old.config, blocks=blocks, block_size=BLOCK, dtype=old.dtype, device=old.device)
         for to, source in zip(new.tensors, old.tensors, strict=True):
             to[: old.blocks] = source
         self.paged = new

@@ -26,6 +26,7 @@ from herd.model.feedforward import FeedForward
 from herd.model.llama import Block, Llama
 from herd.model.moe import Experts, MoE
 from herd.model.rope import Temperature
+from herd.parallel.infer import Shared
 from herd.quant.linear import QuantEmbedding, QuantExperts, QuantLinear
 from herd.quant.packed_matrix import PackedMatrix, pack_matrix, pack_together
 
@@ -113,6 +114,9 @@ class _Layer:
 
 def _feed(module: nn.Module) -> Callable[[Tensor], Tensor]:
     """The feed-forward of a layer, dense or with experts."""
+    if isinstance(module, Shared):  # a part of it: the ranks' results are put together
+        part, join = _feed(module.inner), module.join
+        return lambda x: join(part(x))
     if isinstance(module, MoE):
         shared, experts = _feed(module.shared_expert), _experts(module.experts)
         if experts is None:
@@ -153,6 +157,9 @@ def _expert(stack: Packed, e: int) -> Packed:
 
 def together(modules: Sequence[nn.Module]) -> Products:
     """The products of several matrices with the same rows: one product where all are alike."""
+    if len(modules) == 1 and isinstance(alone := modules[0], Shared):
+        part, join = together((alone.inner,)), alone.join
+        return lambda x: join(part(x))
     plain = [m for m in modules if type(m) is nn.Linear and m.bias is None]
     if len(plain) == len(modules) and len({(m.weight.dtype, m.weight.device) for m in plain}) == 1:
         whole = _joined([m.weight for m in plain]) if len(plain) > 1 else plain[0].weight
