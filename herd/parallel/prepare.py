@@ -16,7 +16,7 @@ from herd.model.llama import Llama
 from herd.parallel import fsdp, tensor
 from herd.parallel.mesh import Mesh
 from herd.parallel.norm import clip
-from herd.parallel.pipeline import Pipeline, split
+from herd.parallel.pipeline import Pipeline, Stage, split
 
 __all__ = ["Spread", "prepare"]
 
@@ -48,10 +48,12 @@ def prepare(
     *,
     middle: Callable[[Llama], object] = lambda model: None,
     dtype: torch.dtype | None = None,
+    built: list[Stage] | None = None,
 ) -> Spread:
     """Spread `model` in place: every rank must hold the same values (the same seed, or the same file).
 
     `middle` is applied between tensor parallelism and FSDP; `dtype` is what FSDP computes in (None: the parameters' own).
+    `built` receives this rank's stages instead of a pipeline being made of them (`herd.parallel.fake`).
     Raises ConfigError for what these ranks cannot share.
     """
     if mesh.devices is not None and mesh.part.tp > 1:
@@ -60,4 +62,7 @@ def prepare(
     stages = split(model, mesh) if mesh.part.pp > 1 else []
     if mesh.devices is not None and mesh.spread:
         fsdp.shard(model, mesh, dtype=dtype, stages=stages)
+    if built is not None:
+        built += stages
+        return Spread(model, mesh)
     return Spread(model, mesh, Pipeline(model, stages, mesh) if stages else None)
