@@ -103,7 +103,10 @@ def command(
                 tick=tick,
             )
         except FormatError as error:
-            raise click.UsageError(f"{error} (--format NAME, for example --format llama3)") from error
+            place = str(error).split(": ")[0]
+            raise click.UsageError(
+                f"{place}: conversations need a prompt format, and {model} has none: give one, such as --format llama3"
+            ) from error
     if as_json:
         print(json.dumps(_as_json(found, evaluation), ensure_ascii=False, indent=1))
     else:

@@ -150,9 +150,13 @@ def _repetition(text: str, rules: Rules) -> Iterator[str]:
     for n, most in rules.max_top_grams.items():
         if _top(hashes, sizes, n) > most * len(text):
             yield f"top-{n}-gram"
-    for n, most in rules.max_repeated_grams.items():
-        if _repeated(hashes, sizes, n) > most * len(text):
+    least = min(rules.max_repeated_grams.values(), default=0.0)
+    for n, most in sorted(rules.max_repeated_grams.items()):
+        covered = _repeated(hashes, sizes, n)
+        if covered > most * len(text):
             yield f"repeated-{n}-grams"
+        if covered <= least * len(text):  # longer runs that repeat lie inside of shorter ones: they cover no more
+            return
 
 
 def _top(hashes: Hashes, sizes: NDArray[np.int64], n: int) -> int:

@@ -95,6 +95,11 @@ def test_lint_of_a_good_file_is_zero(tmp_path, capsys):
     assert run(["data", "lint", str(path), "--format", "llama3"]) == 2
 
 
+def test_lint_of_chats_for_a_base_model_asks_for_a_format(chats, capsys):
+    assert run(["data", "lint", str(chats), "--model", "nano", "--format", "base"]) == 2
+    assert f"{chats}:1: conversations need a prompt format, and nano has none" in capsys.readouterr().err
+
+
 def test_dedup_keeps_the_first_and_every_field(chats, tmp_path, capsys):
     out, report = tmp_path / "out.jsonl.gz", tmp_path / "report.json"
     assert run(["data", "dedup", str(chats), str(out)]) == 1

@@ -83,6 +83,15 @@ def test_counts_of_runs_are_those_of_counting_word_by_word(seed, n):
         assert _top(word_hashes(found), sizes, n) == _plain_top(found, n)
 
 
+def test_longer_runs_cover_no_more():
+    rng = random.Random(7)
+    for _ in range(50):
+        found = [rng.choice(["a", "bb", "ccc"]) for _ in range(rng.randint(1, 200))]
+        sizes = np.array([len(word) for word in found], np.int64)
+        covered = [_repeated(word_hashes(found), sizes, n) for n in range(2, 12)]
+        assert covered == sorted(covered, reverse=True)
+
+
 def test_bounds_can_be_moved_and_groups_must_exist():
     assert judge("The short and the long.", Rules(min_words=3)) is None
     with pytest.raises(ConfigError, match="'goofer'"):
