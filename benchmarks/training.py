@@ -4,8 +4,8 @@
 
 One process per player, the same weights (a folder both open), the same batches, AdamW fused in both, gradients clipped in both;
 the first loss of both must agree before anything is timed. Steps are interleaved, a step of each player in turn; figures are
-medians, with the quartiles beside them. In each round the peak of this machine's matrix products is measured, too (random numbers, the
-model's own shapes), and MFU is the causal count over that. Peak memory is the process's largest resident size.
+medians, with the quartiles beside them. In each round the peak of this machine's matrix products is measured, too (random
+numbers, the model's own shapes), and MFU is the causal count over that. Peak memory is the process's largest resident size.
 
 transformers runs as its Trainer would: eager, sdpa; in bf16 under autocast over float32 weights (full), or with a bf16 base and
 PEFT's float32 factors (lora; with and without autocast, the faster one counts). `--write` puts the section into results.md.
@@ -346,7 +346,8 @@ def table(results: list[dict[str, Any]], threads: int) -> str:
         "",
         f"`python benchmarks/training.py`: a model of 66 M parameters (10 layers of 640, 32,000 tokens, tied), {ROWS} rows of "
         f"{LENGTH} tokens a step, {threads} threads of {cpu}, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}, Python {platform.python_version()}. Medians of interleaved steps (quartiles in brackets); MFU is the causal count over "
+        f"{transformers.__version__}, Python {platform.python_version()}. Medians of interleaved steps (quartiles in "
+        "brackets); MFU is the causal count over "
         "the products measured in the same run; memory is the process's peak, the libraries included.",
         "",
         "| case | player | tokens/s | x transformers | MFU | peak memory |",
