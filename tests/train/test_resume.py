@@ -70,6 +70,17 @@ def test_a_run_resumed_from_any_step_has_the_same_bytes(kind: str, tmp_path: Pat
         assert fingerprint(resumed) == fingerprint(whole)
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_batches_made_ahead_are_not_lost(workers: int, tmp_path: Path) -> None:
+    whole, expected = run_of("lora with dropout", 6)
+    whole.fit()
+    for until in (2, 5, 6):
+        run, seen = run_of("lora with dropout", 6, tmp_path, loader=Loader(rows(), 4, seed=1, workers=workers))
+        run.fit(until=until)
+        assert told(seen) == told(expected)[seen.steps[0].step - 1 : until]
+    assert fingerprint(run) == fingerprint(whole)
+
+
 def test_evaluations_do_not_show_in_the_bytes(tmp_path: Path) -> None:
     quiet, _ = trainer(4, lora=True)
     quiet.fit()
