@@ -32,6 +32,9 @@ On a cluster, start the same command with --part 1/N to N/N on N machines that s
 --part $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT); then --join once. The files are the same bytes as those of one machine.
 """
 
+SHOWN = 8
+"""Files that are listed one by one."""
+
 KINDS = ("text", "messages", "sharegpt", "alpaca", "completion")
 
 
@@ -96,8 +99,14 @@ def command(
     if as_json:
         print(json.dumps({"files": [_facts(one) for one in built]}, ensure_ascii=False))
         return
-    for one in built:
+    for one in built[:SHOWN] if len(built) > SHOWN + 2 else built:
         _show(one)
+    if len(built) > SHOWN + 2:
+        documents, tokens, made = (sum(getattr(one, key) for one in built) for key in ("documents", "tokens", "made"))
+        rejected = sum(one.report.bad_count for one in built)
+        print(
+            f"... {len(built):,} files in all: {documents:,} documents, {tokens:,} tokens, {made:,} shards new, {rejected:,} bad rows"
+        )
 
 
 def _encoder(model: str, format_name: str | None) -> Encoder:

@@ -24,7 +24,6 @@ from herd.data.mix import Mixture, MixtureSource
 from herd.data.report import RowReport
 from herd.data.shards import Documents
 from herd.data.tokenworker import Encoder
-from herd.errors import DataError
 from herd.tokenizer.tokenizer import Tokenizer
 
 __all__ = ["DataReport", "SourceReport", "open_data"]
@@ -206,8 +205,8 @@ def _tell_epochs(report: DataReport, mixture: Mixture, total: int) -> None:
 
 def _held_out(
     config: DataPart, documents: Sequence[Documents], pad: int, root: Path, tokenizer: Tokenizer, report: DataReport
-) -> HeldOut:
-    """The documents for evaluation; says when some of them are trained on."""
+) -> HeldOut | None:
+    """The documents for evaluation; says when there are none, or some of them are trained on."""
     share = config.held_out_share
     if share is not None:
         how = Arrangement(config.length, config.pack, config.long_rows, share, inverse=True)
@@ -225,7 +224,11 @@ def _held_out(
                     f"held out: {both:,} of its {count:,} documents are in {part.name}, too, and trained on"
                 )
     if not count:
-        raise DataError(f"data.held_out: {config.held_out} of the documents are none; hold out more")
+        report.notes.append(
+            f"held out: {config.held_out} of {sum(map(len, documents)):,} documents are none, so nothing is held out and "
+            "measured; hold out a larger share"
+        )
+        return None
     report.held_out = sum(len(one.rows.chosen) for one in arranged), sum(len(one.rows) for one in arranged)
     if left := sum(one.too_long for one in arranged):
         report.notes.append(f"held out: {left:,} documents are longer than a row and left out")

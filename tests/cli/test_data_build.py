@@ -58,3 +58,12 @@ def test_bad_rows_are_named(files, tmp_path):
         run(files[0], "--model", "nano", "--out", tmp_path / "out")
     said = run(files[0], "--model", "nano", "--out", tmp_path / "out", "--bad", "skip")
     assert "texts.jsonl:51: " in said.stderr
+
+
+def test_many_files_are_summed_up(tmp_path):
+    for i in range(20):
+        write(tmp_path / f"in/{i:02d}.jsonl", texts(3, seed=i))
+    said = run(tmp_path / "in", "--model", "nano", "--out", tmp_path / "out").stdout
+    assert len(said.splitlines()) < 20
+    assert "20 files in all: 60 documents, " in said
+    assert "20 shards new, 0 bad rows" in said

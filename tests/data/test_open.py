@@ -199,6 +199,12 @@ def test_bytes_of_held_out_text_are_those_of_the_text(folder):
     assert "held out: 5 of its 35 documents are in texts, too, and trained on" in report.notes
 
 
+def test_a_share_of_so_little_that_it_is_nothing_is_said(folder):
+    _, held, report = open_(folder, "completions", held_out="0.0001%")
+    assert held is None
+    assert any("0.0001% of 40 documents are none" in note for note in report.notes)
+
+
 def test_epochs_are_told_before_the_run(folder):
     _, _, report = open_(folder, "texts", total=10_000)
     assert any("texts is read" in note and "max_epochs is not given" in note for note in report.notes)
