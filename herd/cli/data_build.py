@@ -104,9 +104,8 @@ def command(
     if len(built) > SHOWN + 2:
         documents, tokens, made = (sum(getattr(one, key) for one in built) for key in ("documents", "tokens", "made"))
         rejected = sum(one.report.bad_count for one in built)
-        print(
-            f"... {len(built):,} files in all: {documents:,} documents, {tokens:,} tokens, {made:,} shards new, {rejected:,} bad rows"
-        )
+        counts = f"{documents:,} documents, {tokens:,} tokens, {made:,} shards new, {rejected:,} bad rows"
+        print(f"... {len(built):,} files in all: {counts}")
 
 
 def _encoder(model: str, format_name: str | None) -> Encoder:
