@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-from importlib import import_module
-
 import click
+
+from herd.cli.lazy import LazyCommands
 
 __all__ = ["COMMANDS", "command"]
 
@@ -29,32 +28,7 @@ Examples:
 """
 
 
-class _Lazy(click.Group):
-    """A group over COMMANDS."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        entry = COMMANDS.get(cmd_name)
-        return None if entry is None else import_module(entry[0]).command
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        name = args[0]
-        if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
-            near = difflib.get_close_matches(name, COMMANDS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
-            raise click.UsageError(f"no such command {name!r}: {hint}", ctx)
-        return super().resolve_command(ctx, args)
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
-
-
-@click.group(cls=_Lazy, epilog=EXAMPLES)
+@click.group(cls=LazyCommands, table=COMMANDS, epilog=EXAMPLES)
 def command() -> None:
     """Look at training data, and get it ready.
 

@@ -71,6 +71,7 @@ COMMANDS = {
         "herd.cli.lint_template", "Hold a model's chat template against herd's own prompts.", "Look"
     ),
     "data": Entry("herd.cli.data", "Look at training data, and get it ready.", "Train"),
+    "tokenizer": Entry("herd.cli.tokenizer", "Learn a vocabulary, or compare some on a text.", "Train"),
     "tokens": Entry("herd.cli.tokens", "Show how a text or a conversation becomes tokens.", "Look"),
 }
 
