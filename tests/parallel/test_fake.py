@@ -1,0 +1,156 @@
+"""405B on 512 and 16,384 ranks that do not exist: meshes, shapes, memory of a rank, exchanges of a step, as golden numbers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from herd.errors import ConfigError
+from herd.model.config import ModelConfig
+from herd.model.shapes import LLAMA_31_8B, LLAMA_31_70B, LLAMA_31_405B, SCOUT
+from herd.parallel.config import ParallelPart
+from herd.parallel.fake import Trial, pretend, trial
+from herd.parallel.mesh import Mesh
+
+GIB = 2**30
+TITAN = ParallelPart(dp_shard=8, tp=8, pp=8)  # torchtitan's 405B on 512
+META = ParallelPart(dp_shard=128, tp=8, pp=16)  # Llama 3 405B on 16,384
+LONG = ParallelPart(dp_shard=8, cp=16, tp=8, pp=16)  # the same for 131,072 tokens
+
+
+def _exchanges(layers: int, tp: bool, first: bool, last: bool, cp: bool = False, kept: bool = True) -> dict[str, int]:
+    """What a micro-batch exchanges, by counting on paper.
+
+    A block under tp: gathered before attention and feed-forward, and in the backward pass of the two scatters after them; two
+    norms whose gradients are summed. FSDP: a block is gathered once (again for backward when it was given back), its gradients
+    are scattered once; so are the ends, and the root with the final norm.
+    """
+    units = layers + first + last + last  # blocks, embedding, output, and the root where it has the norm
+    again = 0 if kept else layers + first + (first and last)  # blocks, embedding; a whole model's root is entered twice
+    gathers = units + again
+    scatters, sums = units, 0
+    if tp:
+        gathers += 4 * layers
+        scatters += 4 * layers
+        sums += 2 * layers
+        if first:
+            scatters, gathers = scatters + 1, gathers + 1  # the embedding's summands, and its backward
+        if last:
+            gathers, scatters, sums = (
+                gathers + 1,
+                scatters + 1,
+                sums + 3,
+            )  # final norm; its gradient; the loss: largest, sums
+    if cp:
+        gathers, scatters = gathers + layers, scatters + layers
+    found = {"gather": gathers, "scatter": scatters}
+    return found | ({"sum": sums} if sums else {})
+
+
+@pytest.mark.parametrize(
+    ("config", "part", "rank", "layers", "states", "kept"),
+    [
+        pytest.param(LLAMA_31_8B, ParallelPart(dp_shard=8), 3, range(32), 14.96, False, marks=pytest.mark.slow),
+        pytest.param(
+            LLAMA_31_70B, ParallelPart(dp_shard=32, tp=8), 100, range(80), 4.11, False, marks=pytest.mark.slow
+        ),
+        pytest.param(LLAMA_31_405B, TITAN, 200, range(47, 63), 11.88, False, marks=pytest.mark.slow),
+        pytest.param(LLAMA_31_405B, TITAN, 0, range(15), 11.62, False, marks=pytest.mark.slow),
+        pytest.param(LLAMA_31_405B, TITAN, 511, range(111, 126), 11.62, False, marks=pytest.mark.slow),
+        (LLAMA_31_405B, META, 9000, range(63, 71), 0.37, False),
+        pytest.param(LLAMA_31_405B, LONG, 9000, range(63, 71), 0.37, False, marks=pytest.mark.slow),
+    ],
+    ids=["8b on 8", "70b on 256", "405b on 512", "405b, first", "405b, last", "405b on 16384", "405b, 131072 tokens"],
+)
+def test_golden_numbers(
+    config: ModelConfig, part: ParallelPart, rank: int, layers: range, states: float, kept: bool
+) -> None:
+    found = trial(config, part, rank, length=131_072 if part.cp > 1 else 8192)
+    assert found.layers == layers
+    assert found.states / GIB == pytest.approx(states, abs=0.01)
+    first, last = layers.start == 0, layers.stop == config.n_layers
+    assert found.exchanges == _exchanges(len(layers), part.tp > 1, first, last, part.cp > 1, kept)
+
+
+def test_every_parameter_is_somewhere_once() -> None:
+    """The stages of a pipeline, each rank's part times the ranks that share it: together the whole model, 405,853,388,800."""
+    total = 0
+    names: set[str] = set()
+    for stage in range(8):
+        found = trial(LLAMA_31_405B, TITAN, stage * 64, step=False)
+        assert not names & set(found.shapes)
+        names |= set(found.shapes)
+        for name, shape in found.shapes.items():
+            whole = name.endswith("norm.weight")
+            total += math.prod(shape) * 8 * (1 if whole else 8)
+    assert total == 405_853_388_800
+
+
+def test_shapes_of_a_rank() -> None:
+    found = trial(LLAMA_31_405B, META, 0, step=False)
+    shapes = {
+        "tok_embeddings.weight": (126, 16384),
+        "layers.0.attention.wq.weight": (16, 16384),
+        "layers.0.attention.wk.weight": (1, 16384),
+        "layers.0.attention.wo.weight": (128, 2048),
+        "layers.0.feed_forward.w1.weight": (52, 16384),
+        "layers.0.feed_forward.w2.weight": (128, 6656),
+        "layers.0.attention_norm.weight": (128,),
+    }
+    assert {name: found.shapes[name] for name in shapes} == shapes
+    assert "output.weight" not in found.shapes
+
+
+def test_experts_are_dealt_out() -> None:
+    found: Trial = trial(SCOUT, ParallelPart(dp_shard=4, tp=8, experts="number"), 9, step=False)
+    assert found.shapes["layers.0.feed_forward.experts.w1"] == (1, 8192, 5120)  # 16 experts over 8 ranks, then over 4
+    assert found.shapes["layers.0.feed_forward.router.weight"] == (4, 5120)
+
+
+def test_ranks_of_the_largest_mesh() -> None:
+    with pretend(16_384, 9000):
+        mesh = Mesh.of(LONG)
+        assert mesh.devices is not None
+        assert tuple(mesh.devices.get_coordinate() or ()) == (8, 0, 101, 0)  # 9000 = 8 x 1024 + 101 x 8
+        assert (mesh.dp_rank, mesh.dp_size) == (101 // 16, 8)
+        assert mesh.sequences is not None
+        assert mesh.sequences.rank() == 101 % 16
+        assert not mesh.is_main
+
+
+@pytest.mark.parametrize(
+    ("config", "part", "match"),
+    [
+        (LLAMA_31_405B, ParallelPart(tp=3), "tp 3: must be a divisor of the 8 key/value heads"),
+        (LLAMA_31_405B, ParallelPart(tp=12), "tp 12: must be a multiple of the 8"),
+        (LLAMA_31_8B, ParallelPart(pp=33), "33 stages needs as many layers: there are 32"),
+    ],
+)
+def test_what_cannot_be_shared(config: ModelConfig, part: ParallelPart, match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        trial(config, part, 0, step=False)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        ({"tp": 0}, "parallel.tp is 0: expected a whole number from 1"),
+        ({"dp_shard": -2}, "parallel.dp_shard is -2"),
+        ({"schedule": "zigzag"}, "choose gpipe, 1f1b, interleaved"),
+        ({"stages": 2}, "only parallel.schedule=interleaved"),
+        ({"schedule": "interleaved"}, "needs parallel.stages of 2 or more"),
+        ({"experts": "half"}, "choose width, number"),
+    ],
+)
+def test_configs_that_make_no_sense(wrong: dict[str, object], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        ParallelPart(**wrong)  # type: ignore[arg-type]
+
+
+def test_worlds_that_do_not_fit() -> None:
+    assert ParallelPart(dp_shard=-1, tp=8).of_world(512).dp_shard == 64
+    with pytest.raises(ConfigError, match="12 processes cannot be shared"):
+        ParallelPart(dp_shard=-1, tp=8).of_world(12)
+    with pytest.raises(ConfigError, match=r"asks for 16 processes .*but 8 run"):
+        ParallelPart(dp_shard=2, tp=8).of_world(8)
