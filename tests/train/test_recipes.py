@@ -1,6 +1,8 @@
 """Recipes from a configuration to a folder that others open: every generation, every method, stages, what is refused."""
 
 import json
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -36,6 +38,8 @@ from tests.vocabularies import trained_pieces
 STEPS = 3
 EQUAL = 1e-4
 """Logits of one model in herd and in another program: the same products, added in another order."""
+NEAR = 0.3
+"""Of memory: kernels, allocators and libraries differ between machines by more than a few percent."""
 KINDS = {"llama-2": "llama2", "llama-3": "llama3", "llama-4-maverick": "llama3"}
 """Generation -> a prompt format for which a small vocabulary is at hand. That of Llama 4 differs in its headers alone."""
 
@@ -334,6 +338,20 @@ def test_the_forecast_counts_what_is_trained(kind, source, chats, tmp_path):
     assert told.parameters == parameters(model.config) + (told.trained if kind != "full" else 0)
     assert told.tokens == 2 * 64 * 3
     assert any("3 steps" in line for line in told.lines())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_the_forecast_of_memory_is_near_what_a_run_takes(kind, chats, tmp_path):
+    overrides = [
+        "model.source=nano", f"data.sources={chats}", f"method.kind={kind}", "data.length=512", "data.rows=4",
+        "data.held_out=null", "train.evaluate.prompts=[]", "train.budget.steps=3", f"out={tmp_path / 'run'}", "device=cpu",
+    ]  # fmt: skip
+    done = subprocess.run([sys.executable, "-m", "herd", "train", "lora", *overrides], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    steps = [line for line in read_log(tmp_path / "run" / "log.jsonl") if line["event"] == "step"]
+    told = forecast(load_config(recipe_file("lora"), overrides)).memory
+    assert told == pytest.approx(steps[-1]["memory_bytes"], rel=NEAR)
 
 
 @pytest.mark.parametrize("name", names())
