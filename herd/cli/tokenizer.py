@@ -10,6 +10,7 @@ __all__ = ["COMMANDS", "command"]
 
 COMMANDS = {
     "train": ("herd.cli.tokenizer_train", "Learn a vocabulary from texts, and write it in every format."),
+    "compare": ("herd.cli.tokenizer_compare", "Say how well vocabularies fit texts, beside Llama's."),
 }
 """Subcommands: the module whose `command` each is, and its line in the help."""
 
@@ -18,6 +19,7 @@ Examples:
 
 \b
   herd tokenizer train texts/ --kind tiktoken --vocab-size 32000 --out my-vocabulary
+  herd tokenizer compare texts/ --tokenizer my-vocabulary
 """
 
 

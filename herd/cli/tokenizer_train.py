@@ -22,6 +22,7 @@ Examples:
   herd tokenizer train texts/ --kind tiktoken --vocab-size 32000 --out my-vocabulary
   herd tokenizer train wiki.jsonl.zst books.parquet --kind sentencepiece --vocab-size 32000 --out my-vocabulary
   herd tokenizer train texts/ --kind tiktoken --family llama4 --vocab-size 200000 --sample 500 --out my-vocabulary
+  herd tokenizer compare texts/ --tokenizer my-vocabulary
 """
 
 
