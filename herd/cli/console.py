@@ -48,8 +48,8 @@ def coloured(stream: TextIO) -> bool:
 
 
 def styled(text: str, style: str, stream: TextIO) -> str:
-    """`text` in one of the styles of CODES where `stream` takes colours, else as it is."""
-    return f"\x1b[{CODES[style]}m{text}\x1b[0m" if coloured(stream) else text
+    """`text` in one of the styles of CODES (`""`: none) where `stream` takes colours, else as it is."""
+    return f"\x1b[{CODES[style]}m{text}\x1b[0m" if style and coloured(stream) else text
 
 
 def note(text: str, style: str = "dim") -> None:

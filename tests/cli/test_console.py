@@ -43,6 +43,7 @@ def test_colours_where_somebody_wants_them(env: dict[str, str], colours: bool, m
         monkeypatch.setenv(name, value)
     assert coloured(Terminal()) is colours
     assert styled("x", "dim", Terminal()) == ("\x1b[2mx\x1b[0m" if colours else "x")
+    assert styled("x", "", Terminal()) == "x"
     assert not coloured(io.StringIO())
 
 
