@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from herd.chat.formats import FORMATS
 from herd.chat.guard import GuardFormat
 from herd.chat.messages import Message
 from herd.chat.params import SamplingParams
+from herd.checkpoint.fill import fill
 from herd.checkpoint.load import Checkpoint, read_checkpoint
 from herd.checkpoint.open import open_store
 from herd.checkpoint.placement import device_named, dtype_named
@@ -22,7 +24,9 @@ from herd.cli.console import note
 from herd.engine.adapters import OneAdapter
 from herd.engine.local import LocalChat
 from herd.engine.native import unsupported
-from herd.errors import PromptError
+from herd.engine.opening import ranks_for
+from herd.engine.ranks import Ranks
+from herd.errors import ConfigError, PromptError
 from herd.hub.created import find
 from herd.kernels import native
 from herd.model.accounting import parameters
@@ -47,6 +51,7 @@ class Opened:
     checkpoint: Checkpoint
     chat: LocalChat
     adapter: str | None = None
+    ranks: Ranks | None = None
 
     def params(self, chosen: Mapping[str, Any]) -> SamplingParams:
         """The user's choices over the checkpoint's own defaults over Meta's."""
@@ -88,8 +93,11 @@ class Opened:
         return {
             "model": self.name,
             "path": str(self.checkpoint.path),
-            "parameters": short_count(parameters(model.config)),
+            "parameters": short_count(parameters(model.config if self.ranks is None else self.checkpoint.store.config)),
             "numbers": numbers if kind is None else f"{kind}, activations {numbers}",
+            **(
+                {} if self.ranks is None else {"processes": f"{self.ranks.count}, of which this one has the first part"}
+            ),
             "weights": changed(self.checkpoint.store, model),
             "kernels": "torch" if (why := unsupported(model)) is not None else f"native {native.isa()}",
             **({"no native kernels": why} if why is not None and weight.device.type == "cpu" else {}),
@@ -108,11 +116,13 @@ def open_model(
     max_len: int | None = None,
     format_name: str | None = None,
     adapter: str | None = None,
+    tensor_parallel: int = 1,
     tick: Callable[[int, int], None] | None = None,
 ) -> Opened:
     """Find and load `name` (a catalog name, a folder or a file). Raises a HerdError that says what to change.
 
-    `adapter` is a LoRA adapter to use on top. `weights` is as for `herd.load`; `tick(done, total)` hears of the bytes read.
+    `adapter` is a LoRA adapter to use on top. `tensor_parallel` processes share the model. `weights` is as for `herd.load`;
+    `tick(done, total)` hears of the bytes read.
     Says once when native kernels are missing.
     """
     if format_name is not None and format_name not in FORMATS:  # before gigabytes are read
@@ -131,9 +141,22 @@ def open_model(
         note(f"[slower than it could be: {why}]")
     if small and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
+    if tensor_parallel > 1 and adapter is not None:
+        raise ConfigError("adapters are not possible with --tensor-parallel-size: merge it first (herd merge)")
+    ranks = ranks_for(tensor_parallel, path, where)
+    if ranks is not None:
+        atexit.register(ranks.close)
+        where = ranks.device
     stays = native.isa() is not None and is_quantized(store)
     wanted = dtype_named(dtype, torch.float32 if small and not stays else None)
-    checkpoint = read_checkpoint(path, store, wanted, where, weights=weights, tick=tick, made=made)
+    filled = fill if ranks is None else ranks.filled
+    checkpoint = read_checkpoint(path, store, wanted, where, weights=weights, tick=tick, made=made, filled=filled)
+    if ranks is not None:
+        longest = min(max_len or checkpoint.model.config.max_seq_len, checkpoint.model.config.max_seq_len)
+        chat = LocalChat(
+            checkpoint.model, checkpoint.tokenizer, format=format_name, max_len=max_len, runner=ranks.session(longest)
+        )
+        return Opened(name, checkpoint, chat, ranks=ranks)
     runner = None if adapter is None else OneAdapter(checkpoint.model, adapter)
     chat = LocalChat(checkpoint.model, checkpoint.tokenizer, format=format_name, max_len=max_len, runner=runner)
     if runner is None:

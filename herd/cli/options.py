@@ -14,7 +14,15 @@ from herd.errors import ConfigError
 if TYPE_CHECKING:
     from herd.cli.opened import Opened
 
-__all__ = ["DTYPES", "adapter_option", "model_options", "opened_from", "sampling", "sampling_options"]
+__all__ = [
+    "DTYPES",
+    "adapter_option",
+    "model_options",
+    "opened_from",
+    "sampling",
+    "sampling_options",
+    "tensor_parallel_option",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -47,6 +55,20 @@ def model_options(command: F) -> F:
     ):
         command = add(command)
     return command
+
+
+def tensor_parallel_option(command: F) -> F:
+    """--tensor-parallel-size: one model over several processes."""
+    return click.option(
+        "-tp",
+        "--tensor-parallel-size",
+        "tensor_parallel",
+        type=click.IntRange(1, 1024),
+        default=1,
+        show_default=True,
+        metavar="N",
+        help="Processes of this machine that share the model: a GPU each, or a part of the cores.",
+    )(command)
 
 
 def adapter_option(command: F) -> F:
@@ -117,4 +139,5 @@ def opened_from(model: str, options: Mapping[str, Any]) -> Opened:
         from herd.cli.opened import open_model
 
         given = {name: options[name] for name in ("dtype", "weights", "device", "max_len", "format_name")}
-        return open_model(model, **given, adapter=options.get("adapter"), tick=tick)
+        ranks = options.get("tensor_parallel", 1)
+        return open_model(model, **given, adapter=options.get("adapter"), tensor_parallel=ranks, tick=tick)

@@ -11,7 +11,14 @@ import click
 
 from herd.cli.completion import models
 from herd.cli.console import note
-from herd.cli.options import adapter_option, model_options, opened_from, sampling, sampling_options
+from herd.cli.options import (
+    adapter_option,
+    model_options,
+    opened_from,
+    sampling,
+    sampling_options,
+    tensor_parallel_option,
+)
 from herd.cli.progress import progress
 from herd.cli.question import (
     Question,
@@ -55,6 +62,7 @@ Examples:
 @sampling_options
 @model_options
 @adapter_option
+@tensor_parallel_option
 @click.option("--raw", is_flag=True, help="Continue the prompt as plain text, without a prompt format.")
 @click.option(
     "--suffix",

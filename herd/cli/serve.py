@@ -83,6 +83,7 @@ def settings_from(models: Sequence[str], options: Mapping[str, Any]) -> ServerSe
     from herd.checkpoint.open import open_store
     from herd.checkpoint.resolve import resolve
     from herd.hub.created import find
+    from herd.parallel.part import Part
     from herd.server.auth import read_keys
     from herd.server.here import created_spec
     from herd.server.settings import EngineOptions, ModelSpec, ServerSettings
@@ -102,6 +103,7 @@ def settings_from(models: Sequence[str], options: Mapping[str, Any]) -> ServerSe
         deterministic=options["deterministic"],
         seed=options["seed"],
         draft=options["draft"],
+        tensor_parallel=options["tensor_parallel"],
     )
     keep_alive = _seconds(options["keep_alive"])
     names, adapters = options["names"], tuple(_pair(text, "--lora-modules") for text in options["adapters"])
@@ -109,12 +111,17 @@ def settings_from(models: Sequence[str], options: Mapping[str, Any]) -> ServerSe
         raise click.UsageError(
             "--served-model-name and --lora-modules are about one MODEL: use NAME=MODEL to name several"
         )
+    if adapters and engine.tensor_parallel > 1:
+        raise click.UsageError(
+            "--lora-modules: adapters are not possible with --tensor-parallel-size: merge them first"
+        )
     here = options["image"] is None  # a manifest is for machines that have other models
     specs = []
     for given in models:
         name, source = _pair(given, "") if "=" in given and not Path(given).exists() else (_name_of(given), given)
         if here:
-            open_store(resolve(source))  # headers only: what is not there, or damaged, is said now
+            store = open_store(resolve(source))  # headers only: what is not there, or damaged, is said now
+            Part(store.config, 0, engine.tensor_parallel)
         called = tuple(names) or (name,)
         plain = ModelSpec(
             source=source, name=called[0], aliases=called[1:], adapters=adapters, options=engine,

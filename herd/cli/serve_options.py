@@ -7,16 +7,14 @@ from typing import Any, TypeVar
 
 import click
 
-from herd.cli.options import DTYPES
+from herd.cli.options import DTYPES, tensor_parallel_option
 
 __all__ = ["REFUSED", "serve_options"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 REFUSED = {
-    "--tensor-parallel-size": "one model over several devices is not supported yet",
-    "-tp": "one model over several devices is not supported yet",
-    "--pipeline-parallel-size": "one model over several devices is not supported yet",
+    "--pipeline-parallel-size": "layers are not split between devices: use --tensor-parallel-size",
     "--gpu-memory-utilization": "say the memory for keys and values in bytes: --memory '4 GiB'",
     "--max-num-batched-tokens": "use --step-tokens",
     "--enable-auto-tool-choice": "tools are always on for models that were trained with them: leave it out",
@@ -126,6 +124,7 @@ OPTIONS = (
         metavar="N",
         help="Most tokens computed in one step.",
     ),
+    tensor_parallel_option,
     click.option(
         "--memory", metavar="SIZE", help='Memory for keys and values, such as "4 GiB" (default: from what is free).'
     ),

@@ -75,6 +75,7 @@ class Ranks:
         """Bytes free on the device of the follower that has least."""
         self.whole: ModelConfig | None = None
         """The geometry of all parts together."""
+        self._model: Llama | None = None
         self._patience = patience
         self._exchange: Exchange | None = None
         self._closing = False
@@ -116,7 +117,8 @@ class Ranks:
         free = [answer["free"] for answer in self._answers(LOADING)]
         self.free = None if None in free else min(free)
         assert self._exchange is not None
-        return wired(model, part, self._exchange)
+        self._model = wired(model, part, self._exchange)
+        return self._model
 
     def filled(self, store: TensorStore, dtype: torch.dtype | None, device: object, **options: Any) -> Llama:
         """As `herd.checkpoint.fill.fill`: what `load` gives."""
@@ -126,6 +128,13 @@ class Ranks:
         """What computes the steps of `model`, on all ranks, as `config` says."""
         self.tell(do="runner", config=asdict(config))
         return RanksRunner(self, fastest_runner(model, config))
+
+    def session(self, max_len: int) -> RanksRunner:
+        """What computes the one stream of a chat with what was loaded last (`herd.engine.paged_session`)."""
+        assert self._model is not None, "nothing is loaded"
+        return self.runner(
+            self._model, EngineConfig(blocks=-(-max_len // 16), max_len=max_len, max_seqs=1, graphs=False)
+        )
 
     def free_each(self, own: int | None) -> int | None:
         """Bytes that each rank may take for keys and values, of the `own` that are free here: on a CPU all share them."""
@@ -301,13 +310,15 @@ class _Follower:
         finally:
             theirs.close()
         self.wire = Wire(ours)
-        threading.Thread(target=self._hear, name=f"herd-rank-{rank}", daemon=True).start()
+        self._thread = threading.Thread(target=self._hear, name=f"herd-rank-{rank}", daemon=True)
+        self._thread.start()
 
     def _hear(self) -> None:
         said: dict[str, Any] = {}
         while (frame := self.wire.receive()) is not None:
             said = frame[1]
             self.answers.put(said)
+        self.wire.deaf()
         try:
             status: int | None = self.process.wait(2.0)
         except subprocess.TimeoutExpired:
@@ -328,6 +339,7 @@ class _Follower:
         except subprocess.TimeoutExpired:
             self.kill()
             self.process.wait()
+        self._thread.join(seconds)
 
 
 def device_of(device: torch.device, rank: int, ranks: int) -> torch.device:

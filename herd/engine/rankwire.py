@@ -58,6 +58,10 @@ class Wire:
             return None
         return kind, json.loads(payload) if kind == b"J" else payload
 
+    def deaf(self) -> None:
+        """Nothing more is received: for the thread that did."""
+        self._file.close()
+
     def close(self) -> None:
         """The other end sees that nobody is here."""
         with contextlib.suppress(OSError):

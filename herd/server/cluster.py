@@ -141,7 +141,11 @@ def serve_replicas(settings: ServerSettings, replicas: int, *, on_start: Callabl
         signal.signal(number, lambda *_: over.set())
     try:
         has = ray.cluster_resources()
-        gpus = 0 if settings.engine.device == "cpu" else min(1.0, has.get("GPU", 0) / replicas)
+        gpus = (
+            0
+            if settings.engine.device == "cpu"
+            else min(float(settings.engine.tensor_parallel), has.get("GPU", 0) / replicas)
+        )
         serve.start(http_options={"host": settings.host, "port": port}, logging_config={"log_level": "ERROR"})
         serve.run(_bound(settings, replicas, _share(has.get("CPU", 1), replicas), gpus), name=NAME, route_prefix="/")
         host = f"[{settings.host}]" if ":" in settings.host else settings.host

@@ -40,6 +40,7 @@ STATUS: dict[str, tuple[int, str, str | None]] = {
     "TokenizerFileError": (503, "server_error", "model_not_loaded"),
     "Stopped": (503, "server_error", "model_unloaded"),
     "Crashed": (503, "server_error", "model_crashed"),
+    "RanksError": (503, "server_error", "model_crashed"),
     "NotLoaded": (503, "server_error", "model_not_loaded"),
 }
 """Anything else is 500. Names and not classes: most of these happen in another process."""

@@ -40,7 +40,7 @@ def kuberay(settings: ServerSettings, replicas: int, image: str) -> str:
 
 def service(settings: ServerSettings, replicas: int, image: str) -> dict[str, Any]:
     """The manifest as plain data."""
-    gpus = 1 if settings.engine.device.startswith("cuda") else 0
+    gpus = settings.engine.tensor_parallel if settings.engine.device.startswith("cuda") else 0  # a GPU for each rank
     serving = {
         "applications": [
             {

@@ -237,6 +237,8 @@ class Process:
                 self.about, self.progress = message, Progress("ready", 1.0)
                 self._loaded.set()
             case Broken():
+                if self._loaded.is_set():
+                    log.error("%s: %s", self.spec.name, message.message)
                 self._fail(WorkerError(message.message, kind=message.kind))
             case Beat():
                 self.stats = message.stats

@@ -31,8 +31,11 @@ class EngineOptions:
     deterministic: bool = False
     seed: int | None = None
     draft: str | None = None
+    tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
+        if not 1 <= self.tensor_parallel <= 1024:
+            raise ConfigError(f"tensor_parallel is {self.tensor_parallel}: expected from 1 to 1,024 processes")
         if self.format is not None and self.format not in FORMATS:
             raise ConfigError(f"there is no prompt format {self.format!r}; choose one of {', '.join(FORMATS)}")
 

@@ -64,6 +64,8 @@ THREADS = 4
 """Calls that are prepared and questions that are answered at once."""
 NICE = 5
 BEAT_SECONDS = 1.0
+SAYING_SECONDS = 0.5
+"""What the last message gets to be written."""
 NOTED = 200
 """Lines about a bug from which on its causes are left out."""
 SHOWN_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens")
@@ -157,6 +159,10 @@ class Worker:
         while True:
             time.sleep(BEAT_SECONDS)
             assert self._llm is not None
+            if (lost := self._llm.lost) is not None:  # the server starts the model anew
+                self.send(Broken("Crashed", f"{lost}: the model is started anew when it is asked for"))
+                time.sleep(SAYING_SECONDS)
+                os._exit(1)
             self.send(Beat(asdict(self._llm.stats()) | {"device_memory": _device_memory(self._llm)}))
 
     def _opened(self, load: Load) -> Ready:
@@ -179,7 +185,11 @@ class Worker:
 
         self.send(Progress("reading weights", 0.0))
         llm = LLM(load.source, **load.options, tick=tick)
-        if parameters(llm.model.config) <= SMALL and "OMP_NUM_THREADS" not in os.environ:
+        if (
+            "tensor_parallel" not in load.options
+            and parameters(llm.config) <= SMALL
+            and "OMP_NUM_THREADS" not in os.environ
+        ):
             torch.set_num_threads(1)
         for name, path in load.adapters:
             self.send(Progress(f"loading adapter {name}"))
@@ -425,11 +435,11 @@ def _ready(load: Load, llm: LLM) -> Ready:
     weight = llm.model.norm.weight
     kind = kind_of(llm.model) or str(weight.dtype).removeprefix("torch.")
     kernels = "torch" if unsupported(llm.model) is not None else f"native {native.isa()}"
-    told = f"{__version__} {llm.model.config} {kind} {weight.dtype} {weight.device} {kernels} {llm.budget.kv} {load.options}"
+    told = f"{__version__} {llm.config} {kind} {weight.dtype} {weight.device} {kernels} {llm.budget.kv} {load.options}"
     return Ready(
         source=load.source,
         path=load.source,
-        parameters=parameters(llm.model.config),
+        parameters=parameters(llm.config),
         kind=kind,
         context=llm.max_len,
         format=None if format is None else format.name,

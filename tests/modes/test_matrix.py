@@ -29,7 +29,7 @@ from herd.quant.apply import WEIGHTS, dequantize, quantize
 from tests.build import LLAMA4, TINY, build, tiny
 from tests.engine import test_adapters, test_engine, test_speculation
 from tests.engine.tape import Tape
-from tests.modes import test_compiled, test_cuda, test_formats, test_modes, test_native, test_paged
+from tests.modes import test_compiled, test_cuda, test_formats, test_modes, test_native, test_paged, test_ranks
 from tests.modes.test_modes import LENGTH, MODES_BOUND, TABLE
 from tests.modes.test_paged import run, texts, whole
 from tests.quant.wide import wide
@@ -75,6 +75,7 @@ PATHS: dict[str, Callable[..., None]] = {
     "GPU runtime, recorded": test_cuda.test_recorded_steps_equal_the_full_forward,
     "GPU runtime, its kernels": test_cuda.test_calls_of_the_kernels,
     "GPU runtime, int8 cache": test_cuda.test_int8_cache,
+    "two ranks": test_ranks.test_two_ranks,
     "engine": test_engine.test_the_tokens_are_those_of_the_naive_loop,
     "speculative": test_speculation.test_greedy_is_the_same_token_for_token,
     "LoRA, several in one batch": test_adapters.test_rows_equal_the_merged_model,
@@ -87,6 +88,7 @@ RUNNERS = {
     "StepwiseRunner": "native, long steps in torch",
     "TiledRunner": "tiles",
     "CudaRunner": "GPU runtime",
+    "RanksRunner": "two ranks",
     "AdapterRunner": "LoRA, several in one batch",
     "OneAdapter": "LoRA, one",
 }

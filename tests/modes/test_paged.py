@@ -80,6 +80,7 @@ def run(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     scratch: bool = False,
+    cache: Callable[..., PagedCache] = PagedCache,
 ) -> Seen:
     """Feed every text through scheduler, pack and runner, each token after a random prompt as if it had been sampled, and hold
     the logits of every row against `expected`. `spare` blocks beyond what the longest text needs: few mean preemption.
@@ -90,7 +91,7 @@ def run(
     max_len = LENGTH + 4
     pool = BlockPool(-(-max_len // block_size) + spare, block_size)
     scheduler = Scheduler(pool, max_seqs=4, max_tokens=48, max_len=max_len)
-    kv = PagedCache(config, blocks=pool.n_blocks, block_size=block_size, dtype=dtype, device=device, spare=scratch)
+    kv = cache(config, blocks=pool.n_blocks, block_size=block_size, dtype=dtype, device=device, spare=scratch)
     runner = TorchRunner(model) if runner is None else runner
     seen = Seen()
     sequences = []

@@ -96,9 +96,9 @@ def test_without_ray_it_says_what_to_install(
     assert "herd[ray]" in capsys.readouterr().err
 
 
-def test_tensor_parallel_is_refused_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["serve", "nano", "--tensor-parallel-size", "2"]) == 2
-    assert "one model over several devices is not supported yet" in capsys.readouterr().err
+def test_tensor_parallel_that_the_heads_do_not_allow(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["serve", "nano", "--tensor-parallel-size", "3"]) == 1
+    assert "tp 3: must be a multiple of the 2 key/value heads" in capsys.readouterr().err
 
 
 def test_the_manifest_is_a_ray_service(capsys: pytest.CaptureFixture[str]) -> None:

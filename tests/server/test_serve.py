@@ -140,7 +140,8 @@ def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["-tp", "2"], "several devices"),
+        (["--pipeline-parallel-size", "2"], "--tensor-parallel-size"),
+        (["nano", "-tp", "2", "--lora-modules", "x=y"], "merge them"),
         (["--gpu-memory-utilization=0.9"], "--memory"),
         (["-ngl", "99"], "--device"),
         (["--nonsense"], "--nonsense"),
