@@ -26,8 +26,8 @@ from tests.quant.wide import wide
 Measured = Callable[[str, str, float], None]
 
 ROUNDED = 0.1
-"""Activations are rounded to 8 bits before each product: a sum in another order moves some over a rounding step. One rank alone
-differs by 0.058 from its own full forward then (torch's attention, another split), and the rounding itself moves logits by 0.08."""
+"""Activations are rounded to 8 bits before each product: a sum in another order moves some over a rounding step. One rank
+alone differs by 0.058 from its own full forward then (torch's attention, another split); the rounding itself moves logits by 0.08."""
 HALVES = 6e-2
 """Each rank rounds its summand to bfloat16 (2^-8) before they are added; logits are of order one."""
 
