@@ -128,14 +128,14 @@ def configured(what: str, overrides: Sequence[str]) -> RunConfig:
 
 
 def _train(config: RunConfig, resume: Any, inexact: bool, main: bool) -> dict[str, float]:
-    from herd.cli.progress import progress
+    from herd.cli.tokenizing import tokenizing
     from herd.cli.training import Screen
     from herd.train.run import run_recipe
 
     screen = Screen(config)
     watchers = [screen] if main else []
     tell = screen.say if main else _silent
-    with progress("tokenizing", "bytes") as tick:
+    with tokenizing() as tick:
         try:
             figures = run_recipe(
                 config,
@@ -143,7 +143,7 @@ def _train(config: RunConfig, resume: Any, inexact: bool, main: bool) -> dict[st
                 exact=not inexact,
                 watchers=watchers,
                 tell=tell,
-                tick=lambda made: tick(made.done, made.total) if main else None,
+                tick=tick if main else lambda made: None,
             )
         finally:
             screen.close()

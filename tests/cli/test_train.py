@@ -142,6 +142,24 @@ def test_a_signal_saves_and_the_same_command_goes_on(texts: Path, tmp_path: Path
     assert int(kept.name[5:]) >= 3
 
 
+def test_on_a_terminal_steps_are_all_that_moves(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bar of tokenizing, drawn at once here and not after two seconds, is gone when the steps begin."""
+    seen = Terminal()
+    monkeypatch.setattr(sys, "stderr", seen)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr("herd.cli.progress.PATIENCE", 0.0)
+    for name in ("a", "b"):  # the second finds everything tokenized
+        assert run(arguments(tmp_path, texts, f"out={tmp_path / name}", "train.save.every_minutes=null", steps=60)) == 0
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen.getvalue())
+    assert shown.count("pretraining of a new model") == 2
+    assert "step 60/60" in shown
+    for one in shown.split("pretraining of a new model")[1:]:
+        first = re.search(r"step \d+/60", one)
+        assert first is not None
+        assert "tokenizing" not in one[first.start() :]
+
+
 def test_recipes_are_listed_and_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["recipes"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()][:3] == ["pretrain", "sft", "lora"]
