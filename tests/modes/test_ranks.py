@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from herd.checkpoint.open import open_store
 from herd.engine.config import EngineConfig
@@ -16,7 +17,8 @@ from herd.engine.cuda_runner import CudaRunner
 from herd.engine.ranks import Ranks, RanksRunner
 from herd.model.config import ModelConfig
 from herd.model.llama import Llama
-from herd.quant.apply import quantize
+from herd.quant.apply import dequantize, quantize
+from herd.quant.fp8 import encode_fp8
 from tests.build import TINY, fill, tiny
 from tests.checkpoint.folders import write_meta
 from tests.modes.test_modes import LENGTH, MODES_BOUND, TABLE
@@ -144,3 +146,31 @@ def test_four_ranks(name: str, tmp_path: Path) -> None:
     with Ranks(4) as ranks:
         model, runner = over(ranks, tmp_path)
         assert run(name, expected, model=model, runner=runner, cache=runner.cache).worst <= MODES_BOUND
+
+
+@pytest.mark.slow
+def test_fp8_has_scales_of_parts(pair: Ranks, tmp_path: Path) -> None:
+    """A row that is cut has a scale on each rank: what a model gives whose halves were rounded one by one."""
+    name = "llama-3.2"
+    whole = made(wide(name), tmp_path)
+    rounded = [
+        [torch.cat([_fp8(half) for half in linear.weight.chunk(2, 1)], 1) for linear in _cut_by_columns(layer)]
+        for layer in whole.layers
+    ]
+    assert quantize(whole, "fp8") == []
+    twin = dequantize(whole)
+    for layer, weights in zip(twin.layers, rounded, strict=True):
+        for linear, weight in zip(_cut_by_columns(layer), weights, strict=True):
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+    model, runner = over(pair, tmp_path, "fp8")
+    seen = run(name, alone(twin, name), model=model, runner=runner, cache=runner.cache, seed=3)
+    assert seen.worst <= MODES_BOUND
+
+
+def _cut_by_columns(layer: Any) -> tuple[nn.Linear, nn.Linear]:
+    return layer.attention.wo, layer.feed_forward.w2
+
+
+def _fp8(weight: Tensor) -> Tensor:
+    stored = encode_fp8(weight)
+    return stored.weight.float() * stored.scale.view(-1, 1)
