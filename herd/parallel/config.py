@@ -28,9 +28,7 @@ class ParallelPart:
     cp: int = 1
     """Ranks that share every sequence (context parallel)."""
     pp: int = 1
-    """Ranks that hold different layers (pipeline parallel)."""
-    microbatches: int = 0
-    """Pieces of a step's rows that travel through the pipeline; 0: as many as train.accumulate."""
+    """Ranks that hold different layers (pipeline parallel); the micro-batches of train.accumulate travel through them."""
     schedule: Schedule = "1f1b"
     """Order of the pipeline's work."""
     stages: int = 1
@@ -43,7 +41,6 @@ class ParallelPart:
     def __post_init__(self) -> None:
         for name in ("dp_replicate", "tp", "cp", "pp", "stages"):
             _count(self, name, 1)
-        _count(self, "microbatches", 0)
         if self.dp_shard != -1:
             _count(self, "dp_shard", 1)
         for name, allowed in (("schedule", get_args(Schedule)), ("experts", ("width", "number"))):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 from herd.model.llama import Llama
 from herd.parallel.pipeline import Stage
@@ -19,7 +20,7 @@ from herd.parallel.pipeline import Stage
 if TYPE_CHECKING:
     from herd.parallel.mesh import Mesh
 
-__all__ = ["only_last", "shard"]
+__all__ = ["give_back", "only_last", "shard"]
 
 
 def shard(model: Llama, mesh: Mesh, *, dtype: torch.dtype | None = None, stages: Sequence[Stage] = ()) -> None:
@@ -61,3 +62,15 @@ def only_last(model: nn.Module, last: bool) -> None:
     """Whether the backward passes that follow reduce gradients: only that of a step's last micro-batch has to."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
+
+
+def give_back(model: nn.Module) -> None:
+    """Back to parts. A tied matrix stays whole after its backward pass, as others do after an evaluation: other objects then."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+            own = cast(nn.Module, module).parameters(recurse=False)
+            if not all(isinstance(parameter, DTensor) for parameter in own):  # FSDP takes itself to be before a backward pass
+                module.set_reshard_after_forward(True, recurse=False)
+                module.reshard()
+                module.set_reshard_after_forward(False, recurse=False)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from herd.errors import ConfigError
 from herd.model.llama import Llama
 from herd.parallel import fsdp, tensor
 from herd.parallel.mesh import Mesh
@@ -37,6 +38,10 @@ class Spread:
         """Say before each backward pass whether it is a step's last: only then gradients have to be exchanged."""
         fsdp.only_last(self.model, last)
 
+    def give_back(self) -> None:
+        """Make every parameter a part again, as optimisers and checkpoints know it, until the next forward pass."""
+        fsdp.give_back(self.model)
+
     def clip(self, limit: float | None) -> Tensor:
         """Clip by the norm of all gradients of all ranks; returns it."""
         return clip(self.parameters(), limit, self.mesh)
@@ -56,6 +61,8 @@ def prepare(
     `built` receives this rank's stages instead of a pipeline being made of them (`herd.parallel.fake`).
     Raises ConfigError for what these ranks cannot share.
     """
+    if mesh.part.pp > 1 and not all(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError("parallel.pp trains whole models: use parallel.dp_shard for adapters")
     if mesh.devices is not None and mesh.part.tp > 1:
         tensor.shard(model, mesh.along("tp"), experts=mesh.part.experts)
     middle(model)

@@ -375,6 +375,10 @@ class RunConfig:
             _from_to(self, "run", "threads", 1, math.inf)
         if self.method.adapts and not self.model.source:
             raise ConfigError(f"method.kind: {self.method.kind} adapts an existing model; give model.source")
+        if self.parallel.tp > 1 and self.train.evaluate.prompts:
+            raise ConfigError(
+                "train.evaluate.prompts: ranks that share every row (parallel.tp) write no samples; leave them out"
+            )
         turned = self.model.rope_theta is not None or self.model.rope_scaling is not None or bool(self.stages)
         if self.method.adapts and turned:
             raise ConfigError(

@@ -16,7 +16,7 @@ from herd.convert.merge import merge
 from herd.data.build import Progress
 from herd.data.fingerprint import format_fingerprint, tokenizer_fingerprint
 from herd.data.open import DataReport
-from herd.errors import CheckpointError, ConfigError
+from herd.errors import CheckpointError
 from herd.model.config import ModelConfig
 from herd.model.llama import Llama
 from herd.parallel import launch
@@ -152,10 +152,6 @@ def result(trainer: Trainer, begun: Start, config: RunConfig, tell: Callable[[st
         begun = start(config, torch.device("cpu"))
         model = adapt(begun.model, config.method, config.model.seed)
         load_weights(Path(config.out), model, payload_of(model.config, mesh))
-        if trainer.average is not None:
-            raise ConfigError(
-                "train.average: averages of runs over several ranks are not exported yet; the last weights are saved"
-            )
         _write(model, begun, config, tell)
         return
     averaged = contextlib.nullcontext() if trainer.average is None else trainer.average.swapped()

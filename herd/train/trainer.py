@@ -83,10 +83,18 @@ class Trainer:
         self.resume: Resume = resume
         self.optimisers = make_optimisers(model, config.optim) if optimisers is None else list(optimisers)
         self.average = None if config.average is None else Average(model, config.average)
-        if self.spread.pipeline is not None and getattr(objective, "routers", None):
-            raise ConfigError(
-                "losses of routers are not gathered over a pipeline: set train.router_aux and router_z to 0"
-            )
+        if self.average is not None and self.mesh.world > 1:
+            raise ConfigError("train.average: averages of runs over several ranks are not exported: leave it out")
+        if self.spread.pipeline is not None:
+            if getattr(objective, "routers", None):
+                raise ConfigError(
+                    "losses of routers are not gathered over a pipeline: set train.router_aux and router_z to 0"
+                )
+            if evaluate is not None:
+                raise ConfigError(
+                    "no rank of a pipeline has the whole model to evaluate: leave out data.held_out and "
+                    "train.evaluate.prompts, and measure the result"
+                )
         self.watchers = list(watchers) if self.mesh.is_main else []
         self.counters = Counters()
         self.stopper = Stopper()
@@ -332,6 +340,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of this moment, whole or not at all. Raises SaveError, and NonFiniteError for spoiled weights."""
+        self.spread.give_back()
         place = self.keeper.save(self.counters)
         self._saved = self._now()
         return place
