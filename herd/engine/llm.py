@@ -7,8 +7,7 @@ import contextlib
 import os
 import queue
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,16 +17,16 @@ from herd.chat.format import ChatFormat, Delta, ToolSpec
 from herd.chat.formats import format_named
 from herd.chat.model import Score
 from herd.chat.params import Constraint, SamplingParams
-from herd.chat.toolspec import tools_from
 from herd.checkpoint.load import Checkpoint
 from herd.engine.adapters import LoadedAdapter, Rows
 from herd.engine.budget import Budget
-from herd.engine.completion import Collector, Completion
+from herd.engine.calls import Calls, checked
+from herd.engine.completion import Completion
 from herd.engine.config import EngineConfig
 from herd.engine.embed import Pooling, check_lengths, embed, shortened
 from herd.engine.engine import Engine, Stats
 from herd.engine.grammar import Grammars
-from herd.engine.intake import Conversation, Intake, Prompt, is_conversation
+from herd.engine.intake import Conversation, Intake, Prompt
 from herd.engine.loop import Loop, Sink
 from herd.engine.opening import budget_of, drafter_for, opened, ranks_for
 from herd.engine.prompt_cache import fingerprint, load_prompt, save_prompt
@@ -35,10 +34,9 @@ from herd.engine.ranks import Ranks
 from herd.engine.request import Request
 from herd.engine.scoring import joined, rounds, score_of
 from herd.engine.searches import Searches
-from herd.engine.sinks import CompletionSink, ReplySink
 from herd.engine.speculate import Drafter
 from herd.engine.streams import AsyncReplyStream, Pending, ReplyStream
-from herd.errors import ConfigError, HerdError
+from herd.errors import ConfigError
 from herd.model.config import ModelConfig
 from herd.model.llama import Llama
 from herd.quant.apply import held
@@ -136,7 +134,8 @@ class LLM:
             )
             self._loop = Loop(self._engine)
             self._intake = Intake(self.tokenizer, self._defaults, chosen, self._engine.check)
-            self._searches = Searches(self._loop, self.tokenizer, self.max_len, max_seqs)
+            searches = Searches(self._loop, self.tokenizer, self.max_len, max_seqs)
+            self._calls = Calls(self._loop, self._intake, searches)
             # The thread knows the loop and not this object, so one that is dropped or outlives the program is closed, too.
             self._closed = weakref.finalize(self, _close, self._loop, ranks)
             undo.pop_all()
@@ -187,13 +186,7 @@ class LLM:
         engine's thread. An interrupt ends all of them.
         """
         requests = self._intake.requests(prompts, params, adapter)
-        futures = self._submit(requests, on_done)
-        try:
-            done = [future.result() for future in futures]
-        except BaseException:
-            self._abort(requests)
-            raise
-        return _checked(done, errors)
+        return checked(self._calls.completions(requests, on_done), errors)
 
     async def agenerate(
         self,
@@ -205,13 +198,7 @@ class LLM:
     ) -> list[Completion]:
         """As `generate`. Cancelling ends the requests."""
         requests = self._intake.requests(prompts, params, adapter)
-        futures = self._submit(requests, None)
-        try:
-            done = await asyncio.gather(*(asyncio.wrap_future(future) for future in futures))
-        except BaseException:
-            self._abort(requests)
-            raise
-        return _checked(done, errors)
+        return checked(await self._calls.acompletions(requests), errors)
 
     def chat(
         self,
@@ -226,14 +213,7 @@ class LLM:
         Messages may be plain dictionaries and tools Python functions, see `herd.render`. Raises PromptError or
         ContextFullError before any work, HerdError when a request failed.
         """
-        several, streams = self._chats(messages, params, tools, adapter)
-        try:
-            replies = [stream.wait() for stream in streams]
-        except BaseException:
-            for stream in streams:
-                stream.close()
-            raise
-        return replies if several else replies[0]
+        return self._calls.replies(messages, params, tools, adapter)
 
     async def achat(
         self,
@@ -244,14 +224,7 @@ class LLM:
         adapter: str | None = None,
     ) -> Any:
         """As `chat`. Cancelling ends the requests."""
-        several, streams = self._chats(messages, params, tools, adapter)
-        try:
-            replies = await asyncio.gather(*(asyncio.wrap_future(stream.future) for stream in streams))
-        except BaseException:
-            for stream in streams:
-                stream.close()
-            raise
-        return replies if several else replies[0]
+        return await self._calls.areplies(messages, params, tools, adapter)
 
     def submit(
         self,
@@ -265,7 +238,7 @@ class LLM:
 
         Raises PromptError, ConfigError or ContextFullError before any work.
         """
-        return self._start(*self._intake.reply(prompt, params, tools_from(tools), "the prompt", adapter))
+        return self._calls.pending(prompt, params, tools, adapter)
 
     def stream(
         self,
@@ -280,7 +253,7 @@ class LLM:
         Leaving it early, or `close`, ends the request. Raises what `submit` raises.
         """
         found: queue.SimpleQueue[Delta | None] = queue.SimpleQueue()
-        return ReplyStream(self._stream(prompt, params, tools, adapter, found.put), found)
+        return ReplyStream(self._calls.pending(prompt, params, tools, adapter, found.put), found)
 
     def astream(
         self,
@@ -297,7 +270,7 @@ class LLM:
         def put(delta: Delta | None) -> None:
             loop.call_soon_threadsafe(found.put_nowait, delta)
 
-        return AsyncReplyStream(self._stream(prompt, params, tools, adapter, put), found)
+        return AsyncReplyStream(self._calls.pending(prompt, params, tools, adapter, put), found)
 
     def begin(self, request: Request, sink: Sink) -> None:
         """Queue a request of one's own making, whose events go to `sink` in the engine's thread: what a server builds on.
@@ -328,14 +301,9 @@ class LLM:
             requests.append(self._intake.request(ids, params, frozenset(), f"pair {number}", score_from=start - 1))
         found: dict[int, Completion] = {}
         for together in rounds([context for context, _ in pairs], self.budget.seqs):
-            chosen = [(requests[i], None) for i in together]
-            futures = self._submit(chosen, None)
-            try:
-                found.update(zip(together, [future.result() for future in futures], strict=True))
-            except BaseException:
-                self._abort(chosen)
-                raise
-        return [score_of(one) for one in _checked([found[i] for i in range(len(pairs))], "raise")]
+            done = self._calls.completions([(requests[i], None) for i in together])
+            found.update(zip(together, done, strict=True))
+        return [score_of(one) for one in checked([found[i] for i in range(len(pairs))], "raise")]
 
     def embed(
         self,
@@ -432,7 +400,7 @@ class LLM:
     def close(self) -> None:
         """End all requests and the engine's thread. Calling it again does nothing."""
         self._closed()
-        self._searches.close()
+        self._calls.close()
 
     def __repr__(self) -> str:
         return f"LLM({self.budget.sentence()})"
@@ -448,76 +416,9 @@ class LLM:
         if self._ranks is not None:
             raise ConfigError(f"{what} not possible with tensor_parallel={self._ranks.count}{advice}")
 
-    def _submit(
-        self, requests: Sequence[tuple[Request, str | None]], on_done: Callable[[Completion], None] | None
-    ) -> list[Future[Completion]]:
-        futures = []
-        try:
-            for request, text in requests:
-                if request.params.beams > 1:
-                    futures.append(self._searches.submit(request, text, on_done))
-                    continue
-                sink = CompletionSink(Collector(request, self.tokenizer, text), on_done)
-                self._loop.submit(request, sink)
-                futures.append(sink.future)
-        except BaseException:
-            self._abort(requests)
-            raise
-        return futures
-
-    def _abort(self, requests: Sequence[tuple[Request, str | None]]) -> None:
-        for request, _ in requests:
-            if request.params.beams > 1:
-                self._searches.abort(request.id)
-            else:
-                self._loop.abort(request.id)
-
-    def _chats(
-        self, messages: Any, params: SamplingParams | None, tools: Any, adapter: str | None
-    ) -> tuple[bool, list[Pending]]:
-        """Whether several conversations were given, and each of them begun."""
-        several = len(messages) > 0 and not isinstance(messages, Mapping) and is_conversation(messages[0])
-        specs = tools_from(tools)
-        prepared = [
-            self._intake.reply(one, params, specs, f"conversation {i}" if several else "the conversation", adapter)
-            for i, one in enumerate(messages if several else [messages])
-        ]
-        started: list[Pending] = []
-        try:
-            for request, sink in prepared:
-                started.append(self._start(request, sink))
-        except BaseException:
-            for one in started:
-                one.close()
-            raise
-        return several, started
-
-    def _stream(
-        self,
-        prompt: Any,
-        params: SamplingParams | None,
-        tools: Any,
-        adapter: str | None,
-        put: Callable[[Delta | None], None],
-    ) -> Pending:
-        return self._start(*self._intake.reply(prompt, params, tools_from(tools), "the prompt", adapter, put))
-
-    def _start(self, request: Request, sink: ReplySink) -> Pending:
-        self._loop.submit(request, sink)
-        return Pending(request.id, sink.future, self._loop)
-
 
 def _close(loop: Loop, ranks: Ranks | None) -> None:
     """End the engine's thread, then the other processes."""
     loop.close()
     if ranks is not None:
         ranks.close()
-
-
-def _checked(done: Sequence[Completion], errors: Literal["raise", "keep"]) -> list[Completion]:
-    failed = next((one for one in done if one.error is not None), None)
-    if failed is not None and errors == "raise":
-        count = sum(one.error is not None for one in done)
-        more = f" ({count} of {len(done)} requests failed)" if len(done) > 1 else ""
-        raise HerdError(f"{failed.error}{more}")
-    return list(done)
