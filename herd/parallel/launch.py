@@ -25,7 +25,7 @@ from herd.parallel.config import ParallelPart
 if TYPE_CHECKING:
     from herd.parallel.mesh import Mesh
 
-__all__ = ["group", "launched", "spawn", "start", "stop"]
+__all__ = ["follow", "group", "launched", "spawn", "start", "stop"]
 
 PATIENCE = timedelta(minutes=30)
 """How long a rank waits for the others: one may be writing a checkpoint of terabytes."""
@@ -34,18 +34,25 @@ GRACE = 15.0
 TOLD = 40
 """Last lines of a dead rank that are shown."""
 _PASSED_ON = ("SIGINT", "SIGTERM", "SIGUSR1")
+_NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_LEASH = "HERD_LEASH"
+"""Set for ranks of `spawn`: their standard input is a pipe that the launcher holds open for as long as it lives."""
 
 
 def launched(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether a launcher started this process as one of several."""
-    return "RANK" in environ or ("SLURM_PROCID" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1)
+    """Whether a launcher started this process as one of several. Raises ConfigError for a SLURM_NTASKS that is no number."""
+    if "RANK" in environ:
+        return True
+    return "SLURM_PROCID" in environ and _whole("SLURM_NTASKS", environ.get("SLURM_NTASKS", "1")) > 1
 
 
 def start(part: ParallelPart, device: str = "cpu") -> Mesh:
     """Join the process group that the launcher described and lay `part` over it; without a launcher, one process.
 
-    `device` is "cpu" (gloo) or "cuda" (nccl; the device of LOCAL_RANK is taken). Raises ConfigError when the ranks do not fit.
+    `device` is "cpu" (gloo) or "cuda" (nccl; the device of LOCAL_RANK is taken). Raises ConfigError when the ranks do not fit, or
+    when a launcher left something out.
     """
+    follow()
     import torch
     import torch.distributed as dist
 
@@ -54,10 +61,11 @@ def start(part: ParallelPart, device: str = "cpu") -> Mesh:
     if not launched():
         return Mesh.of(part, device)
     _of_slurm()
+    _check()
     kind = torch.device(device).type
     place = torch.device(kind)
     if kind == "cuda":
-        place = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")))
+        place = torch.device(kind, _whole("LOCAL_RANK", os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(place)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=PATIENCE)
@@ -74,6 +82,24 @@ def stop() -> None:
 
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def follow() -> None:
+    """In a rank of `spawn`, from now on: when the launcher is killed, end as by SIGTERM (a run saves). `start` does this.
+
+    Ranks have sessions of their own, so nobody else would end them: they would train on, holding the folder and the devices.
+    """
+    if os.environ.pop(_LEASH, None) is None:  # taken out: processes of this one have other inputs
+        return
+
+    def watch() -> None:
+        while os.read(0, 1):
+            pass
+        with contextlib.suppress(OSError, ValueError):
+            print("herd: the process that started this run is gone; the run is over", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    Thread(target=watch, daemon=True).start()
 
 
 @contextlib.contextmanager
@@ -137,9 +163,15 @@ class _Rank:
         environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
         quiet = subprocess.PIPE if number else None
+        environ[_LEASH] = "1"
         # A session of its own: Ctrl-C reaches the ranks once, from here.
         self._process = subprocess.Popen(
-            command, env=environ, stdout=quiet, stderr=subprocess.STDOUT if number else None, start_new_session=True
+            command,
+            env=environ,
+            stdin=subprocess.PIPE,
+            stdout=quiet,
+            stderr=subprocess.STDOUT if number else None,
+            start_new_session=True,
         )
         self._said: deque[str] = deque(maxlen=TOLD)
         self._reader: Thread | None = None
@@ -168,6 +200,8 @@ class _Rank:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
 
     def _read(self, stream: IO[bytes]) -> None:
         for line in stream:
@@ -180,11 +214,35 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
+def _whole(name: str, value: str) -> int:
+    try:
+        return int(value)
+    except ValueError:
+        raise ConfigError(
+            f"{name} is {value!r} in the environment, which is no whole number: what launched this?"
+        ) from None
+
+
+def _check() -> None:
+    """Raise ConfigError unless the launcher said all that a rank must know."""
+    if missing := [name for name in _NAMES if not os.environ.get(name)]:
+        raise ConfigError(
+            f"RANK is set, so this is one rank of several, but {', '.join(missing)} {'are' if missing[1:] else 'is'} not: a "
+            f"launcher sets {', '.join(_NAMES)} (torchrun does, and herd train --nproc N); without RANK it is one process"
+        )
+    rank, world = (_whole(name, os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+    _whole("MASTER_PORT", os.environ["MASTER_PORT"])
+    if not 0 <= rank < world:
+        raise ConfigError(f"RANK is {rank} and WORLD_SIZE {world}: ranks count from 0 to WORLD_SIZE - 1")
+
+
 def _of_slurm() -> None:
     """Say in torchrun's words what srun says in its own; MASTER_ADDR and MASTER_PORT come from the launch file."""
     if "RANK" in os.environ:
         return
     for name, theirs in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS"), ("LOCAL_RANK", "SLURM_LOCALID")):
+        if theirs not in os.environ:
+            raise ConfigError(f"SLURM_PROCID is set, but {theirs} is not: start the ranks with srun")
         os.environ[name] = os.environ[theirs]
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:

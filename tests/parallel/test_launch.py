@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import select
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,13 +21,15 @@ from herd.parallel.config import ParallelPart
 
 SPAWN = "import sys, herd.parallel.launch as launch; launch.GRACE = 0.5; sys.exit(launch.spawn([], 2, program=sys.argv[1:]))"
 """The launcher with a program of the test's own."""
+TIMEOUT = 300
+"""Seconds after which something that should end is held to hang: far beyond what a loaded machine takes."""
 
 
 def _spawn(folder: Path, body: str) -> subprocess.CompletedProcess[str]:
     script = folder / "script.py"
     script.write_text("import os, sys, time\nrank = int(os.environ['RANK'])\n" + textwrap.dedent(body))
     return subprocess.run(
-        [sys.executable, "-c", SPAWN, str(script)], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", SPAWN, str(script)], capture_output=True, text=True, timeout=TIMEOUT, check=False
     )
 
 
@@ -39,12 +45,10 @@ def test_a_dead_rank_ends_all_with_its_message(tmp_path: Path) -> None:
         sys.exit(3)
     time.sleep(3600)
     """
-    began = time.monotonic()
     done = _spawn(tmp_path, body)
     assert done.returncode == 3
     assert "rank 1 ended with status 3" in done.stderr
     assert "the disk is full" in done.stderr
-    assert time.monotonic() - began < 100
 
 
 def test_a_killed_rank_is_told_by_its_signal(tmp_path: Path) -> None:
@@ -53,22 +57,63 @@ def test_a_killed_rank_is_told_by_its_signal(tmp_path: Path) -> None:
     assert "rank 1 was killed by signal 9" in done.stderr
 
 
-def test_signals_reach_every_rank(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
+@contextlib.contextmanager
+def _two_ranks(folder: Path, body: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A launcher whose two ranks run `body` and have then said so; nothing of it is left behind, whatever happens inside."""
+    script = folder / "script.py"
     script.write_text(
         "import os, signal, sys, time\n"
-        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
-        f"open({str(tmp_path)!r} + '/up' + os.environ['RANK'], 'w').close()\n"
-        "time.sleep(3600)\n"
+        + textwrap.dedent(body)
+        + f"\npath = {str(folder)!r} + '/up' + os.environ['RANK']\n"
+        + "open(path + '.new', 'w').write(str(os.getpid()))\n"
+        + "os.rename(path + '.new', path)\n"
+        + "time.sleep(3600)\n"
     )
+    ups = [folder / f"up{rank}" for rank in range(2)]
     process = subprocess.Popen([sys.executable, "-c", SPAWN, str(script)], stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
-    while not all((tmp_path / f"up{rank}").exists() for rank in range(2)):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.terminate()
-    process.communicate(timeout=60)
-    assert process.returncode == 75
+    try:
+        while not all(up.exists() for up in ups):
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.02)
+        yield process
+    finally:
+        process.kill()
+        for up in ups:
+            if up.exists():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(up.read_text()), signal.SIGKILL)
+        process.communicate()
+
+
+def test_signals_reach_every_rank(tmp_path: Path) -> None:
+    with _two_ranks(tmp_path, "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))") as process:
+        process.terminate()
+        process.communicate(timeout=TIMEOUT)
+        assert process.returncode == 75
+
+
+def test_ranks_end_with_a_killed_launcher(tmp_path: Path) -> None:
+    """As by SIGTERM, for which runs save. Ranks that do not end hold the far end of the pipe, and nothing comes out of it."""
+    body = """
+    from herd.parallel import launch
+    from herd.parallel.config import ParallelPart
+
+    held = os.open(os.path.dirname(__file__) + '/held', os.O_WRONLY)
+    signal.signal(signal.SIGTERM, lambda *_: (os.write(held, b'saved\\n'), sys.exit(75)))
+    launch.start(ParallelPart(dp_shard=2))
+    """
+    os.mkfifo(tmp_path / "held")
+    held = os.open(tmp_path / "held", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        with _two_ranks(tmp_path, body) as process:
+            process.kill()
+            os.set_blocking(held, True)
+            said = b""
+            while select.select([held], [], [], TIMEOUT)[0] and (more := os.read(held, 100)):
+                said += more
+            assert said == b"saved\nsaved\n"
+    finally:
+        os.close(held)
 
 
 def test_without_a_launcher_it_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,4 +133,35 @@ def test_slurm_ranks_need_a_place_to_meet(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setenv(name, value)
     assert launch.launched()
     with pytest.raises(ConfigError, match="MASTER_ADDR is not set"):
+        launch.start(ParallelPart(dp_shard=2))
+
+
+COMPLETE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"WORLD_SIZE": None, "MASTER_PORT": None},
+            r"RANK is set.*but WORLD_SIZE, MASTER_PORT are not: a launcher sets",
+        ),
+        ({"MASTER_ADDR": None}, r"but MASTER_ADDR is not"),
+        ({"WORLD_SIZE": "two"}, r"WORLD_SIZE is 'two'.*no whole number"),
+        ({"RANK": ""}, r"but RANK is not"),
+        ({"MASTER_PORT": "http"}, r"MASTER_PORT is 'http'"),
+        ({"RANK": "2"}, r"RANK is 2 and WORLD_SIZE 2"),
+        ({"RANK": None, "SLURM_PROCID": "0", "SLURM_NTASKS": "2(x3)"}, r"SLURM_NTASKS is '2\(x3\)'"),
+        ({"RANK": None, "SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, r"SLURM_LOCALID is not: start the ranks with srun"),
+    ],
+)
+def test_half_a_launcher_is_named(changes: dict[str, str | None], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "")  # so that what start sets is undone
+        monkeypatch.delenv(name)
+    for name, value in (COMPLETE | changes).items():
+        monkeypatch.setenv(name, value or "")
+        if value is None:
+            monkeypatch.delenv(name)
+    with pytest.raises(ConfigError, match=said):
         launch.start(ParallelPart(dp_shard=2))
