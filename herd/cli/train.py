@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,7 +51,9 @@ is whole), 4 a loss that is not finite, 75 stopped by SIGTERM or SIGUSR1 and 130
               "one that was not, and stop.")  # fmt: skip
 @click.option("--nproc", type=click.IntRange(min=1), metavar="N", help="Start N processes here (torchrun works, too).")
 @click.option("--json", "as_json", is_flag=True, help="Print the last figures as one JSON object.")
+@click.pass_context
 def command(
+    context: click.Context,
     what: str,
     overrides: tuple[str, ...],
     resume: str,
@@ -77,10 +78,12 @@ def command(
     from herd.train.trackers import check_trackers
 
     check_trackers(config.report)
-    if nproc is not None and nproc > 1 and "RANK" not in os.environ and not dry_run:
-        from herd.parallel.launch import spawn
+    if nproc is not None and nproc > 1 and "RANK" not in os.environ:
+        _check_nproc(config, nproc)
+        if not dry_run:
+            from herd.parallel.launch import spawn
 
-        return spawn(_without_nproc(sys.argv[1:]), nproc)
+            return spawn(["train", *_of_a_rank(context)], nproc)
     from herd.train.forecast import forecast
 
     main = os.environ.get("RANK", "0") == "0"
@@ -188,16 +191,31 @@ def _verify(config: RunConfig) -> int:
     return 0 if proof.exact else 1
 
 
-def _without_nproc(args: Sequence[str]) -> list[str]:
-    kept, skip = [], False
-    for arg in args:
-        if skip:
-            skip = False
-        elif arg == "--nproc":
-            skip = True
-        elif not arg.startswith("--nproc="):
-            kept.append(arg)
-    return kept
+def _check_nproc(config: RunConfig, nproc: int) -> None:
+    """Raise ConfigError when so many processes do not fit the configuration: before any of them is started."""
+    if config.parallel.dp_shard == 1 and config.parallel.others == 1:
+        raise ConfigError(
+            f"--nproc {nproc}: the configuration is for one process; say what the {nproc} share, for example "
+            "parallel.dp_shard=-1 (every process reads other rows, all share the training state)"
+        )
+    try:
+        config.parallel.of_world(nproc)
+    except ConfigError as error:
+        raise ConfigError(f"--nproc {nproc}: {error}") from None
+
+
+def _of_a_rank(context: click.Context) -> list[str]:
+    """The arguments of this command line without --nproc, from what click read and not from the process's own arguments."""
+    options: list[str] = []
+    for param in context.command.params:
+        value = context.params[str(param.name)]
+        if not isinstance(param, click.Option) or param.name == "nproc":
+            continue
+        if param.is_flag:
+            options += [param.opts[0]] if value else []
+        elif value is not None:
+            options += [param.opts[0], str(value)]
+    return [*options, "--", context.params["what"], *context.params["overrides"]]
 
 
 def _silent(text: str) -> None:

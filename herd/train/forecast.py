@@ -31,7 +31,7 @@ NF4_BYTES = 0.5157
 @dataclass(frozen=True, slots=True)
 class Forecast:
     """Numbers of a run. Bytes: `weights`, `gradients`, `optimiser`, `activations` (of a micro-batch), `process` (0 on a GPU), and
-    `saved` (a checkpoint). `tokens`: of a step.
+    `saved` (a checkpoint). `tokens`: of a step. `warning`: what is probably not meant, or "".
     """
 
     what: str
@@ -46,6 +46,7 @@ class Forecast:
     process: int
     saved: int
     out: str
+    warning: str = ""
 
     @property
     def memory(self) -> int:
@@ -63,6 +64,7 @@ class Forecast:
             f"memory about {_size(self.memory)}: {parts}, a step {_size(self.activations)}{process}",
             f"a checkpoint has {_size(self.saved)}",
             f"into {self.out}",
+            *([f"warning: {self.warning}"] if self.warning else []),
         ]
 
 
@@ -93,6 +95,7 @@ def forecast(config: RunConfig, world: int = 1) -> Forecast:
         process=PROCESS if _on_cpu(config) else 0,
         saved=4 * trained + optimiser,
         out=config.out,
+        warning=_warm_up(config, tokens),
     )
 
 
@@ -164,6 +167,25 @@ def _steps(config: RunConfig, tokens: int) -> str:
     if budget.minutes is not None:
         ends.append(f"{budget.minutes:g} minutes")
     return ends[0] if len(ends) == 1 else " or ".join(ends) + ", whichever is first"
+
+
+def _warm_up(config: RunConfig, tokens: int) -> str:
+    """What is wrong with a warm-up that is not over when the run is (a budget of minutes alone has no number of steps)."""
+    budget, warm = config.train.budget, config.train.schedule.warmup_steps
+    ends = [budget.steps] if budget.steps is not None else []
+    if budget.tokens is not None:
+        ends.append(-(-budget.tokens // tokens))
+    if not ends or warm == 0:
+        return ""
+    shares = [stage.share for stage in config.stages] or [1.0]
+    steps = max(1, round(min(ends) * min(shares) / sum(shares)))
+    if warm < steps:
+        return ""
+    who = "the shortest stage" if config.stages else "the run"
+    return (
+        f"the warm-up takes {warm:,} steps, and {who} has {steps:,}: the learning rate gets to at most {steps / warm:.0%} of "
+        "its peak; train.schedule.warmup_steps sets it"
+    )
 
 
 def _method(config: RunConfig) -> str:

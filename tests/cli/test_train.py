@@ -90,6 +90,71 @@ def test_a_dry_run_trains_nothing(texts: Path, tmp_path: Path, capsys: pytest.Ca
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(("steps", "share"), [(5, "5%"), (100, "100%"), (101, None)])
+def test_a_warm_up_longer_than_the_run_is_told(
+    steps: int, share: str | None, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([*arguments(tmp_path, texts, steps=steps), "train.schedule.warmup_steps=100", "--dry-run"]) == 0
+    said = f"the run has {steps}: the learning rate gets to at most {share} of its peak; train.schedule.warmup_steps"
+    assert (said in capsys.readouterr().err) == bool(share)
+    tokens = ["train.accumulate=1", f"train.budget.tokens={64 * steps}", "train.budget.steps=null"]
+    assert run([*arguments(tmp_path, texts), *tokens, "train.schedule.warmup_steps=100", "--dry-run"]) == 0
+    assert (said in capsys.readouterr().err) == bool(share)
+    stages = ["recipe=extend", "stages=[{length: 32, share: 3}, {length: 64, share: 1}]"]
+    assert run([*arguments(tmp_path, texts, *stages, steps=40), "train.schedule.warmup_steps=20", "--dry-run"]) == 0
+    assert "the shortest stage has 10: the learning rate gets to at most 50%" in capsys.readouterr().err
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], int]]:
+    """The command lines of ranks that would run, and how many."""
+    seen: list[tuple[list[str], int]] = []
+
+    def spawn(args: list[str], count: int) -> int:
+        seen.append((args, count))
+        return 7
+
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr("herd.parallel.launch.spawn", spawn)
+    return seen
+
+
+def test_ranks_are_started_with_the_arguments_given_and_not_those_of_the_process(
+    started: list[tuple[list[str], int]], texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["something", "else"])
+    args = [*arguments(tmp_path, texts, "parallel.dp_shard=-1"), "--resume", "never", "--inexact", "--json"]
+    assert run([*args, "--nproc", "2"]) == 7
+    ((ranks, count),) = started
+    assert count == 2
+    assert not any("nproc" in arg for arg in ranks)
+    assert [ranks[0], *sorted(ranks[1:])] == ["train", *sorted(["--", *args[1:]])]
+    assert run([*args, "--print-config"]) == 0
+    config = capsys.readouterr().out
+    assert run(["train", "--print-config", *ranks[1:]]) == 0
+    assert capsys.readouterr().out == config
+
+
+@pytest.mark.parametrize(
+    ("parallel", "said"),
+    [
+        ([], r"--nproc 2: the configuration is for one process; .*parallel\.dp_shard=-1"),
+        (["parallel.dp_shard=4"], r"--nproc 2: .* asks for 4 processes"),
+        (["parallel.tp=3", "parallel.dp_shard=-1"], r"--nproc 2: .*not a multiple of 3"),
+    ],
+)
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_ranks_that_do_not_fit_are_not_started(
+    parallel: list[str], said: str, dry: list[str], started: list[tuple[list[str], int]], texts: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    more = [*parallel, "train.evaluate.prompts=[]", "--nproc", "2", *dry]
+    assert run(arguments(tmp_path, texts, *more)) == 1
+    assert re.search(said, capsys.readouterr().err)
+    assert not started
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [

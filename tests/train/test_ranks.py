@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,9 +72,7 @@ def test_killed_ranks_resume_to_the_same_bytes(runs: Runs, whole: tuple[list[str
             assert seen.setdefault(number, what) == what, f"step {number} was another one"
 
     look(runs.run(out, STEPS, wait=0.02, after=2, lora=False))
-    began = time.monotonic()
     look(runs.run(out, STEPS, wait=0.0, after=1, to=[1], lora=False, statuses={0, 1, 3, signal.SIGKILL}))
-    assert time.monotonic() - began < 60
     look(runs.run(out, STEPS, lora=False))
     assert [f"{number} {what}" for number, what in seen.items()] == expected
 
