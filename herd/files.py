@@ -4,6 +4,7 @@ appear whole or not at all."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import reprlib
@@ -15,7 +16,7 @@ from typing import IO, Any, NoReturn
 
 from herd.errors import CheckpointError
 
-__all__ = ["MAX_JSON", "parse_json", "read_json", "safe_join", "short", "whole_file"]
+__all__ = ["MAX_JSON", "flush_folder", "parse_json", "read_json", "safe_join", "short", "whole_file"]
 
 MAX_JSON = 64 << 20
 """Bytes of the largest JSON side file worth reading: the index of a 100,000-tensor checkpoint is a tenth of it."""
@@ -157,7 +158,7 @@ def whole_file(path: str | os.PathLike[str], size: int = 0) -> Iterator[IO[bytes
             os.fsync(file.fileno())
         os.chmod(part, 0o666 & ~_umask())
         os.replace(part, path)
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
     except OSError as error:
         raise CheckpointError(f"cannot be written: {error.strerror or error}", path=path) from error
     finally:
@@ -171,11 +172,15 @@ def _umask() -> int:
     return mask
 
 
-def _flush_folder(folder: Path) -> None:
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            with contextlib.suppress(OSError):  # some network file systems have no such thing
-                os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def flush_folder(folder: Path) -> None:
+    """The names in `folder` onto the disk, where the system lets that be asked for."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:  # some network file systems have no such thing
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)

@@ -26,7 +26,7 @@ from typing import Any
 from torch import Tensor
 
 from herd.errors import CheckpointError
-from herd.files import read_json
+from herd.files import flush_folder, read_json
 from herd.parallel.mesh import Mesh
 from herd.train.payload import Payload
 from herd.train.stop import SaveError
@@ -125,11 +125,11 @@ class Checkpoints:
             part.unlink()
         _write_json(new / MANIFEST, {"version": 1, "step": step, "world": self.mesh.world, "files": files})
         for folder in {new, *(p for p in new.rglob("*") if p.is_dir())}:
-            _flush_folder(folder)
+            flush_folder(folder)
         if place.exists():  # a damaged one of the same step: whole ones are not left behind, see `Keeper.find`
             self._remove(place)
         new.rename(place)
-        _flush_folder(self.folder)
+        flush_folder(self.folder)
 
     def _rotate(self) -> None:
         if not self.mesh.is_main:
@@ -248,19 +248,6 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
         json.dump(content, file, indent=1, allow_nan=False)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:  # some network file systems have no such thing
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _named(error: OSError, folder: Path, need: int) -> SaveError:

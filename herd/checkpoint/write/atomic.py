@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO
 
 from herd.errors import CheckpointError, HerdError
+from herd.files import flush_folder
 
 try:
     import fcntl
@@ -132,7 +133,7 @@ def _growing(dst: Path, *, folder: bool, size: int, overwrite: bool, inputs: Seq
             _flush(new)
             check_destination(dst, folder=folder, overwrite=overwrite, inputs=inputs)  # it may have appeared meanwhile
             _move(new, dst, hidden)
-            _flush_folder(dst.parent)
+            flush_folder(dst.parent)
         finally:
             shutil.rmtree(hidden, ignore_errors=True)
             lock.close()
@@ -251,23 +252,10 @@ def _flush(path: Path) -> None:
     if path.is_dir():
         for entry in path.iterdir():
             _flush(entry)
-        _flush_folder(path)
+        flush_folder(path)
         return
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:  # some network file systems have no such thing
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _expendable(folder: Path) -> bool:
