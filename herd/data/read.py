@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from json.decoder import JSONDecoder
@@ -117,6 +118,10 @@ def _unpacked(
             elif array and _first(file) == b"[":
                 items = _elements(path, file)
             else:
+                if array and _first_line(file) == b"{":
+                    raise DataError(
+                        f"{path}:1: one object over several lines: a data file is an array of rows, or one row a line"
+                    )
                 items = _lines(file)
             for line, item in items:  # `line` is for the errors below
                 yield line, item
@@ -131,6 +136,12 @@ def _first(file: BinaryIO) -> bytes:
     """The first byte that is no white space, left where it is."""
     ahead: bytes = file.peek(1 << 12)  # type: ignore[attr-defined]  # buffered, by open_bytes
     return ahead.lstrip()[:1]
+
+
+def _first_line(file: BinaryIO) -> bytes:
+    """The first line that is not blank, without the white space around it, left where it is."""
+    ahead: bytes = file.peek(1 << 12)  # type: ignore[attr-defined]  # buffered, by open_bytes
+    return ahead.lstrip().partition(b"\n")[0].strip()
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, Any]]:
@@ -235,8 +246,10 @@ def _parsed(line: bytes) -> Any:
     except UnicodeDecodeError as error:
         return DataError(f"not UTF-8 at byte {error.start} of the line")
     except (ValueError, RecursionError) as error:
-        cut = "" if line.endswith(b"\n") else " (the last line has no end: the file may be cut)"
-        return DataError(_said(error) + cut)
+        hint = "" if line.endswith(b"\n") else " (the last line has no end: the file may be cut)"
+        if b"\r" in line.rstrip(b"\r\n"):
+            hint = " (lines end in a carriage return alone: save the file with line feeds)"
+        return DataError(_said(error) + hint)
     return _checked(value) if b"\\u" in line else value
 
 
@@ -265,6 +278,8 @@ def _said(error: Exception) -> str:
         return "nested too deeply"
     if isinstance(error, json.JSONDecodeError):
         return f"not JSON: {error.msg} at column {error.colno}"
+    if "int_max_str_digits" in str(error):  # Python's own limit, told with advice for programmers
+        return f"a number of more than {sys.get_int_max_str_digits():,} digits"
     return str(error)
 
 

@@ -142,6 +142,32 @@ def test_a_broken_array_ends_the_reading(tmp_path, text):
         list(open_rows(path, bad="skip"))
 
 
+def test_a_number_of_too_many_digits_is_told_without_advice_for_programmers(tmp_path):
+    for name, text in (("rows.jsonl", '{"n": %s}\n'), ("rows.json", '[{"n": %s}]')):
+        (tmp_path / name).write_text(text % ("1" * 5000))
+        with pytest.raises(DataError, match=rf"{name}:1: a number of more than 4,300 digits$"):
+            list(open_rows(tmp_path / name))
+
+
+def test_one_object_over_several_lines_is_no_array_and_no_lines(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({"data": [1, 2]}, indent=2))
+    for bad in ("stop", "skip"):
+        with pytest.raises(
+            DataError, match=r"rows\.json:1: one object over several lines.*an array of rows, or one row a line"
+        ):
+            list(open_rows(path, bad=bad))
+
+
+def test_lines_that_end_in_carriage_returns_alone(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"n": 1}\r{"n": 2}\r')
+    with pytest.raises(
+        DataError, match=r"rows\.jsonl:1: not JSON: .* \(lines end in a carriage return alone: .*line feeds\)"
+    ):
+        list(open_rows(path))
+
+
 def test_json_lines_that_are_called_json(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text('{"n": 1}\n{"n": 2}\n')
