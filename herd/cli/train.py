@@ -88,7 +88,7 @@ def command(
 
     main = os.environ.get("RANK", "0") == "0"
     if main:
-        for line in forecast(config).lines():
+        for line in forecast(config, _dp(config, nproc)).lines():
             note(line, "")
     if dry_run:
         return None
@@ -189,6 +189,13 @@ def _verify(config: RunConfig) -> int:
     proof = verify_resume(run, out.with_name(f"{out.name}-verify"), steps=steps, tell=note)
     click.echo(str(proof))
     return 0 if proof.exact else 1
+
+
+def _dp(config: RunConfig, nproc: int | None) -> int:
+    """Ranks that will see different rows."""
+    part, world = config.parallel, os.environ.get("WORLD_SIZE", str(nproc or 1))
+    known = part.dp_shard > 0 or not world.isdecimal()
+    return part.dp if known else part.of_world(int(world)).dp
 
 
 def _check_nproc(config: RunConfig, nproc: int) -> None:

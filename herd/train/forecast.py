@@ -68,8 +68,11 @@ class Forecast:
         ]
 
 
-def forecast(config: RunConfig, world: int = 1) -> Forecast:
-    """The numbers of `config`. Raises a HerdError for a model that is not there."""
+def forecast(config: RunConfig, dp: int = 1) -> Forecast:
+    """The numbers of `config` with `dp` ranks that see different rows; memory is that of one rank that holds everything.
+
+    Raises a HerdError for a model that is not there.
+    """
     geometry, name = _geometry(config)
     count = parameters(geometry)
     trained = _trained(config, geometry, count)
@@ -80,7 +83,7 @@ def forecast(config: RunConfig, world: int = 1) -> Forecast:
     else:
         weights = number * count + (4 * trained if config.method.adapts else 0)
     states = {"adamw": 8.0, "adamw8bit": 2.1, "muon": 4.5}[config.train.optim.kind]
-    tokens = config.data.rows * config.data.length * config.train.accumulate * world
+    tokens = config.data.rows * config.data.length * config.train.accumulate * dp
     optimiser = round(states * trained)
     return Forecast(
         what=f"{_method(config)} of {name}",

@@ -90,6 +90,21 @@ def test_a_dry_run_trains_nothing(texts: Path, tmp_path: Path, capsys: pytest.Ca
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("parallel", "ranks"), [("parallel.dp_shard=2", 2), ("parallel.dp_shard=-1", 2), ("parallel.cp=2", 1)]
+)
+def test_a_step_is_that_of_all_ranks_that_see_other_rows(
+    parallel: str, ranks: int, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [*arguments(tmp_path, texts), "--dry-run"]
+    assert run(command) == 0
+    alone = capsys.readouterr().err
+    assert run([*command, parallel, "--nproc", "2"]) == 0
+    many = capsys.readouterr().err
+    tokens = [int(re.search(r"a step has ([\d,]+) tokens", said)[1].replace(",", "")) for said in (alone, many)]
+    assert tokens[1] == ranks * tokens[0]
+
+
 @pytest.mark.parametrize(("steps", "share"), [(5, "5%"), (100, "100%"), (101, None)])
 def test_a_warm_up_longer_than_the_run_is_told(
     steps: int, share: str | None, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
