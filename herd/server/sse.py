@@ -107,14 +107,11 @@ async def until_gone(request: Request, work: Any) -> Any:
     gone = asyncio.create_task(_disconnected(request.receive))
     try:
         await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            working.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await working
-            return None
-        return working.result()
+        over = working.done()
     finally:
         for task in (working, gone):
             task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await gone
+        await asyncio.wait({working, gone})  # whoever is told that this has ended finds that the work has
+        if not working.cancelled():
+            working.exception()  # looked at, also where a cancelled caller does not ask for it
+    return working.result() if over or not working.cancelled() else None
