@@ -70,7 +70,8 @@ def give_back(model: nn.Module) -> None:
         if isinstance(module, FSDPModule):
             module.reshard()
             own = cast(nn.Module, module).parameters(recurse=False)
-            if not all(isinstance(parameter, DTensor) for parameter in own):  # FSDP takes itself to be before a backward pass
+            if not all(isinstance(parameter, DTensor) for parameter in own):
+                # FSDP takes itself to be before a backward pass, where it keeps what it was told to keep.
                 module.set_reshard_after_forward(True, recurse=False)
                 module.reshard()
                 module.set_reshard_after_forward(False, recurse=False)
