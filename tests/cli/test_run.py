@@ -239,9 +239,9 @@ def test_the_embedded_model_answers_and_stops_by_itself(capsys: Captured) -> Non
 
 
 def test_a_real_process_answers_and_stops_at_ctrl_c(chat_model: str, tmp_path: Path) -> None:
-    folder = write_folder(tmp_path / "long", context=8192)
+    folder = write_folder(tmp_path / "long", context=65_536, endless=True)
     process = subprocess.Popen(
-        [sys.executable, "-c", LISTENING, "run", str(folder), "Hello", "--temp", "1"],
+        [sys.executable, "-c", LISTENING, "run", str(folder), "Hello", "--temp", "0"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

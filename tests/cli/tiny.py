@@ -80,14 +80,21 @@ def write_infill_folder(folder: Path) -> Path:
     return folder
 
 
-def write_folder(folder: Path, *, chat: bool = True, context: int = CONTEXT, config: ModelConfig | None = None) -> Path:
-    """config.json, model.safetensors, generation_config.json and tokenizer files; without `chat` a base model."""
+def write_folder(
+    folder: Path, *, chat: bool = True, context: int = CONTEXT, config: ModelConfig | None = None, endless: bool = False
+) -> Path:
+    """config.json, model.safetensors, generation_config.json and tokenizer files; without `chat` a base model.
+
+    Greedy replies of an `endless` one say the first piece of the vocabulary until the context is full.
+    """
     from safetensors.torch import save_file
 
     from herd.checkpoint.names import join, sources
 
     config = config or tiny_config(context)
     model = build(config)
+    if endless:
+        model.output.weight.data.zero_()
     folder.mkdir(parents=True, exist_ok=True)
     ours = model.state_dict()
     save_file(
