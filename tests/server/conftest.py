@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+import openai
 import pytest
 
 from herd.server.app import create_app
@@ -133,3 +134,18 @@ async def faked(
         httpx.AsyncClient(transport=transport, base_url="http://localhost") as client,
     ):
         yield Fake(client, app.state.herd, made)
+
+
+@pytest.fixture(scope="module")
+def keeping(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    """A server of nano that keeps files and batches."""
+    models = (ModelSpec(source="nano", name="nano", options=EngineOptions(max_seqs=4, seed=0)),)
+    folder = str(tmp_path_factory.mktemp("state"))
+    yield from serving(ServerSettings(models=models, port=0, lazy=True, drain_seconds=1, state_dir=folder))
+
+
+@pytest.fixture
+def keeping_client(keeping: Live) -> Iterator[openai.OpenAI]:
+    """OpenAI's client of that server."""
+    with openai.OpenAI(base_url=f"{keeping.url}/v1", api_key="none", max_retries=0, timeout=60) as made:
+        yield made

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,39 +12,25 @@ import openai
 import pytest
 
 from herd.server.process import WorkerError
-from herd.server.settings import EngineOptions, ModelSpec, ServerSettings
 from tests.server.batching import CHAT, begun, ended, jsonl, line, lines_of, over, uploaded
-from tests.server.conftest import Live, faked, serving
+from tests.server.conftest import faked
 from tests.server.fakes import saying
 
 
-@pytest.fixture(scope="module")
-def keeping(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    models = (ModelSpec(source="nano", name="nano", options=EngineOptions(max_seqs=4, seed=0)),)
-    folder = str(tmp_path_factory.mktemp("state"))
-    yield from serving(ServerSettings(models=models, port=0, lazy=True, drain_seconds=1, state_dir=folder))
-
-
-@pytest.fixture
-def client(keeping: Live) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{keeping.url}/v1", api_key="none", max_retries=0, timeout=60) as made:
-        yield made
-
-
-def test_a_batch_of_several_endpoints(client: openai.OpenAI) -> None:
+def test_a_batch_of_several_endpoints(keeping_client: openai.OpenAI) -> None:
     """Chats that are right and wrong; the answers are those that a client gets."""
     asked = {"model": "nano", "max_tokens": 6, "temperature": 0}
     good = [line(f"good-{i}", **asked) for i in range(12)]
-    source = client.files.create(
+    source = keeping_client.files.create(
         file=("in.jsonl", jsonl(*good, line("bad", **asked, n=0), line("streamed", **asked, stream=True), b"")),
         purpose="batch",
     )
-    batch = client.batches.create(
+    batch = keeping_client.batches.create(
         input_file_id=source.id, endpoint=CHAT, completion_window="24h", metadata={"a": "b"},
         output_expires_after={"anchor": "created_at", "seconds": 7200},
     )  # fmt: skip
     assert batch.status in ("validating", "in_progress")
-    batch = ended(client, batch.id)
+    batch = ended(keeping_client, batch.id)
     assert batch.status == "completed", batch
     assert batch.request_counts is not None
     assert (batch.request_counts.total, batch.request_counts.completed, batch.request_counts.failed) == (14, 12, 2)
@@ -54,31 +39,38 @@ def test_a_batch_of_several_endpoints(client: openai.OpenAI) -> None:
     assert (batch.model, batch.metadata) == ("nano", {"a": "b"})
     assert batch.output_file_id
     assert batch.error_file_id
-    out = {one["custom_id"]: one for one in map(json.loads, client.files.content(batch.output_file_id).iter_lines())}
+    out = {
+        one["custom_id"]: one
+        for one in map(json.loads, keeping_client.files.content(batch.output_file_id).iter_lines())
+    }
     assert set(out) == {f"good-{i}" for i in range(12)}
     response = out["good-3"]["response"]
     assert response["status_code"] == 200
-    direct = client.chat.completions.create(
+    direct = keeping_client.chat.completions.create(
         model="nano", messages=[{"role": "user", "content": "good-3"}], max_tokens=6, temperature=0
     )
     assert response["body"]["choices"][0]["message"]["content"] == direct.choices[0].message.content
-    wrong = {one["custom_id"]: one for one in map(json.loads, client.files.content(batch.error_file_id).iter_lines())}
+    wrong = {
+        one["custom_id"]: one for one in map(json.loads, keeping_client.files.content(batch.error_file_id).iter_lines())
+    }
     assert wrong["bad"]["response"]["body"]["error"]["param"] == "n"
     assert wrong["streamed"]["response"]["status_code"] == 400
-    kept = client.files.retrieve(batch.output_file_id)
+    kept = keeping_client.files.retrieve(batch.output_file_id)
     assert kept.expires_at == kept.created_at + 7200
     assert kept.purpose == "batch_output"
-    assert batch.id in [one.id for one in client.batches.list(limit=1)]
+    assert batch.id in [one.id for one in keeping_client.batches.list(limit=1)]
     with pytest.raises(openai.ConflictError):
-        client.batches.cancel(batch.id)
+        keeping_client.batches.cancel(batch.id)
 
     one = {"custom_id": "e", "method": "POST", "url": "/v1/embeddings", "body": {"model": "nano", "input": "A dog."}}
-    source = client.files.create(file=("in.jsonl", jsonl(one)), purpose="batch")
-    made = client.batches.create(input_file_id=source.id, endpoint="/v1/embeddings", completion_window="24h")
-    made = ended(client, made.id)
+    source = keeping_client.files.create(file=("in.jsonl", jsonl(one)), purpose="batch")
+    made = keeping_client.batches.create(input_file_id=source.id, endpoint="/v1/embeddings", completion_window="24h")
+    made = ended(keeping_client, made.id)
     assert made.output_file_id
-    vector = json.loads(client.files.content(made.output_file_id).read())["response"]["body"]["data"][0]["embedding"]
-    expected = client.embeddings.create(model="nano", input="A dog.").data[0].embedding
+    vector = json.loads(keeping_client.files.content(made.output_file_id).read())["response"]["body"]["data"][0][
+        "embedding"
+    ]
+    expected = keeping_client.embeddings.create(model="nano", input="A dog.").data[0].embedding
     assert vector == pytest.approx(expected, abs=1e-5)
 
 

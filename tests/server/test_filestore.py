@@ -7,7 +7,7 @@ import contextlib
 import errno
 import io
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,39 +19,25 @@ from herd.errors import ConfigError
 from herd.server import filestore
 from herd.server.errors import ApiError
 from herd.server.filestore import Files, plain_name
-from herd.server.settings import EngineOptions, ModelSpec, ServerSettings
 from tests.server.batching import uploaded
-from tests.server.conftest import Live, faked, serving
+from tests.server.conftest import faked
 
 
-@pytest.fixture(scope="module")
-def keeping(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    models = (ModelSpec(source="nano", name="nano", options=EngineOptions(max_seqs=4, seed=0)),)
-    folder = str(tmp_path_factory.mktemp("state"))
-    yield from serving(ServerSettings(models=models, port=0, lazy=True, drain_seconds=1, state_dir=folder))
-
-
-@pytest.fixture
-def client(keeping: Live) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{keeping.url}/v1", api_key="none", max_retries=0, timeout=60) as made:
-        yield made
-
-
-def test_files_come_back_as_they_were(client: openai.OpenAI) -> None:
+def test_files_come_back_as_they_were(keeping_client: openai.OpenAI) -> None:
     data = bytes(range(256)) * 5000
-    made = client.files.create(
+    made = keeping_client.files.create(
         file=("../../etc/pass wd.jsonl", io.BytesIO(data)), purpose="batch",
         expires_after={"anchor": "created_at", "seconds": 3600},
     )  # fmt: skip
     assert made.filename == "pass wd.jsonl"
     assert made.bytes == len(data)
     assert made.expires_at == made.created_at + 3600
-    assert client.files.content(made.id).read() == data
-    assert client.files.retrieve(made.id) == made
-    assert [one.id for one in client.files.list(purpose="batch")] == [made.id]
-    assert not list(client.files.list(purpose="batch_output"))
-    assert client.files.delete(made.id).deleted
-    for again in (client.files.retrieve, client.files.content, client.files.delete):
+    assert keeping_client.files.content(made.id).read() == data
+    assert keeping_client.files.retrieve(made.id) == made
+    assert [one.id for one in keeping_client.files.list(purpose="batch")] == [made.id]
+    assert not list(keeping_client.files.list(purpose="batch_output"))
+    assert keeping_client.files.delete(made.id).deleted
+    for again in (keeping_client.files.retrieve, keeping_client.files.content, keeping_client.files.delete):
         with pytest.raises(openai.NotFoundError):
             again(made.id)
 
