@@ -69,8 +69,7 @@ def rows_with_records(
         rows = read_file(file, report, bad=bad, at=lambda position, before=before: tick(before + position, total))
         before += file.stat().st_size
         first = list(islice(rows, LOOKED_AT if kind is None else 1))
-        if not first:
-            report.note(f"{file}: no row that can be read")
+        if not first:  # every row of it is in the report as a bad one
             continue
         found = _kind_of_file(file, first, kind, report)
         for row in chain(first, rows):
@@ -83,14 +82,12 @@ def rows_with_records(
                 report.reject(row.path, row.line, str(error))
 
 
-def kind_of(file: Path) -> Kind:
-    """The kind of one file, as `records` takes it. Raises DataError when it has no good row among its first, or no kind."""
+def kind_of(file: Path) -> Kind | None:
+    """The kind of one file, as `records` takes it; None when none of its rows can be read. Raises DataError for no kind."""
     if form_of(file) == "text":
         return "text"
     rows = list(islice(read_file(file, RowReport(), bad="skip"), LOOKED_AT))
-    if not rows:
-        raise DataError(f"{file}: holds no row that can be read")
-    return recognise(rows)
+    return recognise(rows) if rows else None
 
 
 def _kind_of_file(file: Path, first: Sequence[Row], kind: Kind | None, report: RowReport) -> Kind:

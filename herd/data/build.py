@@ -25,22 +25,21 @@ from pathlib import Path
 from typing import Any
 
 from herd.data.adapt import Kind, kind_of
+from herd.data.content import contents as contents_of
+from herd.data.content import stat_of, write_json
 from herd.data.fingerprint import format_fingerprint, tokenizer_fingerprint
 from herd.data.read import Row, read_file
 from herd.data.report import BadRow, BadRows, RowReport
 from herd.data.shards import Shard, Tokenized, write_shard
 from herd.data.tokenworker import Encoder, Job, Outcome, in_order
 from herd.errors import CheckpointError, DataError
-from herd.files import read_json, whole_file
+from herd.files import read_json
 from herd.hub.lock import locked
 
 __all__ = ["Build", "Built", "Part", "Progress", "ShardSize", "shards_folder"]
 
 FORMAT = 1
 """Raised whenever the same rows would give other shards."""
-
-TRUSTED_AGE = 2_000_000_000
-"""Nanoseconds that a file must have been left alone before its size and time are taken for its content."""
 
 ABANDONED = 600.0
 """Seconds after which a half-written file is nobody's: writing a shard takes less than one."""
@@ -63,7 +62,8 @@ class ShardSize:
 class Part:
     """One of `of` machines that build together; `number` counts from 1.
 
-    With at least as many files as machines, each takes whole files; otherwise each takes every n-th shard of every file.
+    With at least as many files as machines, each takes whole files and reads no other; otherwise each reads all and takes every
+    n-th shard of every file.
     """
 
     number: int = 1
@@ -73,9 +73,13 @@ class Part:
         if not 1 <= self.number <= self.of:
             raise DataError(f"part {self.number}/{self.of}: the first number is between 1 and the second")
 
-    def has(self, file: int, files: int, shard: int) -> bool:
-        """Whether a shard is this part's."""
-        return (file if files >= self.of else shard) % self.of == self.number - 1
+    def whole(self, files: int) -> bool:
+        """Whether the parts of so many files are whole files."""
+        return files >= self.of
+
+    def has(self, number: int) -> bool:
+        """Whether the file or shard of that number, from 0, is this part's."""
+        return number % self.of == self.number - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,11 +166,19 @@ class Build:
     def __call__(self, files: Sequence[tuple[Path, Kind | None]]) -> list[Built]:
         """The shards of `files`, each with the kind of its rows (None: recognised), in that order.
 
-        Bad rows raise DataError with their `file:line`, or are entered in the reports (`bad="skip"`). A file of which no row
-        can be used raises DataError either way.
+        Bad rows raise DataError with their `file:line`, or are entered in the reports (`bad="skip"`). Files of which no row at
+        all can be used raise DataError either way. A part of whole files gives only its own.
         """
-        contents = self._contents([file for file, _ in files])
-        kinds: list[Kind] = [kind or kind_of(file) for file, kind in files]
+        by_shards = not self.part.whole(len(files))
+        if not by_shards and not self.joining:
+            files = [file for number, file in enumerate(files) if self.part.has(number)]
+        contents = contents_of(
+            [file for file, _ in files],
+            self.root / "contents",
+            lambda done, total: self.tick(Progress("reading", done, total)),
+        )
+        # A file without a row that can be read has no kind: reading it says what is wrong with it.
+        kinds: list[Kind] = [kind or kind_of(file) or "text" for file, kind in files]
         built = [
             Built(file, self.root / _folder_name(file, self._key(content, kind)), kind)
             for (file, _), content, kind in zip(files, contents, kinds, strict=True)
@@ -175,15 +187,15 @@ class Build:
         if todo:
             with self._alone(built):
                 todo = [i for i in todo if not self._finished(built[i])]
-                self._make(built, todo)
+                self._make(built, todo, self.part if by_shards else Part())
         for one in built:
             if self.bad == "stop" and one.report.bad_count:
                 raise DataError(
                     f"{one.report.bad[0]} ({one.report.bad_count} such rows; bad rows can be skipped: bad_rows: skip)"
                 )
-            if not one.missing and not one.documents:
-                shown = "\n  ".join(str(row) for row in one.report.bad[:5])
-                raise DataError(f"{one.file}: none of its rows can be used" + (f":\n  {shown}" if shown else ""))
+        if built and self.part.of == 1 and not any(one.missing or one.documents for one in built):
+            shown = "\n  ".join([str(row) for one in built for row in one.report.bad[:5]][:5])
+            raise DataError(f"{_named(built)}: none of the rows can be used" + (f":\n  {shown}" if shown else ""))
         return built
 
     @contextmanager
@@ -199,41 +211,6 @@ class Build:
             except OSError as error:
                 raise DataError(f"{self.root}: shards cannot be written here: {error.strerror or error}") from error
             yield
-
-    def _contents(self, files: Sequence[Path]) -> list[str]:
-        """SHA-256 of each file, from memory where size and time are those of then."""
-        sizes = [_stat(file).st_size for file in files]
-        done, found = 0, []
-        for file, size in zip(files, sizes, strict=True):
-            found.append(self._content(file, done, sum(sizes)))
-            done += size
-        return found
-
-    def _content(self, file: Path, before: int, total: int) -> str:
-        stat = _stat(file)
-        mark = {"path": str(file.resolve()), "size": stat.st_size, "modified": stat.st_mtime_ns}
-        kept = (
-            self.root / "contents" / f"{sha256(mark['path'].encode('utf-8', 'surrogateescape')).hexdigest()[:32]}.json"
-        )
-        try:
-            known = read_json(kept)
-            if all(known.get(key) == value for key, value in mark.items()) and len(str(known.get("sha256"))) == 64:
-                return str(known["sha256"])
-        except CheckpointError:
-            pass
-        digest = sha256()
-        with file.open("rb") as opened:
-            while chunk := opened.read(1 << 22):
-                digest.update(chunk)
-                before += len(chunk)
-                self.tick(Progress("reading", before, total))
-        after = _stat(file)
-        if (after.st_size, after.st_mtime_ns) != (stat.st_size, stat.st_mtime_ns):
-            raise DataError(f"{file}: has changed while it was read; try again when it is finished")
-        if time.time_ns() - stat.st_mtime_ns > TRUSTED_AGE:  # else a change within the clock's step could go unnoticed
-            with suppress(DataError):  # a folder that is read only: the file is read again the next time
-                _write_json(kept, {**mark, "sha256": digest.hexdigest()})
-        return digest.hexdigest()
 
     def _key(self, content: str, kind: Kind) -> str:
         size = self.size
@@ -281,19 +258,19 @@ class Build:
                 raise DataError(f"{path}: is not the shard that index.json names")
         except DataError as error:
             self.tell(f"{error}: it is built again")
-            path.unlink()
+            path.unlink(missing_ok=True)
             return False
         return True
 
-    def _make(self, built: Sequence[Built], todo: Sequence[int]) -> None:
-        """Tokenize what is missing of the files `todo`."""
-        sizes = {i: _stat(built[i].file).st_size for i in todo}
+    def _make(self, built: Sequence[Built], todo: Sequence[int], part: Part) -> None:
+        """Tokenize what is missing of the shards that are `part`'s of the files `todo`."""
+        sizes = {i: stat_of(built[i].file).st_size for i in todo}
         self._behind, self._sum = 0, sum(sizes.values())
         ends: dict[int, tuple[int, RowReport]] = {}  # of files that were read to the end: shards, report
         begun: tuple[int, int] | None = None
         parts: list[Outcome] = []
         processes = 1 if self._sum < SMALL else self.processes
-        for outcome in in_order(self.encoder, self._jobs(built, todo, sizes, ends), processes):
+        for outcome in in_order(self.encoder, self._jobs(built, todo, part, sizes, ends), processes):
             if outcome.tag != begun:
                 self._close(built, begun, parts)
                 begun, parts = outcome.tag, []
@@ -313,17 +290,18 @@ class Build:
         self,
         built: Sequence[Built],
         todo: Sequence[int],
+        part: Part,
         sizes: Mapping[int, int],
         ends: dict[int, tuple[int, RowReport]],
     ) -> Iterator[Job]:
-        """The rows of all shards that are missing and this part's, in order."""
+        """The rows of all shards that are missing and the part's, in order."""
         done = 0
         for i in todo:
             one, report, number = built[i], RowReport(), 0
             before = done
             rows = read_file(one.file, report, bad=self.bad, at=partial(self._is_at, before))
             while (row := next(rows, None)) is not None:
-                wanted = self.part.has(i, len(built), number) and not self._whole(self._path(one, number), one.file)
+                wanted = part.has(number) and not self._whole(self._path(one, number), one.file)
                 wanted = wanted and not self.joining
                 for batch in self._batches(chain([row], rows)):
                     if wanted:
@@ -404,13 +382,14 @@ class Build:
                 report.reject(one.file, int(line), str(why))
             report.changed.update({str(what): int(count) for what, count in shard.file.about["changed"].items()})
         report.bad.sort(key=lambda row: row.line)
-        report.note(f"{one.file}: read as {one.kind}")
+        if opened:
+            report.note(f"{one.file}: read as {one.kind}")
         one.contents = [shard.file.content for shard in opened]
         one.documents = sum(shard.documents for shard in opened)
         one.tokens = sum(shard.tokens for shard in opened)
         one.learned = sum(int(shard.file.about["learned"]) for shard in opened)
         one.report = report
-        _write_json(
+        write_json(
             one.folder / "index.json",
             {
                 **self._made_with,
@@ -450,11 +429,9 @@ def _report(kept: Mapping[str, Any], file: Path) -> RowReport:
     return report
 
 
-def _stat(file: Path) -> os.stat_result:
-    try:
-        return file.stat()
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror or error}") from error
+def _named(built: Sequence[Built]) -> str:
+    files = [str(one.file) for one in built]
+    return files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more files"
 
 
 def _folder_name(file: Path, key: str) -> str:
@@ -475,14 +452,6 @@ def _characters(value: Any) -> int:
     if isinstance(value, Mapping):
         return sum(map(_characters, value.values()))
     return sum(map(_characters, value)) if isinstance(value, list) else 1
-
-
-def _write_json(path: Path, value: Any) -> None:
-    try:
-        with whole_file(path) as file:
-            file.write(json.dumps(value, indent=1, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
-    except CheckpointError as error:
-        raise DataError(str(error)) from error
 
 
 def _cores() -> int:

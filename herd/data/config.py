@@ -168,6 +168,8 @@ def _share(text: str) -> float | None:
     """0.01 of "1%"; None for a path."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", text)
     if match is None:
+        if re.fullmatch(r"\s*\d*\.?\d+\s*", text):
+            raise ConfigError(f"data.held_out is {text}: a share has a percent sign, as in 2%, and a file has a name")
         return None
     share = float(match[1]) / 100
     if not 0 < share < 0.5:

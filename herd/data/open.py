@@ -24,6 +24,7 @@ from herd.data.mix import Mixture, MixtureSource
 from herd.data.report import RowReport
 from herd.data.shards import Documents
 from herd.data.tokenworker import Encoder
+from herd.errors import DataError
 from herd.tokenizer.tokenizer import Tokenizer
 
 __all__ = ["DataReport", "SourceReport", "open_data"]
@@ -145,6 +146,12 @@ def open_data(
     made = [[next(built) for _ in found] for found in files]
     pad = tokenizer.special.pad if tokenizer.special.pad is not None else tokenizer.special.eos
     documents = [Documents([shard for one in ones for shard in one.open()]) for ones in made]
+    for part, ones, found in zip(parts, made, documents, strict=True):
+        if not len(found):
+            shown = [str(row) for one in ones for row in one.report.bad[:SHOWN]]
+            raise DataError(
+                f"{part.path}: none of the rows can be used: {_some(shown[:SHOWN], sum(o.report.bad_count for o in ones))}"
+            )
 
     count = len(config.sources)
     how = Arrangement(config.length, config.pack, config.long_rows, share or 0.0)
@@ -178,7 +185,7 @@ def _told(name: str, ones: Sequence[Built], rows: Arranged) -> SourceReport:
         reading.add(one.report)
     return SourceReport(
         name=name,
-        kinds=tuple(sorted({str(one.kind) for one in ones})),
+        kinds=tuple(sorted({str(one.kind) for one in ones if one.documents})),
         files=len(ones),
         documents=sum(one.documents for one in ones),
         tokens=sum(one.tokens for one in ones),

@@ -75,7 +75,10 @@ def read_rows(
 def read_file(
     path: Path, report: RowReport, *, bad: BadRows = "stop", at: Callable[[int], None] = lambda position: None
 ) -> Iterator[Row]:
-    """The rows of one file, as `open_rows` gives them. `at` is told now and then how many bytes of the file were read."""
+    """The rows of one file, as `open_rows` gives them. `at` is told now and then how many bytes of the file were read.
+
+    A file without any row counts as one bad row: it is what a download or a script leaves that failed, and nobody asks for it.
+    """
     name = str(path)
     form = form_of(path)
     if form == "parquet":
@@ -84,6 +87,7 @@ def read_file(
         found: Iterator[tuple[int, Any]] = parquet_rows(path, at)
     else:
         found = _unpacked(path, form == "text", form == "array", report, at)
+    line = 0
     for line, value in found:
         try:
             fields = _fields(value)
@@ -92,6 +96,8 @@ def read_file(
             continue
         report.good += 1
         yield Row(name, line, fields)
+    if not line:
+        _reject(report, bad, name, 1, "the file holds no row")
 
 
 def _reject(report: RowReport, bad: BadRows, path: str, line: int, reason: str) -> None:

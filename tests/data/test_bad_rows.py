@@ -1,14 +1,22 @@
 """Forty and more ways in which a row of chat data goes wrong, each of which real files have shown."""
 
 import copy
+import gzip
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from herd.data.adapt import records
-from herd.data.read import MAX_ROW, DataError, RowReport
+from herd.data.build import Build, Built
+from herd.data.config import DataPart, SourcePart
+from herd.data.lint import lint
+from herd.data.open import DataReport, open_data
+from herd.data.read import MAX_ROW, BadRows, DataError, RowReport
+from herd.data.tokenworker import Encoder
+from tests.data.corpus import texts, tokenizer, write
 
 TOOL = {
     "name": "find",
@@ -211,3 +219,57 @@ def test_decisions_do_not_depend_on_who_reads_what_when(tmp_path: Path) -> None:
             joined.add(report)
         assert [where for found, _ in parts for where in found] == alone
         assert (joined.good, joined.bad, joined.reasons) == (whole.good, whole.bad, whole.reasons)
+
+
+EMPTY = {
+    "empty.jsonl": b"",
+    "blank.jsonl": b"\n \n",
+    "none.json": b"[]",
+    "empty.txt": b"",
+    "lines.md": b"\n\n",
+    "packed.jsonl.gz": gzip.compress(b""),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_a_file_without_a_row_is_a_bad_row_everywhere(name: str, tmp_path: Path) -> None:
+    """Reading, recognising, linting and building give one answer: stop with the file's name, or leave out and count."""
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / name
+    path.write_bytes(EMPTY[name])
+    write(tmp_path / "in/good.jsonl", texts(3))
+    said = f"{path}:1: the file holds no row"
+    with pytest.raises(DataError, match=re.escape(said)):
+        list(records(tmp_path / "in"))
+    report = RowReport()
+    assert len(list(records(tmp_path / "in", bad="skip", report=report))) == 3
+    assert [str(row) for row in report.bad] == [said]
+    linted = lint(tmp_path / "in")
+    assert linted.failed == ["bad rows: 1"]
+
+    def build(bad: BadRows, *files: Path) -> list[Built]:
+        return Build(tmp_path / "out", Encoder(tokenizer(), None), bad=bad, processes=1)(
+            [(file, None) for file in files]
+        )
+
+    with pytest.raises(DataError, match=re.escape(said)):
+        build("stop", path, tmp_path / "in/good.jsonl")
+    built = build("skip", path, tmp_path / "in/good.jsonl")
+    assert [one.documents for one in built] == [0, 3]
+    assert [str(row) for one in built for row in one.report.bad] == [said]
+    with pytest.raises(DataError, match="none of the rows can be used"):
+        build("skip", path)
+
+    # And a run: a file among others is told, a source that is nothing else is refused by name.
+    def opened(*paths: Path) -> DataReport:
+        sources = tuple(SourcePart(path=str(each)) for each in paths)
+        part = DataPart(
+            sources=sources, length=32, bad_rows="skip", shards=str(tmp_path / "out"), processes=1, workers=0
+        )
+        return open_data(part, tokenizer())[2]
+
+    told = opened(tmp_path / "in")
+    assert told.sources[0].kinds == ("text",)
+    assert said in "\n".join(told.lines())
+    with pytest.raises(DataError, match=f"{re.escape(str(path))}: none of the rows can be used: .*holds no row"):
+        opened(tmp_path / "in/good.jsonl", path)

@@ -231,6 +231,19 @@ def test_parts_make_the_same_shards(tmp_path, sources, of):
     assert written(tmp_path / "out") == written(tmp_path / "whole")
 
 
+def test_a_part_of_whole_files_reads_no_other(tmp_path, sources):
+    """Damage in another part's file is that part's to find: here it is not even opened."""
+    sources[1].write_bytes(b"\xff not rows")
+    told = []
+    (one, other) = build(tmp_path / "out", *sources, part=Part(1, 2), tick=told.append)
+    assert [one.file, other.file] == [sources[0], sources[2]]
+    assert max(progress.total for progress in told) == sources[0].stat().st_size + sources[2].stat().st_size
+    assert not one.missing
+    assert one.documents == 330
+    with pytest.raises(DataError, match=r"chats\.jsonl"):
+        build(tmp_path / "out", *sources, part=Part(2, 2))
+
+
 def test_parts_share_the_work(tmp_path, sources):
     counts = [sum(one.made for one in build(tmp_path / f"{n}", *sources, part=Part(n, 4))) for n in range(1, 5)]
     assert sum(counts) == len([name for name in _whole(tmp_path, sources) if name.endswith(".rows")])
@@ -281,7 +294,7 @@ def test_rows_with_nothing_to_learn_are_named(tmp_path):
         build(tmp_path / "out", path)
     assert build(tmp_path / "out", path, bad="skip")[0].documents == 4
     nothing = write(tmp_path / "n.jsonl", [{"messages": [{"role": "user", "content": "a"}]}] * 3)
-    with pytest.raises(DataError, match=r"none of its rows can be used"):
+    with pytest.raises(DataError, match=r"none of the rows can be used"):
         build(tmp_path / "out", nothing, bad="skip")
 
 

@@ -37,6 +37,7 @@ def test_names_come_from_paths():
         (lambda: DataPart(sources=(A,), long_rows="cut"), "long_rows is 'cut'"),
         (lambda: DataPart(sources=(A,), workers=-1), "workers -1"),
         (lambda: DataPart(sources=(A,), held_out="60%"), "between 0 % and 50 %"),
+        (lambda: DataPart(sources=(A,), held_out="0.02"), "held_out is 0.02: a share has a percent sign, as in 2%"),
         (lambda: DataPart(sources=(A,), stages=(StagePart(until=0.5, weights={"a": 1}),)), "end at 0.5"),
         (lambda: DataPart(sources=(A,), stages=(StagePart(until=1, weights={"c": 1}),)), "no source c"),
         (

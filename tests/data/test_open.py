@@ -245,7 +245,7 @@ def test_shards_in_a_folder_that_is_read_only_are_used(folder, monkeypatch):
         raise DataError("cannot be written: Read-only file system")
 
     monkeypatch.setattr("herd.data.arrange.write_sections", refused)
-    monkeypatch.setattr("herd.data.build._write_json", refused)
+    monkeypatch.setattr("herd.data.content.write_json", refused)
     assert open_(folder, "texts")[0].mixture.content == first
 
 

@@ -131,7 +131,8 @@ def test_a_json_array_gives_its_elements_with_their_lines(tmp_path):
     path.write_text(json.dumps([{"n": n} for n in range(5)]))
     assert [row.fields["n"] for row in open_rows(path)] == list(range(5))
     path.write_text("[]")
-    assert list(open_rows(path)) == []
+    assert list(open_rows(path, report, bad="skip")) == []
+    assert str(report.bad[-1]).endswith("alpaca.json:1: the file holds no row")
 
 
 @pytest.mark.parametrize("text", ['[{"n": 1},\n{"n":', '[{"n": 1}\n{"n": 2}]', '[{"n": 1}]\n{}', '[{"n": 1},]', "["])
