@@ -27,13 +27,18 @@ Examples:
   herd data build texts/ --model ./tokenizer.model --part 3/16 --out /cluster/shards
   herd data build texts/ --model ./tokenizer.model --join --out /cluster/shards
   herd data build texts/ --model nano --check         read every byte that is there, build damaged files again
+  herd data build /cluster/texts --model ./tokenizer.model --out /cluster/shards --ray auto
 
-On a cluster, start the same command with --part 1/N to N/N on N machines that share the folder --out (a Slurm array:
---part $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT); then --join once. The files are the same bytes as those of one machine.
+On a cluster without Ray, start the same command with --part 1/N to N/N on N machines that share the folder --out (a Slurm
+array: --part $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT); then --join once. The files are the same bytes as those of one
+machine, with Ray, too.
 """
 
 SHOWN = 8
 """Files that are listed one by one."""
+
+ADDRESS = re.compile(r"auto|local|ray://\S+|[^/\s]+:\d+")
+"""What Ray takes for an address: no path looks like that."""
 
 KINDS = ("text", "messages", "sharegpt", "alpaca", "completion")
 
@@ -54,6 +59,9 @@ KINDS = ("text", "messages", "sharegpt", "alpaca", "completion")
     "--processes", type=click.IntRange(min=1), metavar="N", help="Processes that tokenize (default: one per core)."
 )
 @click.option("--part", metavar="I/N", help="Build only the I-th of N parts: one machine of several.")
+@click.option("--ray", "address", is_flag=False, flag_value="", metavar="[ADDRESS]", help="Build on the machines of a Ray "
+              "cluster: auto, local, HOST:PORT or ray://HOST:PORT (default: RAY_ADDRESS, or one that runs here, or this "
+              "machine).")  # fmt: skip
 @click.option("--join", is_flag=True, help="Put parts together; nothing is tokenized, and what is missing is an error.")
 @click.option("--check", is_flag=True, help="Read every byte of shards that are there; damaged ones are built again.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object with a line's facts for each file.")
@@ -66,6 +74,7 @@ def command(
     bad: str,
     processes: int | None,
     part: str | None,
+    address: str | None,
     join: bool,
     check: bool,
     as_json: bool,
@@ -78,24 +87,27 @@ def command(
     """
     if join and part is not None:
         raise click.UsageError("--join puts all parts together: leave out --part")
+    if address is not None and (join or part is not None):
+        raise click.UsageError("--ray makes all parts and joins them: leave out --part and --join")
+    if address and not ADDRESS.fullmatch(address):
+        raise click.UsageError(
+            f"--ray {address}: is no address (auto, local, HOST:PORT, ray://HOST:PORT): put paths before --ray"
+        )
     from herd.cli.tokenizing import tokenizing
     from herd.data.build import Build, shards_folder
+    from herd.data.cluster import build_on_ray
     from herd.data.files import find_files
 
-    files = [file for path in paths for file in find_files(path, note)]
+    files: list[Any] = [(file, kind) for path in paths for file in find_files(path, note)]
+    root, encoder = shards_folder() if out is None else out, _encoder(model, format_name)
     with tokenizing() as tick:
-        build = Build(
-            shards_folder() if out is None else out,
-            _encoder(model, format_name),
-            bad="skip" if bad == "skip" else "stop",
-            processes=processes,
-            part=_part(part),
-            joining=join,
-            check=check,
-            tick=tick,
-            tell=note,
-        )
-        built = build([(file, kind) for file in files])  # type: ignore[list-item]  # click holds it to KINDS
+        common: dict[str, Any] = {"bad": bad, "processes": processes, "check": check, "tick": tick, "tell": note}
+        if address is not None:
+            built = build_on_ray(root, encoder, files, address=address or None, **common)
+        else:
+            built = Build(root, encoder, part=_part(part), joining=join, **common)(files)
+    if len(built) < len(files):
+        note(f"{len(files) - len(built):,} of {len(files):,} files are for other parts; --join in the end")
     if as_json:
         print(json.dumps({"files": [_facts(one) for one in built]}, ensure_ascii=False))
         return

@@ -48,8 +48,35 @@ def test_what_cannot_be_meant_is_refused(files, tmp_path):
     assert "as in 3/16" in run(files[0], "--model", "nano", "--part", "3of4", code=2).output
     assert "as in 3/16" in run(files[0], "--model", "nano", "--part", "5/4", code=2).output
     assert "leave out --part" in run(files[0], "--model", "nano", "--part", "1/4", "--join", code=2).output
+    assert "leave out --part" in run(files[0], "--model", "nano", "--ray", "--part", "1/4", code=2).output
+    assert "put paths before --ray" in run(files[0], "--model", "nano", "--ray", files[1], code=2).output
     with pytest.raises(DataError, match="no such data file"):
         run(tmp_path / "none.jsonl", "--model", "nano")
+
+
+def test_ray_is_asked_for_with_or_without_an_address(files, tmp_path, monkeypatch):
+    asked = []
+
+    def build(root, encoder, files, *, address, **given):
+        asked.append((root, address, [file.name for file, _ in files], given["bad"], given["processes"]))
+        return []
+
+    monkeypatch.setattr("herd.data.cluster.build_on_ray", build)
+    run(files[0], "--model", "nano", "--out", tmp_path / "o", "--ray")
+    for address in ("auto", "local", "10.0.0.1:6379", "ray://head:10001"):
+        run(files[0], "--ray", address, "--model", "nano", "--out", tmp_path / "o", "--bad", "skip", "--processes", "4")
+    assert asked[0] == (tmp_path / "o", None, ["texts.jsonl"], "stop", None)
+    assert [one[1] for one in asked[1:]] == ["auto", "local", "10.0.0.1:6379", "ray://head:10001"]
+    assert asked[1][3:] == ("skip", 4)
+
+
+def test_parts_of_whole_files_say_how_many_are_for_others(files, tmp_path):
+    said = run(*files, "--model", "nano", "--out", tmp_path / "o", "--part", "1/2")
+    assert "50 documents" in said.stdout
+    assert "1 of 2 files are for other parts; --join in the end" in said.stderr
+    run(*files, "--model", "nano", "--out", tmp_path / "o", "--part", "2/2")
+    joined = run(*files, "--model", "nano", "--out", tmp_path / "o", "--join").stdout
+    assert "chats.jsonl: messages, 20 documents" in joined
 
 
 def test_bad_rows_are_named(files, tmp_path):
