@@ -9,7 +9,16 @@ from typing import Any
 import click
 
 from herd.cli.console import note
-from herd.cli.data_files import bad_option, check_out, kind_option, overwrite_option, report_option, say_report, written
+from herd.cli.data_files import (
+    bad_option,
+    check_out,
+    kind_option,
+    overwrite_option,
+    report_option,
+    say_report,
+    write_report,
+    written,
+)
 from herd.cli.progress import progress
 
 __all__ = ["command"]
@@ -89,9 +98,7 @@ def command(
             {"row": d.where, "of": d.of, "exact": d.exact, "similarity": round(d.similarity, 3)} for d in found.values()
         ]
         bad_rows = [str(row) for row in report.bad]
-        report_path.write_text(
-            json.dumps(facts | {"removed": places, "bad_rows": bad_rows}, indent=1, ensure_ascii=False)
-        )
+        write_report(report_path, facts | {"removed": places, "bad_rows": bad_rows})
     if as_json:
         print(json.dumps(facts))
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -16,7 +16,9 @@ from herd.errors import DataError
 if TYPE_CHECKING:
     from herd.data.report import RowReport
 
-__all__ = ["bad_option", "check_out", "kind_option", "overwrite_option", "report_option", "say_report", "written"]
+__all__ = [
+    "bad_option", "check_out", "kind_option", "overwrite_option", "report_option", "say_report", "write_report", "written",
+]  # fmt: skip
 
 KIND_NAMES = ("text", "messages", "sharegpt", "alpaca", "completion", "preference", "prompt")
 """As `herd.data.adapt.KINDS`, which a test compares: importing that here would cost every --help."""
@@ -54,6 +56,14 @@ def say_report(report: RowReport, shown: int = SHOWN) -> None:
         note(str(row), "yellow")
     if report.bad_count > shown:
         note(f"{report.bad_count - shown:,} more bad rows", "yellow")
+
+
+def write_report(path: Path, facts: Mapping[str, Any]) -> None:
+    """Write what `report_option` asked for. Raises DataError."""
+    try:
+        path.write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{path}: the report cannot be written: {error.strerror or error}") from error
 
 
 def check_out(out: Path, *, overwrite: bool) -> None:

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from herd.cli.console import note
-from herd.cli.data_files import bad_option, kind_option, overwrite_option, report_option, say_report, written
+from herd.cli.data_files import (
+    bad_option,
+    kind_option,
+    overwrite_option,
+    report_option,
+    say_report,
+    write_report,
+    written,
+)
 from herd.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -93,6 +101,8 @@ def command(
             if rules is not None and not isinstance(record, TextRecord):
                 raise DataError(f"{row.where}: quality rules are for texts, and this is no text: leave --rules out")
             text = text_of(record)
+            if tag is not None and tag in row.fields:
+                raise DataError(f"{row.where}: there is a field {tag!r} already: give --tag another name")
             reason = None if rules is None else judge(text, rules)
             code = language(text).code if wanted is not None or tag is not None else ""
             if reason is None and wanted is not None and code not in wanted:
@@ -109,13 +119,14 @@ def command(
     say_report(report)
     if evaluation is not None and evaluation.unchecked:
         note(f"{evaluation.unchecked:,} evaluation rows hold no text of 8 words: not checked")
+    if evaluation is not None and evaluation.report.bad_count:
+        first = evaluation.report.bad[0]
+        note(f"{evaluation.report.bad_count:,} evaluation rows cannot be read and were not checked: {first}", "yellow")
     kept = report.good - reasons.total()
     facts = {"rows": report.good, "kept": kept, "left_out": dict(reasons.most_common()), "bad": report.bad_count}
     if report_path is not None:
         bad_rows = [str(row) for row in report.bad]
-        report_path.write_text(
-            json.dumps(facts | {"removed": removed, "bad_rows": bad_rows}, indent=1, ensure_ascii=False)
-        )
+        write_report(report_path, facts | {"removed": removed, "bad_rows": bad_rows})
     if as_json:
         print(json.dumps(facts))
         return

@@ -138,7 +138,10 @@ def _write(plan: TrainPlan, slurm: Path | None, kuberay: Path | None, config: st
         (kuberay, lambda: train_launch.kuberay(config, words, gpus=plan.gpus, image=image, node=node)),
     ):
         if path is not None:
-            path.write_text(text(), encoding="utf-8")
+            try:
+                path.write_text(text(), encoding="utf-8")
+            except OSError as error:
+                raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from error
             note(f"written: {path}")
 
 

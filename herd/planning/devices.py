@@ -14,7 +14,7 @@ from pathlib import Path
 
 from herd.errors import ConfigError
 
-__all__ = ["COMMON", "DEVICES", "GIB", "Device", "custom", "device", "free_memory", "this_machine"]
+__all__ = ["COMMON", "DEVICES", "GIB", "Device", "custom", "device", "free_memory", "known_as", "this_machine"]
 
 GIB = 1 << 30
 
@@ -114,6 +114,25 @@ def device(name: str) -> Device:
             "or custom with --memory, --bandwidth and --flops"
         )
     return DEVICES[key]
+
+
+_MAKERS = re.compile(r"^(?:(?:nvidia|amd|geforce|tesla|instinct) )+")
+_SAME = re.compile(r"(?: (?:sxm\d|oam|hbm\d+e?|\d+gb))*")
+"""Words of a driver's name that leave the peak what the data sheet says: the module's form and its memory."""
+
+
+def known_as(said: str) -> Device | None:
+    """The device that a driver calls `said` ("NVIDIA A100-SXM4-80GB"), or None.
+
+    A word that may stand for another peak (PCIe, NVL, Ti, Laptop, MIG) makes it another device. An A100's peak is the same in
+    all forms.
+    """
+    words = _MAKERS.sub("", " ".join(re.findall(r"[a-z0-9.]+", said.lower())))
+    core, _, rest = words.replace("rtx ", "rtx").partition(" ")
+    if core == "a100":
+        core, rest = "a100-80gb" if "80gb" in rest else "a100-40gb", rest.replace("pcie", "").strip()
+    found = DEVICES.get(core)
+    return found if found is not None and _SAME.fullmatch(f" {rest}" if rest else "") else None
 
 
 def custom(memory: float, bandwidth: float, tflops: float) -> Device:

@@ -182,12 +182,19 @@ def points_of(paths: Sequence[str | Path]) -> list[Point]:
         if path.is_dir():
             found.append(_of_run(path))
         elif path.is_file():
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            for number, line in enumerate(_lines(path), 1):
                 if line.strip():
                     found.append(_of_line(line, f"{path}:{number}"))
         else:
             raise ConfigError(f"{path}: no such run or file")
     return found
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as lines of JSON: {error}") from error
 
 
 def _of_line(line: str, where: str) -> Point:
@@ -204,18 +211,19 @@ def _of_line(line: str, where: str) -> Point:
 
 
 def _of_run(folder: Path) -> Point:
-    """The last held-out loss of a run's log.jsonl."""
+    """The last held-out loss of a finished run's log.jsonl: before its end, the learning rate has not come down."""
     log = folder / "log.jsonl"
     if not log.is_file():
         raise ConfigError(f"{folder}: there is no log.jsonl: is it the folder of a run?")
-    parameters = tokens = loss = None
-    for line in log.read_text(encoding="utf-8").splitlines():
+    parameters = tokens = loss = event = None
+    for line in _lines(log):
         try:
             row = json.loads(line)
         except ValueError:
             continue  # a run that was killed may leave half a line
         if not isinstance(row, dict):
             continue
+        event = row.get("event")
         parameters = row.get("parameters", parameters)
         tokens = row.get("all_tokens", tokens)
         figures = row.get("figures")
@@ -223,5 +231,9 @@ def _of_run(folder: Path) -> Point:
     if parameters is None or tokens is None or loss is None:
         raise ConfigError(
             f"{log}: has no parameters, tokens or held-out loss: give data.held_out and train.evaluate in the config"
+        )
+    if event != "end":
+        raise ConfigError(
+            f"{folder}: this run is not over, so its loss is not that of its budget: herd train {folder} goes on"
         )
     return Point(parameters=float(parameters), tokens=float(tokens), loss=float(loss), name=folder.name)

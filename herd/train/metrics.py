@@ -8,6 +8,7 @@ first drops the lines of steps that it will do again.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -18,13 +19,27 @@ from pathlib import Path
 from typing import Any
 
 from herd.train.events import EventFile
+from herd.train.stop import SaveError
 from herd.train.throughput import Peak, Work
 from herd.train.typed import plain
 from herd.train.watch import Begin, Silent, StepReport
 
-__all__ = ["LOG", "Board", "Figures", "JsonLines", "read_log", "tags"]
+__all__ = ["LOG", "Board", "Figures", "JsonLines", "kept", "read_log", "tags"]
 
 LOG = "log.jsonl"
+
+
+@contextlib.contextmanager
+def kept(path: Path) -> Iterator[None]:
+    """A file beside the checkpoints that cannot be written, on a full disk for example, ends the run as they do: SaveError."""
+    try:
+        yield
+    except OSError as error:
+        raise SaveError(
+            f"cannot be written: {error.strerror or error}. The last checkpoint is whole: make room or repair it, then go on "
+            "with --resume auto",
+            path=path,
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,16 +81,17 @@ def tags(report: StepReport, figures: Mapping[str, float | None]) -> dict[str, f
 
 
 class JsonLines:
-    """Writes `log.jsonl` in the run's folder, each line at once. Raises OSError."""
+    """Writes `log.jsonl` in the run's folder, each line at once. Raises SaveError."""
 
     def __init__(self, path: Path, figures: Figures) -> None:
         self.path, self.figures = path, figures
         self._step = 0
 
     def on_begin(self, info: Begin) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
-            _keep(self.path, info.step)
+        with kept(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists():
+                _keep(self.path, info.step)
         self._step = info.step
         peak = self.figures.peak
         facts = {
@@ -111,32 +127,36 @@ class JsonLines:
 
     def _line(self, event: str, facts: Mapping[str, Any]) -> None:
         line = {"event": event, "step": self._step, "time": round(time.time(), 3), **facts}
-        with open(self.path, "a", encoding="utf-8") as file:
+        with kept(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(_finite(line), ensure_ascii=False) + "\n")
 
 
 class Board(Silent):
-    """Writes TensorBoard's files into `folder`: scalars of steps and evaluations, and samples as texts."""
+    """Writes TensorBoard's files into `folder`: scalars of steps and evaluations, and samples as texts. Raises SaveError."""
 
     def __init__(self, folder: Path, figures: Figures) -> None:
         self.folder, self.figures = folder, figures
         self._file: EventFile | None = None
 
     def on_begin(self, info: Begin) -> None:
-        self._file = EventFile(self.folder, info.step)
+        with kept(self.folder):
+            self._file = EventFile(self.folder, info.step)
 
     def on_step(self, report: StepReport) -> None:
         assert self._file is not None
-        self._file.scalars(report.step, tags(report, self.figures.of(report)))
+        with kept(self.folder):
+            self._file.scalars(report.step, tags(report, self.figures.of(report)))
 
     def on_evaluation(self, step: int, figures: Mapping[str, float]) -> None:
         assert self._file is not None
-        self._file.scalars(step, {f"eval/{name}": value for name, value in figures.items()})
+        with kept(self.folder):
+            self._file.scalars(step, {f"eval/{name}": value for name, value in figures.items()})
 
     def on_text(self, step: int, prompt: str, reply: str) -> None:
         assert self._file is not None
         quoted = "\n".join("    " + line for line in reply.splitlines())
-        self._file.text(step, f"samples/{prompt[:60]}", f"**{prompt}**\n\n{quoted}")
+        with kept(self.folder):
+            self._file.text(step, f"samples/{prompt[:60]}", f"**{prompt}**\n\n{quoted}")
 
 
 def read_log(path: Path) -> Iterator[dict[str, Any]]:

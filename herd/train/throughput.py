@@ -20,7 +20,7 @@ import torch
 
 from herd.model.accounting import flops_per_token
 from herd.model.config import ModelConfig
-from herd.planning.devices import DEVICES
+from herd.planning.devices import known_as
 
 __all__ = ["Peak", "Work", "duration", "peak_of", "work_of"]
 
@@ -56,8 +56,7 @@ def peak_of(device: torch.device, dtype: torch.dtype) -> Peak | None:
         return _measured(dtype)
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    found = next((d for d in DEVICES.values() if d.name.split(" ")[0].lower() in name.lower()), None)
+    found = known_as(torch.cuda.get_device_name(device))
     if found is None or dtype == torch.float32:
         return None
     tflops = found.tflops_fp8 if dtype == torch.float8_e4m3fn else found.tflops

@@ -138,6 +138,11 @@ def test_filter_by_rules_language_and_leakage(tmp_path, capsys):
     assert json.loads((tmp_path / "r.json").read_text())["removed"][0]["of"] == f"{test}:1"
     assert run([*line, "--rules", "gopher", "--set", "min_words=15"]) == 0
     assert json.loads(capsys.readouterr().out)["left_out"] == {"stop-words": 2, "words": 1}
+    test.write_text("not json\n" + test.read_text())
+    assert run([*line, "--against", str(test)]) == 0
+    assert f"1 evaluation rows cannot be read and were not checked: {test}:1: not JSON" in capsys.readouterr().err
+    assert run([*line, "--tag", "text"]) == 1
+    assert "there is a field 'text' already: give --tag another name" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

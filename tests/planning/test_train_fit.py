@@ -97,10 +97,20 @@ def test_points_come_from_files_and_runs(tmp_path: Path) -> None:
         {"event": "step", "step": 2, "all_tokens": 4000, "loss": 3.0},
         {"event": "evaluation", "step": 2, "figures": {"loss": 3.5, "bits_per_byte": 1.0}},
     ]
-    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"half')
+    log = folder / "log.jsonl"
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"half')
+    with pytest.raises(ConfigError, match="this run is not over"):
+        points_of([file, folder])
+    log.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"event": "end", "step": 2, "figures": {}}]))
     found = points_of([file, folder])
     assert len(found) == 8
     assert (found[-1].parameters, found[-1].tokens, found[-1].loss, found[-1].name) == (100, 4000, 3.5, "run")
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "weights").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="weights: cannot be read as lines of JSON"):
+        points_of([tmp_path / "weights"])
 
 
 @pytest.mark.parametrize(

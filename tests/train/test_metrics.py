@@ -7,8 +7,10 @@ import torch
 
 from herd.model.config import ModelConfig, MoEConfig, irope, plain
 from herd.model.llama import Llama
+from herd.planning.devices import DEVICES
 from herd.train.config import Budget, TrainConfig
 from herd.train.metrics import Board, Figures, JsonLines, read_log, tags
+from herd.train.stop import SaveError
 from herd.train.throughput import Peak, duration, peak_of, work_of
 from herd.train.watch import Begin, StepReport
 
@@ -81,6 +83,40 @@ def test_the_peak_of_a_processor_is_measured():
     assert peak is not None
     assert peak.flops > 1e9
     assert "measured" in peak.source
+
+
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H200", "h200"), ("NVIDIA B200", "b200"), ("NVIDIA L4", "l4"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb"), ("NVIDIA A100-PCIE-40GB", "a100-40gb"), ("NVIDIA A100 80GB PCIe", "a100-80gb"),
+        ("NVIDIA L40S", "l40s"), ("Tesla T4", "t4"), ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("AMD Instinct MI300X OAM", "mi300x"),
+        # Others, with other peaks, whose names hold one that is known.
+        ("NVIDIA L40", None), ("NVIDIA H100 PCIe", None), ("NVIDIA H100 NVL", None), ("NVIDIA T400 4GB", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA GeForce RTX 3090 Ti", None), ("NVIDIA GH200 480GB", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("NVIDIA A10", None), ("NVIDIA GB200", None), ("", None),
+    ],
+)  # fmt: skip
+def test_devices_are_known_by_what_drivers_call_them(said, name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: said)
+    peak = peak_of(torch.device("cuda"), torch.bfloat16)
+    assert (peak and (peak.flops, peak.source)) == (name and (DEVICES[name].tflops * 1e12, f"{name}'s data sheet"))
+    assert peak_of(torch.device("cuda"), torch.float32) is None
+
+
+def test_a_log_that_cannot_be_written_ends_the_run_as_a_full_disk_does(tmp_path):
+    (tmp_path / "log.jsonl").mkdir()
+    (tmp_path / "tensorboard").write_text("")
+    for watcher, path in (
+        (JsonLines(tmp_path / "log.jsonl", figures()), "log.jsonl"),
+        (Board(tmp_path / "tensorboard", figures()), "tensorboard"),
+    ):
+        with pytest.raises(
+            SaveError, match=rf"{path}: cannot be written: .*last checkpoint is whole.*--resume auto"
+        ) as error:
+            watcher.on_begin(begin())
+        assert error.value.exit_code == 3
 
 
 def test_the_log_has_every_line_and_drops_what_is_done_again(tmp_path):
