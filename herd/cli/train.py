@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Sequence
@@ -111,7 +112,13 @@ def configured(what: str, overrides: Sequence[str]) -> RunConfig:
     if path.is_dir():
         if not (path / "config.yaml").exists():
             raise ConfigError(f"{path} is a folder without a run: config.yaml is missing")
-        return load_config(path / "config.yaml", overrides)
+        config = load_config(path / "config.yaml", overrides)
+        named = any(override.lstrip("-").startswith("out=") for override in overrides)
+        if named or Path(config.out).resolve() == path.resolve():
+            return config
+        # Moved since, or begun somewhere else: the folder that is named is the run, not what stands where it was.
+        note(f"{path}: was begun as {config.out}, and goes on here")
+        return dataclasses.replace(config, out=str(path))
     if path.is_file():
         return load_config(path, overrides)
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
@@ -158,7 +165,7 @@ def _train(config: RunConfig, resume: Any, inexact: bool, main: bool) -> dict[st
 def _afterwards(config: RunConfig) -> None:
     """What to do with the result."""
     out = Path(config.out)
-    if (out / "adapter").exists() and config.method.kind in ("lora", "dora", "qlora"):
+    if (out / "adapter").exists() and config.method.kind in ("lora", "dora", "qlora", "prefix", "prompt"):
         note(f'try it: herd run {config.model.source} "Hi" --adapter {out / "adapter"}', "green")
     elif (out / "model").exists():
         how = "herd run --raw" if config.recipe != "sft" and not config.model.source else "herd run"
@@ -167,13 +174,18 @@ def _afterwards(config: RunConfig) -> None:
 
 
 def _verify(config: RunConfig) -> int:
-    """Two short runs beside the run's folder, compared byte for byte."""
+    """Two short runs beside the run's folder, compared byte for byte; of a run in stages the first one."""
     from dataclasses import replace
 
     from herd.train.config import ReportPart
     from herd.train.run import run_recipe
     from herd.train.verify_resume import verify_resume
 
+    if config.stages:
+        from herd.train.recipes.extend import stage
+
+        config = replace(stage(config, 1), out=config.out)
+        note(f"the first stage, rows of {config.data.length} positions, stands for all")
     budget = config.train.budget
     if budget.minutes is not None:
         raise ConfigError(

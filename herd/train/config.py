@@ -179,7 +179,8 @@ class TrainConfig:
     accumulate: int = 1
     """Micro-batches of one optimiser step. The loss is the mean over the learned tokens of all of them."""
     precision: Precision = "float32"
-    """What matrix products are computed in: float32, bfloat16 (weights stay float32), float8 (needs a GPU that has it)."""
+    """What matrix products are computed in: float32, bfloat16 (weights stay float32), float8 (needs a GPU that has it). Weights
+    that are held in bfloat16 (model.dtype) multiply in bfloat16 in any case."""
     compile: bool = False
     """torch.compile, block by block."""
     checkpointing: Checkpointing | int = "none"

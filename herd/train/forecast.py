@@ -7,6 +7,7 @@ on a CPU, the process itself. Measured runs of a few hundred MB lie within 30 pe
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from herd.checkpoint.open import open_store
@@ -31,7 +32,7 @@ NF4_BYTES = 0.5157
 @dataclass(frozen=True, slots=True)
 class Forecast:
     """Numbers of a run. Bytes: `weights`, `gradients`, `optimiser`, `activations` (of a micro-batch), `process` (0 on a GPU), and
-    `saved` (a checkpoint). `tokens`: of a step. `warning`: what is probably not meant, or "".
+    `saved` (a checkpoint). `tokens`: of a step. `warnings`: what is probably not meant.
     """
 
     what: str
@@ -46,7 +47,7 @@ class Forecast:
     process: int
     saved: int
     out: str
-    warning: str = ""
+    warnings: tuple[str, ...] = ()
 
     @property
     def memory(self) -> int:
@@ -64,7 +65,7 @@ class Forecast:
             f"memory about {_size(self.memory)}: {parts}, a step {_size(self.activations)}{process}",
             f"a checkpoint has {_size(self.saved)}",
             f"into {self.out}",
-            *([f"warning: {self.warning}"] if self.warning else []),
+            *(f"warning: {text}" for text in self.warnings),
         ]
 
 
@@ -76,7 +77,8 @@ def forecast(config: RunConfig, dp: int = 1) -> Forecast:
     geometry, name = _geometry(config)
     count = parameters(geometry)
     trained = _trained(config, geometry, count)
-    number = 2 if config.model.dtype == "bfloat16" else 4
+    narrow = config.model.dtype or ("bfloat16" if config.method.adapts and not _on_cpu(config) else "float32")
+    number = 2 if narrow == "bfloat16" else 4
     if config.method.kind == "qlora":
         inner = count - geometry.vocab_size * geometry.dim * (1 if geometry.tie_embeddings else 2)
         weights = round(inner * NF4_BYTES + (count - inner) * 1.07) + 4 * trained
@@ -94,11 +96,11 @@ def forecast(config: RunConfig, dp: int = 1) -> Forecast:
         weights=weights,
         gradients=4 * trained,
         optimiser=optimiser,
-        activations=round(MOMENTARY * _activations(config, geometry)),
+        activations=round(MOMENTARY * _activations(config, geometry, number)),
         process=PROCESS if _on_cpu(config) else 0,
         saved=4 * trained + optimiser,
         out=config.out,
-        warning=_warm_up(config, tokens),
+        warnings=tuple(_warnings(config, geometry, tokens, narrow)),
     )
 
 
@@ -143,10 +145,13 @@ def _trained(config: RunConfig, geometry: ModelConfig, count: int) -> int:
     return total
 
 
-def _activations(config: RunConfig, geometry: ModelConfig) -> int:
-    """Bytes of one micro-batch: what blocks keep for the backward pass, and the logits of a chunk with their gradient."""
+def _activations(config: RunConfig, geometry: ModelConfig, held: int) -> int:
+    """Bytes of one micro-batch: what blocks keep for the backward pass, and the logits of a chunk with their gradient.
+
+    `held`: bytes of a weight. Products of weights that are held in 16 bits are of 16 bits whatever the precision says.
+    """
     tokens = config.data.rows * config.data.length
-    number = 4 if config.train.precision == "float32" else 2
+    number = min(held, 4 if config.train.precision == "float32" else 2)
     heads = geometry.n_heads * geometry.head_dim
     kv = geometry.n_kv_heads * geometry.head_dim
     block = 5 * geometry.dim + 3 * heads + 4 * kv + 4 * geometry.hidden_dim
@@ -172,20 +177,41 @@ def _steps(config: RunConfig, tokens: int) -> str:
     return ends[0] if len(ends) == 1 else " or ".join(ends) + ", whichever is first"
 
 
-def _warm_up(config: RunConfig, tokens: int) -> str:
+def _warnings(config: RunConfig, geometry: ModelConfig, tokens: int, held: str) -> Iterator[str]:
+    """What is probably not meant, though it can be done. `held`: the dtype of weights."""
+    yield from _warm_up(config, tokens)
+    train, length = config.train, config.data.length
+    if held == "bfloat16" and train.precision == "float32" and config.model.dtype is not None:
+        yield "model.dtype=bfloat16: products of weights of 16 bits are of 16 bits, whatever train.precision=float32 says"
+    known = config.model.max_seq_len or geometry.max_seq_len
+    if not config.stages and length > known:
+        yield (
+            f"data.length is {length:,}, and the model is made for {known:,} positions: longer documents train "
+            f"positions that it does not know, and the result still says {known:,} (model.max_seq_len; "
+            "herd train extend makes contexts longer)"
+        )
+    judge = train.evaluate
+    if judge.every_steps is not None and config.data.held_out is None and not judge.prompts:
+        yield (
+            "train.evaluate.every_steps: there is nothing to evaluate: data.held_out names rows that are kept for it, "
+            "train.evaluate.prompts what is answered"
+        )
+
+
+def _warm_up(config: RunConfig, tokens: int) -> Iterator[str]:
     """What is wrong with a warm-up that is not over when the run is (a budget of minutes alone has no number of steps)."""
     budget, warm = config.train.budget, config.train.schedule.warmup_steps
     ends = [budget.steps] if budget.steps is not None else []
     if budget.tokens is not None:
         ends.append(-(-budget.tokens // tokens))
     if not ends or warm == 0:
-        return ""
+        return
     shares = [stage.share for stage in config.stages] or [1.0]
     steps = max(1, round(min(ends) * min(shares) / sum(shares)))
     if warm < steps:
-        return ""
+        return
     who = "the shortest stage" if config.stages else "the run"
-    return (
+    yield (
         f"the warm-up takes {warm:,} steps, and {who} has {steps:,}: the learning rate gets to at most {steps / warm:.0%} of "
         "its peak; train.schedule.warmup_steps sets it"
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from herd.errors import ConfigError
 from herd.model.llama import Llama
 from herd.train.checkpointing import apply_checkpointing, remove_checkpointing
 from herd.train.config import TrainConfig
@@ -20,8 +21,10 @@ __all__ = ["prepare_model", "unprepared"]
 def prepare_model(model: Llama, config: TrainConfig) -> Llama:
     """Make `model` train as `config` says; returns it. Adapters must be in already.
 
-    Raises ConfigError for float8 where the device cannot multiply it.
+    Raises ConfigError for float8 where the device cannot multiply it, and for losses of routers that the model does not have.
     """
+    if (config.router_aux or config.router_z) and model.config.moe is None:
+        raise ConfigError("train.router_aux, train.router_z: this model has no experts, so there is nothing to balance")
     unprepared(model)
     compute_in(model, torch.float32 if config.precision == "float32" else torch.bfloat16)
     apply_checkpointing(model, config.checkpointing)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from herd.parallel import launch
 from herd.parallel.checkpoint import Sharded
 from herd.parallel.mesh import Mesh
 from herd.train.config import RunConfig
+from herd.train.identity import NEUTRAL, differences
 from herd.train.export import export
 from herd.train.memory import keep_freed_memory
-from herd.train.metrics import LOG, Board, Figures, JsonLines
+from herd.train.metrics import LOG, Board, Figures, JsonLines, kept
 from herd.train.overrides import dump_config
 from herd.train.payload import Payload
 from herd.train.prepare import unprepared
@@ -46,11 +47,15 @@ __all__ = [
     "payload_of",
     "result",
     "run_recipe",
+    "unlike",
     "settle",
     "watchers_of",
 ]
 
 CONFIG = "config.yaml"
+NEUTRAL_DATA = ("workers", "processes", "shards")
+"""Keys of `data` that change no row and no order."""
+
 
 
 def run_recipe(
@@ -69,15 +74,17 @@ def run_recipe(
 
 
 def budget_rows(config: RunConfig, dp: int) -> int | None:
-    """Rows that the whole run draws, over all ranks; None when a budget in minutes leaves that open."""
+    """Rows that the whole run draws, over all ranks; None when that is not known, or not well enough for where stages begin.
+
+    Minutes say nothing of rows. Tokens say how many there are at least: padding is not counted.
+    """
     budget = config.train.budget
-    if budget.minutes is not None:
+    if budget.minutes is not None or (budget.tokens is not None and config.data.stages):
         return None
     step = config.train.accumulate * config.data.rows * dp
     if budget.tokens is None:
         assert budget.steps is not None
         return budget.steps * step
-    # Rows may hold padding, which the budget does not count: a run may draw more rows than this, never fewer.
     steps = -(-budget.tokens // (step * config.data.length))
     return min(steps, budget.steps or steps) * step
 
@@ -85,9 +92,7 @@ def budget_rows(config: RunConfig, dp: int) -> int | None:
 def facts_of(config: RunConfig, begun: Start, report: DataReport) -> dict[str, Any]:
     """What a checkpoint of this run must find the same again: vocabulary, prompt format, method, and the data in their order."""
     form = None if isinstance(begun.format, BaseFormat) else format_fingerprint(begun.format)
-    data = plain(config.data)
-    for name in ("workers", "processes", "shards"):  # change no row and no order
-        data.pop(name)
+    data = _without(plain(config.data), *NEUTRAL_DATA)
     return {
         "recipe": config.recipe,
         "model": plain(config.model),
@@ -97,6 +102,23 @@ def facts_of(config: RunConfig, begun: Start, report: DataReport) -> dict[str, A
         "format": form,
         "digest": report.content,
     }
+
+def unlike(kept: RunConfig, now: RunConfig) -> list[str]:
+    """A line for every setting in which two runs differ, but for those that change no weight, or only its rounding."""
+
+    def told(config: RunConfig) -> dict[str, Any]:
+        whole = _without(plain(config), "out", "report", "device", "threads", "parallel")
+        return whole | {
+            "data": _without(whole["data"], *NEUTRAL_DATA),
+            "train": _without(whole["train"], *NEUTRAL),
+        }
+
+    return differences(told(kept), told(now))[0]
+
+
+def _without(part: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in part.items() if key not in names}
+
 
 
 def watchers_of(config: RunConfig, model: Llama, mesh: Mesh, more: Sequence[Watcher]) -> list[Watcher]:
@@ -112,16 +134,19 @@ def watchers_of(config: RunConfig, model: Llama, mesh: Mesh, more: Sequence[Watc
     if config.train.precision == "float8" and mesh.device.type == "cuda":
         dtype = torch.float8_e4m3fn
     figures, out = Figures(work, peak_of(mesh.device, dtype), mesh.world), Path(config.out)
-    kept: list[Watcher] = [ConfigFile(config), JsonLines(out / LOG, figures), Board(out / "tensorboard", figures)]
+    own: list[Watcher] = [ConfigFile(config), JsonLines(out / LOG, figures), Board(out / "tensorboard", figures)]
     for watcher in more:
         tell = getattr(watcher, "on_figures", None)
         if tell is not None:
             tell(figures)
-    return [*kept, *trackers_of(config, out, figures), *more]
+    return [*own, *trackers_of(config, out, figures), *more]
 
 
 class ConfigFile(Silent):
-    """Writes the whole configuration into the run's folder, where `herd train FOLDER` finds it, once the run has begun."""
+    """Writes the whole configuration into the run's folder, where `herd train FOLDER` finds it, once the run has begun.
+
+    Raises SaveError.
+    """
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -129,8 +154,9 @@ class ConfigFile(Silent):
     def on_begin(self, info: Begin) -> None:
         out = Path(self.config.out)
         partial = out / f".{CONFIG}.new"
-        partial.write_text(dump_config(self.config), encoding="utf-8")
-        os.replace(partial, out / CONFIG)
+        with kept(out / CONFIG):
+            partial.write_text(dump_config(self.config), encoding="utf-8")
+            os.replace(partial, out / CONFIG)
 
 
 def payload_of(config: ModelConfig, mesh: Mesh) -> Payload | None:
@@ -147,11 +173,16 @@ def result(trainer: Trainer, begun: Start, config: RunConfig, tell: Callable[[st
     if mesh.world > 1:
         launch.stop()
     if not over or not mesh.is_main:
+    if trainer.average is not None and not trainer.average.count:
+        tell(
+            "train.average: the run was over before anything was averaged (start, every_steps): this is the last weights"
+        )
         return
     if mesh.world > 1:
         begun = start(config, torch.device("cpu"))
         model = adapt(begun.model, config.method, config.model.seed)
-        load_weights(Path(config.out), model, payload_of(model.config, mesh))
+        averaged = config.train.average is not None
+        load_weights(Path(config.out), model, payload_of(model.config, mesh), averaged=averaged)
         _write(model, begun, config, tell)
         return
     averaged = contextlib.nullcontext() if trainer.average is None else trainer.average.swapped()

@@ -29,7 +29,7 @@ from herd.tokenizer.tokenizer import Tokenizer
 from herd.train.config import MethodPart, ModelPart, RunConfig
 from herd.train.typed import nearest
 
-__all__ = ["Start", "adapt", "device_of", "model_config", "shape_config", "start"]
+__all__ = ["Start", "adapt", "device_of", "model_config", "shape_config", "start", "stored_dtype"]
 
 SHAPE_KEYS = (
     "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "norm_eps", "rope_theta", "rope_scaling",
@@ -117,6 +117,12 @@ def model_config(part: ModelPart, tokenizer: Tokenizer, length: int) -> ModelCon
     else:
         made = shape_config({"max_seq_len": context, **(part.shape or {})}, vocab)
     return _reshaped(made, part)
+
+
+def stored_dtype(part: ModelPart) -> Any:
+    """The name of the dtype that a result is written in when `save_dtype` does not say. Reads headers alone."""
+    dtype = _stored(open_store(resolve(part.source))) if part.source else torch.bfloat16
+    return str(dtype).removeprefix("torch.")
 
 
 def shape_config(shape: Mapping[str, Any], vocab_size: int) -> ModelConfig:

@@ -206,6 +206,32 @@ def test_a_proof_of_exact_resume(texts: Path, tmp_path: Path, capsys: pytest.Cap
     assert not (tmp_path / "runs" / "a").exists()
 
 
+def test_a_proof_of_exact_resume_in_stages(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stages = ["recipe=extend", "stages=[{length: 32, share: 1}, {length: 64, share: 1}]"]
+    assert run([*arguments(tmp_path, texts, *stages, steps=8), "--verify-resume"]) == 0
+    told = capsys.readouterr()
+    assert told.out.startswith("exact: 4 steps")
+    assert "the first stage, rows of 32 positions, stands for all" in told.err
+
+
+def test_a_run_goes_on_where_it_lies(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Begun with a relative folder, then moved, or named from elsewhere: no second run begins where the first one was."""
+    monkeypatch.chdir(tmp_path)
+    assert run([*arguments(tmp_path, texts, "out=a")]) == 0
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "a").rename(tmp_path / "elsewhere" / "b")
+    capsys.readouterr()
+    assert run(["train", "elsewhere/b"]) == 0
+    told = capsys.readouterr().err
+    assert "elsewhere/b: was begun as a, and goes on here" in told
+    assert "going on from elsewhere/b/checkpoints" in told
+    assert not (tmp_path / "a").exists()
+    assert run(["train", "elsewhere/b", "out=c", "--dry-run"]) == 0
+    assert "into c" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="no such signals on this system")
 def test_a_signal_saves_and_the_same_command_goes_on(texts: Path, tmp_path: Path) -> None:
     args = arguments(tmp_path, texts, "train.save.every_minutes=null", "train.log_every=1", steps=100_000)

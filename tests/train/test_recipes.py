@@ -1,9 +1,11 @@
 """Recipes from a configuration to a folder that others open: every generation, every method, stages, what is refused."""
 
 import json
+import re
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,7 +57,6 @@ def tokenizer(name, tmp_path):
 @pytest.fixture
 def source(tmp_path):
     """Writes a tiny model of a generation with a vocabulary of its kind."""
-    from dataclasses import replace
 
     def make(name="llama-3", **changes):
         vocabulary = tokenizer(name, tmp_path)
@@ -148,12 +149,14 @@ def test_adapters_of_every_kind(kind, source, chats, tmp_path):
         "method.tokens=3", "train.optim.lr=1e-2",
     )  # fmt: skip
     recorder = Recorder()
-    _, told = done(made, watchers=[recorder])
+    done(made, watchers=[recorder])
     assert recorder.steps[-1].loss < recorder.steps[0].loss
     result, geometry = tmp_path / "run" / "adapter", open_store(folder).config
     if kind in ("prefix", "prompt"):
         kept = read_virtual(result, geometry)
-        assert "engine does not yet" in told
+        with herd.LLM(folder, max_len=64, max_seqs=1) as llm:  # what was trained is what is served
+            assert llm.load_adapter("tuned", result).virtual == 3
+            assert llm.generate([[5, 6, 7]], llm.params(max_tokens=2), adapter="tuned")[0].outputs[0].tokens
     else:
         kept = read_peft(result, geometry)
         assert kept.rank == 4
@@ -252,8 +255,87 @@ def test_stages_of_growing_length(texts, source, tmp_path):
     assert open_store(tmp_path / "run" / "stage-1-64" / "model").info("norm.weight").number == "float32"
     _, told = done(made)
     assert "done" in told
-    kept = load_config(tmp_path / "run" / "config.yaml")
-    assert (kept.recipe, kept.data.length, kept.data.rows) == ("pretrain", 128, 1)
+    assert load_config(tmp_path / "run" / "config.yaml") == made  # the folder goes on with all stages
+    # A stage that was trained with other settings is not taken for this one.
+    other = replace(made, train=replace(made.train, optim=replace(made.train.optim, lr=0.5)), threads=3)
+    with pytest.raises(
+        ConfigError, match=r"stage-1-64 is a stage of another run.*\n  train\.optim\.lr: 0\.0001 .* 0\.5 now"
+    ) as error:
+        done(other)
+    assert "threads" not in str(error.value)
+
+
+def test_a_longer_context_is_written_as_the_model_was_stored(texts, source, tmp_path):
+    """Between stages weights are float32, so that nothing is rounded twice; the result is what its source was."""
+    folder = source()
+    small = tmp_path / "small"
+    model, vocabulary = herd.load(folder)
+    kept = GenerationDefaults(vocabulary.special.stop)
+    write_hf(Source(ModelStore(model), vocabulary, kept, None), small, dtype=torch.bfloat16)
+    made = config(
+        tmp_path, "extend", f"model.source={small}", f"data.sources={texts}", "train.budget.steps=2",
+        "train.evaluate.prompts=[]", "stages=[{length: 64}, {length: 128}]",
+    )  # fmt: skip
+    done(made)
+    assert open_store(tmp_path / "run" / "stage-1-64" / "model").info("norm.weight").number == "float32"
+    assert open_store(tmp_path / "run" / "model").info("norm.weight").number == "bfloat16"
+
+
+def test_an_average_that_never_began_is_told(source, chats, tmp_path):
+    common = [f"model.source={source()}", f"data.sources={chats}", "train.evaluate.prompts=[]"]
+    _, told = done(config(tmp_path, "sft", *common, "train.average={kind: tail, every_steps: 100}"))
+    assert "train.average: the run was over before anything was averaged" in told
+    _, told = done(config(tmp_path, "sft", *common, f"out={tmp_path / 'b'}", "train.average={kind: ema}"))
+    assert "train.average" not in told
+
+
+def test_losses_of_routers_that_are_not_there_are_refused(source, chats, tmp_path):
+    common = [f"model.source={source()}", f"data.sources={chats}"]
+    with pytest.raises(ConfigError, match=r"train\.router_aux, train\.router_z: this model has no experts"):
+        done(config(tmp_path, "sft", *common, "train.router_z=0.1"))
+
+
+def test_stages_of_data_begin_at_their_share_of_the_tokens(source, chats, texts, tmp_path):
+    """Rows of one short conversation each are mostly padding, which a budget of tokens does not count."""
+    recorder = Recorder()
+    made = config(
+        tmp_path, "sft", f"model.source={source()}", f"data.sources=[{{path: {chats}, name: a}}, {{path: {chats}, name: b}}]",
+        "data.stages=[{until: 0.5, weights: {a: 1}}, {until: 1, weights: {b: 1}}]", "data.pack=none",
+        "train.budget={tokens: 1000}", "train.accumulate=1", "train.evaluate.prompts=[]",
+    )  # fmt: skip
+    done(made, watchers=[recorder])
+    (begins,) = [note for note in recorder.notes if "stage 2 of 2 begins at row" in note]
+    row = int(begins.rpartition(" ")[2])
+    before = next(report for report in recorder.steps if report.step == row // made.data.rows)
+    assert 0.5 <= before.progress < 0.6, "half of the tokens, to a step"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["data.length=600"], r"data\.length is 600, and the model is made for 512 positions"),
+        (["data.length=512"], None),
+        (["data.length=600", "model.max_seq_len=600"], None),
+        (["train.evaluate.every_steps=5"], r"there is nothing to evaluate: data\.held_out"),
+        (["train.evaluate.every_steps=5", "data.held_out=1%"], None),
+        (["model.dtype=bfloat16"], r"products of weights of 16 bits are of 16 bits"),
+        (["model.dtype=bfloat16", "train.precision=bfloat16"], None),
+    ],
+)
+def test_what_is_probably_not_meant_is_told(overrides, said, chats, tmp_path):
+    common = ["model.source=nano", f"data.sources={chats}", "train.evaluate.prompts=[]"]
+    warnings = forecast(config(tmp_path, "lora", *common, *overrides)).warnings
+    if said is None:
+        assert warnings == ()
+    else:
+        assert len(warnings) == 1
+        assert re.search(said, warnings[0])
+
+
+def test_a_frozen_base_on_a_gpu_is_counted_as_it_is_held(chats, tmp_path):
+    made = config(tmp_path, "lora", "model.source=nano", f"data.sources={chats}")
+    here, there = forecast(made), forecast(replace(made, device="cuda"))
+    assert here.weights - 4 * here.trained == 2 * (there.weights - 4 * there.trained)
 
 
 def test_training_with_rounding_in_view(source, chats, tmp_path):

@@ -3,7 +3,9 @@
     herd train extend model.source=MODEL data.sources=books/ out=runs/long
 
 A stage is a run of `herd.train.recipes.pretrain` that starts from the weights of the one before, in a folder of its own
-(OUT/stage-1-8192, ...; the last in OUT itself), with a fresh optimiser and schedule. Stages that are finished are not repeated.
+(OUT/stage-1-8192, ...; the last in OUT itself), with a fresh optimiser and schedule, and the data anew (in another order: what
+one stage read may come again in the next). Stages that are finished are not repeated; one that was trained with other settings
+than are asked for now is refused.
 This is how Llama 3.1 went from 8K to 128K positions (arXiv 2407.21783, section 3.4.2: six stages), and Code Llama to 16K with
 a rope_theta of 1,000,000 (arXiv 2308.12950, section 2.4).
 """
@@ -16,10 +18,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from herd.data.build import Progress
+from herd.errors import ConfigError
 from herd.train.config import Budget, RunConfig
 from herd.train.overrides import load_config
 from herd.train.recipes import pretrain
-from herd.train.run import Resume
+from herd.train.run import CONFIG, ConfigFile, Resume, unlike
+from herd.train.start import stored_dtype
 from herd.train.watch import Watcher
 
 __all__ = ["run", "stage"]
@@ -41,11 +45,19 @@ def run(
         this = stage(config, number)
         last = number == len(config.stages)
         if not last and (Path(this.out) / "model" / "config.json").exists():
+            if lines := unlike(load_config(Path(this.out) / CONFIG), this):
+                told = f"{this.out} is a stage of another run than this one:\n  " + "\n  ".join(lines)
+                if exact:
+                    raise ConfigError(
+                        f"{told}\nRestore these settings, go on all the same (--inexact), or choose another `out`"
+                    )
+                tell(told)
             tell(f"stage {number} of {len(config.stages)}, {part.length} positions: done, see {this.out}")
             continue
         tell(f"stage {number} of {len(config.stages)}: rows of {part.length} positions, in {this.out}")
         going_on = resume if last or resume in ("auto", "never") else "auto"  # a path is a checkpoint of the last stage
-        figures = pretrain.run(this, resume=going_on, exact=exact, watchers=watchers, tell=tell, tick=tick, until=until)
+        more = (*watchers, ConfigFile(config))  # the folder goes on with all stages, not with one
+        figures = pretrain.run(this, resume=going_on, exact=exact, watchers=more, tell=tell, tick=tick, until=until)
     return figures
 
 
@@ -54,6 +66,7 @@ def stage(config: RunConfig, number: int) -> RunConfig:
     part, last = config.stages[number - 1], number == len(config.stages)
     share = part.share / sum(each.share for each in config.stages)
     model = config.model
+    save_dtype = model.save_dtype or stored_dtype(model)
     if number > 1:  # what the stage before wrote, frequencies included
         before = Path(_folder(config, number - 1)) / "model"
         model = replace(model, source=str(before), shape=None, tokenizer="", rope_theta=None, rope_scaling=None)
@@ -62,7 +75,7 @@ def stage(config: RunConfig, number: int) -> RunConfig:
         rope_theta=part.rope_theta or model.rope_theta,
         rope_scaling=part.rope_scaling or model.rope_scaling,
         max_seq_len=part.length,
-        save_dtype=config.model.save_dtype if last else "float32",  # what the next stage starts from is not rounded
+        save_dtype=save_dtype if last else "float32",  # what the next stage starts from is not rounded
     )
     rows = part.rows or max(1, config.data.rows * config.data.length // part.length)
     return replace(
