@@ -10,9 +10,9 @@ Letters: P virtual tokens, S positions, L layers, Hkv key/value heads, Dh head_d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,9 @@ from herd.model.attend import Attend, Causal, Packed, masked_attention, uncached
 from herd.model.config import ModelConfig
 from herd.model.llama import Llama
 
-__all__ = ["Prefix", "PrefixTuned", "Prompt", "PromptTuned", "Virtual", "prefixed", "tune_prefix", "tune_prompt"]
+__all__ = [
+    "Prefix", "PrefixTuned", "Prompt", "PromptTuned", "Virtual", "keys_and_values", "prefixed", "tune_prefix", "tune_prompt",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +35,20 @@ class Prefix:
     values: Tensor
     base: str | None = None
 
+    @property
+    def count(self) -> int:
+        """P, the virtual tokens."""
+        return self.keys.shape[1]
+
     def check(self, config: ModelConfig) -> None:
         """Raise unless it fits a base of `config`: CheckpointError, or ConfigError for a base that takes no virtual tokens."""
         _refuse_chunks(config)
-        expected = config.n_layers, self.keys.shape[1], config.n_kv_heads, config.head_dim
+        count = self.keys.shape[1] if self.keys.ndim == 4 else 0
+        expected = config.n_layers, count or "P", config.n_kv_heads, config.head_dim
         for tensor in (self.keys, self.values):
             if tuple(tensor.shape) != expected:
                 raise CheckpointError(f"a prefix of shape {tuple(tensor.shape)}: this base has {expected}")
+        _check_numbers(self.keys, self.values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +58,18 @@ class Prompt:
     embeddings: Tensor
     base: str | None = None
 
+    @property
+    def count(self) -> int:
+        """P, the virtual tokens."""
+        return len(self.embeddings)
+
     def check(self, config: ModelConfig) -> None:
         """As `Prefix.check`."""
         _refuse_chunks(config)
-        if self.embeddings.ndim != 2 or self.embeddings.shape[1] != config.dim:
-            raise CheckpointError(f"a prompt of shape {tuple(self.embeddings.shape)}: this base has dim {config.dim}")
+        shape = tuple(self.embeddings.shape)
+        if len(shape) != 2 or shape[1] != config.dim or not shape[0]:
+            raise CheckpointError(f"a prompt of shape {shape}: this base has dim {config.dim}")
+        _check_numbers(self.embeddings)
 
 
 Virtual = Prefix | Prompt
@@ -66,9 +82,13 @@ class Prefixed:
     keys: Tensor
     values: Tensor
     mask: Tensor
+    whole: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    """Keys and values of all ranks from those of this one, where ranks share sequences (`herd.parallel.context`)."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, chunk: int | None) -> Tensor:
         assert chunk is None  # models with chunks are refused
+        if self.whole is not None:
+            k, v = self.whole(k, v)
         keys, values = (
             torch.cat([first.to(x.dtype).expand(*x.shape[:-3], *first.shape), x], dim=-3)
             for first, x in ((self.keys, k), (self.values, v))
@@ -85,19 +105,21 @@ def prefixed(inner: Sequence[Attend], keys: Tensor, values: Tensor, length: int)
         if id(see) not in masks:
             own = _mask(see, length, k.device)
             masks[id(see)] = torch.cat([own.new_ones(*own.shape[:-1], len(k)), own], dim=-1)
-        out.append(Prefixed(k, v, masks[id(see)]))
+        out.append(Prefixed(k, v, masks[id(see)], getattr(see, "whole", None)))
     return out
 
 
 def _mask(see: Attend, length: int, device: torch.device) -> Tensor:
     if isinstance(see, Packed):
         return see.mask(None)
+    if hasattr(see, "whole"):  # herd.parallel.context.Gathered, whose import costs
+        return cast(Any, see).masks[None]
     if isinstance(see, Causal):
         places = torch.arange(length, device=device)
         return visible(places, places, None).unsqueeze(-3)
     raise ConfigError(
-        f"virtual tokens go before whole documents (Causal, Packed), not into {type(see).__name__}: adapters of prefix and "
-        "prompt tuning train and score, they do not run in the engine"
+        f"virtual tokens go before whole documents (Causal, Packed), not into {type(see).__name__}: a cache holds their keys and "
+        "values itself (herd.engine.virtual), give the engine the adapter and the base"
     )
 
 
@@ -147,13 +169,16 @@ class PrefixTuned(_Tuned):
 class PromptTuned(_Tuned):
     """A frozen model behind trained embeddings (float32). Raises as `Prompt.check`."""
 
+    passes_twice = True
+    """Keys and values of the embeddings are made by the same layers (`herd.parallel.fsdp` has to know)."""
+
     def __init__(self, base: Llama, prompt: Prompt) -> None:
         prompt.check(base.config)
         super().__init__(base)
         self.prompt = nn.Parameter(prompt.embeddings.to(base.norm.weight.device, torch.float32, copy=True))
 
     def virtual(self) -> tuple[Tensor, Tensor]:
-        return _read(self, self.prompt)
+        return keys_and_values(self, self.prompt)
 
     def adapter(self, base: str | None = None) -> Prompt:
         """What was trained, detached."""
@@ -177,7 +202,7 @@ def tune_prefix(model: Llama, count: int = 20, start: Start = "vocabulary") -> P
     _refuse_chunks(config)
     with torch.no_grad():
         ids = _ids(config, count, start).to(model.norm.weight.device)
-        return PrefixTuned(model, Prefix(*_read(model, model.embed(ids))))
+        return PrefixTuned(model, Prefix(*keys_and_values(model, model.embed(ids))))
 
 
 def tune_prompt(model: Llama, count: int = 20, start: Start = "vocabulary") -> PromptTuned:
@@ -203,7 +228,7 @@ class _Heard:
         return masked_attention(q, k, v, None)
 
 
-def _read(model: Llama, x: Tensor) -> tuple[Tensor, Tensor]:
+def keys_and_values(model: Llama, x: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values [L, P, Hkv, Dh] that `model` makes of embeddings x [P, D] at positions 0 to P - 1."""
     heard = [_Heard() for _ in model.layers]
     Llama.hidden(model, x.to(_dtype(model))[None], None, heard)
@@ -232,6 +257,14 @@ def _ids(config: ModelConfig, count: int, start: Start) -> Tensor:
     if isinstance(start, str) or not start or not all(0 <= id < config.vocab_size for id in start):
         raise ConfigError(f"virtual tokens start as vocabulary, zero, random, or ids below {config.vocab_size}")
     return torch.tensor([start[i % len(start)] for i in range(count)])
+
+
+def _check_numbers(*tensors: Tensor) -> None:
+    for tensor in tensors:
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"virtual tokens are stored as {tensor.dtype}: expected floats")
+        if not tensor.is_meta and not bool(tensor.isfinite().all()):
+            raise CheckpointError("virtual tokens hold numbers that are not finite")
 
 
 def _refuse_chunks(config: ModelConfig) -> None:

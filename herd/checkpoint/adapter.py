@@ -1,4 +1,4 @@
-"""A LoRA adapter from wherever it lies: PEFT's folder or llama.cpp's file."""
+"""An adapter from wherever it lies: PEFT's folder or llama.cpp's file."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Literal
 
 from herd.adapters.lora import LoraAdapter
+from herd.adapters.prefix import Virtual
 from herd.checkpoint.gguf import GGUFFile
 from herd.checkpoint.gguf_lora import read_gguf_lora
 from herd.checkpoint.peft import CONFIG, read_peft
+from herd.checkpoint.peft_virtual import KINDS, read_virtual
 from herd.errors import CheckpointError
+from herd.files import read_json
 from herd.model.config import ModelConfig
 
 __all__ = ["AdapterKind", "adapter_kind", "read_adapter"]
@@ -28,8 +31,9 @@ def adapter_kind(path: Path) -> AdapterKind | None:
     return None
 
 
-def read_adapter(path: str | os.PathLike[str], base: ModelConfig) -> LoraAdapter:
-    """The adapter at `path` for a base of config `base`, held against its parameters; tensors are views of the file.
+def read_adapter(path: str | os.PathLike[str], base: ModelConfig) -> LoraAdapter | Virtual:
+    """The adapter at `path` (LoRA, DoRA, a prefix or a prompt) for a base of config `base`, held against its parameters; a LoRA's
+    tensors are views of the file.
 
     Raises CheckpointError or ConfigError: nothing there, damage, another base, what herd does not do.
     """
@@ -40,7 +44,9 @@ def read_adapter(path: str | os.PathLike[str], base: ModelConfig) -> LoraAdapter
         )
     kind = adapter_kind(place)
     if kind is None:
-        raise CheckpointError(
-            "is no LoRA adapter: expected a folder with adapter_config.json or a GGUF adapter", path=place
-        )
-    return read_peft(place, base) if kind == "peft" else read_gguf_lora(place, base)
+        raise CheckpointError("is no adapter: expected a folder with adapter_config.json or a GGUF adapter", path=place)
+    if kind == "gguf":
+        return read_gguf_lora(place, base)
+    folder = place if place.is_dir() else place.parent
+    virtual = read_json(folder / CONFIG).get("peft_type") in KINDS
+    return read_virtual(place, base) if virtual else read_peft(place, base)

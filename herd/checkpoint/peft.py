@@ -242,7 +242,7 @@ def _check_config(data: Mapping[str, Any], fields: Fields) -> None:
     kind = data.get("peft_type", "LORA")
     if kind != "LORA":
         virtual = kind in ("PREFIX_TUNING", "PROMPT_TUNING")
-        told = "virtual tokens train and score (herd.checkpoint.peft_virtual), they are neither served nor merged"
+        told = "virtual tokens are served beside their base, they cannot be merged or converted"
         fields.fail("peft_type", f"is {short(kind)}: {told if virtual else 'herd reads LORA adapters'}")
     start = data.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):

@@ -61,13 +61,21 @@ def read_virtual(path: str | os.PathLike[str], base: ModelConfig) -> Virtual:
         fields.fail("modules_to_save", "replaces whole weights, which herd does not do beside virtual tokens")
     if fields.whole("num_transformer_submodules", 1) != 1:
         fields.fail("num_transformer_submodules", "is for models with an encoder: a Llama has 1")
+    prefix = kind == "PREFIX_TUNING"
+    layers = fields.whole("num_layers", base.n_layers)
+    if layers != base.n_layers:
+        fields.fail("num_layers", f"is {layers}: this base has {base.n_layers}")
+    count, width = fields.whole("num_virtual_tokens"), base.n_kv_heads * base.head_dim
+    wide = fields.whole("token_dim", width if prefix else base.dim)
+    if wide != (width if prefix else base.dim):
+        told = f"{base.n_kv_heads} key/value heads of {base.head_dim}" if prefix else f"dim {base.dim}"
+        fields.fail("token_dim", f"is {wide}: this base has {told}")
     file = open_weights(folder)
     found = sorted(file.names())
     if found != [_TENSOR]:
         raise CheckpointError(f"holds {short(found)}: expected {_TENSOR} alone", path=file.path)
     tensor = file.tensor(_TENSOR).float()
-    count, width = fields.whole("num_virtual_tokens"), base.n_kv_heads * base.head_dim
-    columns = 2 * base.n_layers * width if kind == "PREFIX_TUNING" else base.dim
+    columns = 2 * base.n_layers * width if prefix else base.dim
     if tuple(tensor.shape) != (count, columns) or not count:
         why = f"has shape {tuple(tensor.shape)}: {count} virtual tokens of this base take {(count, columns)}"
         raise CheckpointError(why, path=file.path, tensor=_TENSOR)
@@ -75,7 +83,7 @@ def read_virtual(path: str | os.PathLike[str], base: ModelConfig) -> Virtual:
         raise CheckpointError("holds numbers that are not finite", path=file.path, tensor=_TENSOR)
     name = data.get("base_model_name_or_path")
     named = name if isinstance(name, str) and name else None
-    if kind == "PROMPT_TUNING":
+    if not prefix:
         made: Virtual = Prompt(tensor, named)
     else:
         heads = fields.whole("num_attention_heads", base.n_kv_heads)

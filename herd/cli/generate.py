@@ -143,7 +143,7 @@ def _opened(model: str, options: Mapping[str, Any]) -> LLM:
     )
     if options["adapter"] is not None:
         loaded = llm.load_adapter(ADAPTER, options["adapter"])
-        if loaded.change == 0:
+        if loaded.change == 0 and not loaded.virtual:
             note(f"[the adapter {options['adapter']} changes nothing: all of its B matrices are zero]")
     if parameters(llm.model.config) <= SMALL and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
+from herd.adapters.lora import LoraAdapter
 from herd.chat.formats import FORMATS
 from herd.chat.guard import GuardFormat
 from herd.chat.messages import Message
 from herd.chat.params import SamplingParams
+from herd.checkpoint.adapter import read_adapter
 from herd.checkpoint.fill import fill
 from herd.checkpoint.load import Checkpoint, read_checkpoint
 from herd.checkpoint.open import open_store
@@ -26,6 +28,7 @@ from herd.engine.local import LocalChat
 from herd.engine.native import unsupported
 from herd.engine.opening import ranks_for
 from herd.engine.ranks import Ranks
+from herd.engine.virtual import virtual_tokens
 from herd.errors import ConfigError, PromptError
 from herd.hub.created import find
 from herd.kernels import native
@@ -121,8 +124,8 @@ def open_model(
 ) -> Opened:
     """Find and load `name` (a catalog name, a folder or a file). Raises a HerdError that says what to change.
 
-    `adapter` is a LoRA adapter to use on top. `tensor_parallel` processes share the model. `weights` is as for `herd.load`;
-    `tick(done, total)` hears of the bytes read.
+    `adapter` is an adapter to use on top (LoRA, DoRA, prefix or prompt tuning). `tensor_parallel` processes share the model.
+    `weights` is as for `herd.load`; `tick(done, total)` hears of the bytes read.
     Says once when native kernels are missing.
     """
     if format_name is not None and format_name not in FORMATS:  # before gigabytes are read
@@ -142,7 +145,10 @@ def open_model(
     if small and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     if tensor_parallel > 1 and adapter is not None:
-        raise ConfigError("adapters are not possible with --tensor-parallel-size: merge it first (herd merge)")
+        raise ConfigError(
+            "adapters are not possible with --tensor-parallel-size: merge a LoRA adapter first (herd merge); virtual tokens need "
+            "one process"
+        )
     ranks = ranks_for(tensor_parallel, path, where)
     if ranks is not None:
         atexit.register(ranks.close)
@@ -157,10 +163,16 @@ def open_model(
             checkpoint.model, checkpoint.tokenizer, format=format_name, max_len=max_len, runner=ranks.session(longest)
         )
         return Opened(name, checkpoint, chat, ranks=ranks)
-    runner = None if adapter is None else OneAdapter(checkpoint.model, adapter)
-    chat = LocalChat(checkpoint.model, checkpoint.tokenizer, format=format_name, max_len=max_len, runner=runner)
-    if runner is None:
-        return Opened(name, checkpoint, chat)
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
+    if adapter is None:
+        return Opened(name, checkpoint, LocalChat(model, tokenizer, format=format_name, max_len=max_len))
+    change = read_adapter(adapter, model.config)
+    if not isinstance(change, LoraAdapter):
+        tokens = virtual_tokens(model, change)
+        chat = LocalChat(model, tokenizer, format=format_name, max_len=max_len, virtual=tokens)
+        return Opened(name, checkpoint, chat, f"{adapter}, a {tokens.kind} of {tokens.count} virtual tokens")
+    runner = OneAdapter(model, change)
+    chat = LocalChat(model, tokenizer, format=format_name, max_len=max_len, runner=runner)
     if runner.loaded.change == 0:
         note(f"[the adapter {adapter} changes nothing: all of its B matrices are zero]")
     return Opened(name, checkpoint, chat, f"{adapter}, rank {runner.loaded.rank}, {runner.loaded.matrices} matrices")

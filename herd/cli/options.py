@@ -72,14 +72,14 @@ def tensor_parallel_option(command: F) -> F:
 
 
 def adapter_option(command: F) -> F:
-    """--adapter: a LoRA adapter for all replies."""
+    """--adapter: an adapter for all replies."""
     return click.option(
         "--adapter",
         "--adapter-path",
         "adapter",
         type=click.Path(exists=True),
         metavar="PATH",
-        help="A LoRA adapter on top of the model: a PEFT folder or a GGUF file.",
+        help="An adapter on top of the model (LoRA, DoRA, prefix or prompt tuning): a PEFT folder or a GGUF file.",
     )(command)
 
 

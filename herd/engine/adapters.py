@@ -1,9 +1,10 @@
-"""LoRA adapters served beside their base: each request chooses one, and one step runs rows of several.
+"""Adapters served beside their base: each request chooses one, and one step runs rows of several. How LoRA is computed.
 
-The base model is not touched. Its twin shares every weight, and has a `LoraLinear` where some adapter changes a matrix: for the
-rows of adapter a, y += scale * B_a (A_a x). Which rows those are stands in a `Rows` that the modules were handed when they were
-made, and that `AdapterRunner` fills before each forward. With DoRA outputs also get a gain, magnitude over length of the changed
-row: y = gain * (y + scale * B_a (A_a x)), made once when the adapter is loaded.
+The set of adapters has those of virtual tokens, too; what they do is in `herd.engine.virtual`. With LoRA the base model is not
+touched. Its twin shares every weight, and has a `LoraLinear` where some adapter changes a matrix: for the rows of adapter a,
+y += scale * B_a (A_a x). Which rows those are stands in a `Rows` that the modules were handed when they were made, and that
+`AdapterRunner` fills before each forward. With DoRA outputs also get a gain, magnitude over length of the changed row:
+y = gain * (y + scale * B_a (A_a x)), made once when the adapter is loaded.
 
 Letters: T rows, R rows whose logits are wanted, r rank.
 """
@@ -28,6 +29,7 @@ from herd.engine.pack import RaggedBatch
 from herd.engine.paged import PagedCache
 from herd.engine.runner import Runner, TorchRunner
 from herd.engine.tiles import TiledRunner
+from herd.engine.virtual import VirtualTokens
 from herd.errors import CheckpointError, ConfigError
 from herd.kernels import native
 from herd.model.llama import Llama
@@ -44,8 +46,8 @@ class LoadedAdapter:
     """An adapter that requests can choose. `rank` is the largest, `matrices` how many it changes, `nbytes` what it takes.
 
     `change` is the Frobenius norm of all its changes scale * B A together (of DoRA without its lengths): 0 for one that was never
-    trained. `base` is the model
-    it says it was made for.
+    trained. `base` is the model it says it was made for. `kind` is "lora", "prefix" or "prompt". The last two have `virtual`
+    tokens, no rank and no matrices; `change` is the norm of their keys and values (at 0 they still take a part of the attention).
     """
 
     name: str
@@ -54,6 +56,8 @@ class LoadedAdapter:
     nbytes: int
     change: float
     base: str | None
+    kind: str = "lora"
+    virtual: int = 0
 
 
 @dataclass(slots=True)
@@ -148,6 +152,8 @@ class AdapterSet:
         self.base = base
         self.model: Llama | None = None
         self.hidden_rows, self.output_rows = Rows(), Rows()
+        self.virtual: dict[str, VirtualTokens] = {}
+        """Those of prefix and prompt tuning; what runs their rows has put them into its cache."""
         self._loaded: dict[str, LoadedAdapter] = {}
         self._lock = threading.Lock()
         self._shapes = shapes(base.config)
@@ -172,11 +178,13 @@ class AdapterSet:
         """Make the adapter at `source` (a PEFT folder, a GGUF file, or opened) available as `name`.
 
         Everything is checked first, and nothing changes when it does not fit. Raises CheckpointError or ConfigError: another
-        base, matrices that are not served, numbers that are not finite, a name that is taken.
+        base, matrices that are not served, numbers that are not finite, a name that is taken, virtual tokens (see `add`).
         """
         if not name:
             raise ConfigError("an adapter needs a name")
         adapter = source if isinstance(source, LoraAdapter) else read_adapter(source, self.base.config)
+        if not isinstance(adapter, LoraAdapter):
+            raise ConfigError("virtual tokens stand in a cache: load them with Engine.load_adapter")
         path = None if isinstance(source, LoraAdapter) else source
         self._refuse(adapter, path)
         device = self.base.norm.weight.device
@@ -202,8 +210,7 @@ class AdapterSet:
             adapter.base,
         )
         with self._lock:
-            if name in self._loaded:
-                raise ConfigError(f"adapter {name!r} is loaded already: unload it first, or choose another name")
+            self._free(name)
             twin = _twin(self.base) if self.model is None else self.model
             for parameter, one in factors.items():
                 self._place(twin, parameter).factors[name] = one
@@ -211,11 +218,35 @@ class AdapterSet:
             self._loaded[name] = loaded
         return loaded
 
+    def add(self, name: str, tokens: VirtualTokens) -> LoadedAdapter:
+        """Virtual tokens that are in a cache by now, as an adapter to choose. Raises ConfigError for a name that is taken."""
+        norm = float(torch.stack([tokens.keys.float().norm(), tokens.values.float().norm()]).norm())
+        loaded = LoadedAdapter(
+            name, 0, 0, tokens.nbytes, norm, tokens.adapter.base, kind=tokens.kind, virtual=tokens.count
+        )
+        with self._lock:
+            self._free(name)
+            self.virtual[name], self._loaded[name] = tokens, loaded
+        return loaded
+
+    def free(self, name: str) -> None:
+        """Raise ConfigError when no adapter can be loaded as `name`."""
+        if not name:
+            raise ConfigError("an adapter needs a name")
+        with self._lock:
+            self._free(name)
+
+    def _free(self, name: str) -> None:
+        if name in self._loaded:
+            raise ConfigError(f"adapter {name!r} is loaded already: unload it first, or choose another name")
+
     def unload(self, name: str) -> None:
         """Forget an adapter; no running request may have it. Raises ConfigError when there is none of that name."""
         with self._lock:
             self.check(name)
             del self._loaded[name]
+            if self.virtual.pop(name, None) is not None:
+                return
             assert self.model is not None
             for module in self.model.modules():
                 if isinstance(module, LoraLinear | LoraEmbedding):

@@ -62,7 +62,7 @@ def _single(chunk: Chunk) -> bool:
     return (
         chunk.sample
         and (chunk.count, chunk.logits) == (1, 1)
-        and request.adapter is None
+        and (request.adapter is None or chunk.before > 0)  # virtual tokens are in the cache
         and not request.logits
         and request.params.prompt_logprobs is None
     )
@@ -73,7 +73,7 @@ def _row(chunk: Chunk, source: int | None) -> DecodeRow:
     known: Seq[int] = chunk.tokens if source is None else (0,)
     return DecodeRow(
         known[0],
-        chunk.start,
+        chunk.position,
         chunk.blocks,
         -1 if source is None else source,
         state.uniform(ahead=source is not None) if params.temperature > 0 else 0.0,

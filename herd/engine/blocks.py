@@ -5,10 +5,11 @@ A block holds the keys and values of `block_size` neighbouring positions. Every 
     free     nobody uses it, nothing in it is worth keeping
     cached   nobody uses it, but it holds a known full block of tokens; given up least recently used first
     used     counted references; may hold a known block too
+    pinned   holds virtual tokens of an adapter for as long as it is loaded, whoever reads them; never known, never written again
 
 A full block is known by its digest: keyed blake2b over the digest of the block before it and its own token ids, the chain
-starting from salt and adapter. The key is random per process, so nobody outside can find collisions, and a hit is believed only
-when ids, salt and adapter are equal as well.
+starting from salt and adapter; virtual tokens count as VIRTUAL. The key is random per process, so nobody outside can find
+collisions, and a hit is believed only when ids, salt and adapter are equal as well.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from typing import NamedTuple
 
 from herd.errors import ConfigError
 
-__all__ = ["BlockPool", "blocks_of"]
+__all__ = ["VIRTUAL", "BlockPool", "blocks_of"]
+
+VIRTUAL = -1
+"""What stands in the place of an id where a position has none: those before an adapter's first token."""
 
 
 def blocks_of(positions: int, block_size: int) -> int:
@@ -58,6 +62,7 @@ class BlockPool:
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._known: list[_Known | None] = [None] * n_blocks
         self._by_digest: dict[bytes, int] = {}
+        self._pinned: set[int] = set()
 
     @property
     def available(self) -> int:
@@ -66,9 +71,15 @@ class BlockPool:
 
     @property
     def counts(self) -> dict[str, int]:
-        """{"free", "cached", "used", "total"} in blocks."""
-        free, cached = len(self._free), len(self._cached)
-        return {"free": free, "cached": cached, "used": self.n_blocks - free - cached, "total": self.n_blocks}
+        """{"free", "cached", "used", "pinned", "total"} in blocks. When nothing runs none is used."""
+        free, cached, pinned = len(self._free), len(self._cached), len(self._pinned)
+        used = self.n_blocks - free - cached - pinned
+        return {"free": free, "cached": cached, "used": used, "pinned": pinned, "total": self.n_blocks}
+
+    @property
+    def pinned(self) -> int:
+        """How many blocks hold virtual tokens."""
+        return len(self._pinned)
 
     def references(self, block: int) -> int:
         """How many sequences use `block`."""
@@ -96,6 +107,18 @@ class BlockPool:
             taken.append(block)
         return taken
 
+    def pin(self, n: int) -> list[int]:
+        """`n` blocks that stay until `unpin`, whoever shares and frees them. Callers look at `available` first."""
+        blocks = self.allocate(n)
+        self._pinned.update(blocks)
+        return blocks
+
+    def unpin(self, blocks: Sequence[int]) -> None:
+        """They are blocks like any others again; nobody uses them any more."""
+        assert all(self._refs[block] == 1 for block in blocks), f"pinned blocks {blocks} are still used"
+        self._pinned.difference_update(blocks)
+        self.free(blocks)
+
     def share(self, blocks: Iterable[int]) -> None:
         """One more reference to each of `blocks`, used or cached."""
         for block in blocks:
@@ -116,20 +139,27 @@ class BlockPool:
                 self._cached[block] = None
 
     def lookup(
-        self, tokens: Sequence[int], *, salt: str = "", adapter: str | None = None
+        self, tokens: Sequence[int], *, salt: str = "", adapter: str | None = None, pinned: Sequence[int] = ()
     ) -> tuple[list[int], list[bytes]]:
-        """Blocks and digests of the longest known prefix of `tokens`; full blocks only. Gives no reference: `share` them."""
+        """Blocks and digests of the longest known prefix of `tokens`; full blocks only. Gives no reference: `share` them.
+
+        `pinned` blocks hold what `tokens` begin with: as many blocks of VIRTUAL.
+        """
         blocks: list[int] = []
         digests: list[bytes] = []
-        if not self._by_digest:
+        if not self._by_digest and not pinned:
             return blocks, digests
         before = self._root(salt, adapter)
         for start in range(0, len(tokens) - self.block_size + 1, self.block_size):
             part = tuple(tokens[start : start + self.block_size])
             digest = self._digest(before, part)
-            block = self._by_digest.get(digest)
-            if block is None or self._known[block] != _Known(digest, before, part, salt, adapter):
-                break
+            if len(blocks) < len(pinned):
+                block = pinned[len(blocks)]
+            else:
+                found = self._by_digest.get(digest)
+                if found is None or self._known[found] != _Known(digest, before, part, salt, adapter):
+                    break
+                block = found
             blocks.append(block)
             digests.append(digest)
             before = digest
@@ -178,6 +208,8 @@ class BlockPool:
     def check(self, users: Iterable[Sequence[int]]) -> None:
         """Assert that counts and references are those of `users`, the block lists of all sequences."""
         refs = Counter(block for blocks in users for block in blocks)
+        refs.update(self._pinned)
+        assert all(self._known[block] is None for block in self._pinned), "a pinned block is known"
         used = {block for block in range(self.n_blocks) if self._refs[block]}
         assert all(self._refs[block] == n for block, n in refs.items()), "a reference count differs from the users"
         assert used == set(refs), f"blocks {sorted(used ^ set(refs))} are leaked or used without a reference"

@@ -14,9 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from herd.adapters.prefix import prefixed
 from herd.engine.cache import StaticCache
+from herd.engine.virtual import VirtualTokens
 from herd.errors import ConfigError, ContextFullError, HerdError, PromptError
-from herd.model.attend import packed
+from herd.model.attend import Attend, packed, uncached
 from herd.model.llama import Llama
 
 __all__ = ["ROWS", "Pooling", "check_lengths", "embed", "shortened"]
@@ -29,11 +31,19 @@ ROWS = 512
 Run = Callable[[Callable[[Llama], Any]], Any]
 
 
-def embed(prompts: Sequence[Sequence[int]], run: Run, *, pooling: Pooling = "mean", alone: bool = False) -> Tensor:
+def embed(
+    prompts: Sequence[Sequence[int]],
+    run: Run,
+    *,
+    pooling: Pooling = "mean",
+    alone: bool = False,
+    virtual: VirtualTokens | None = None,
+) -> Tensor:
     """Pooled states [N, D] float32 of `prompts`, on the CPU. `run(task)` calls `task(model)`, once for each forward.
 
-    `alone`: every prompt has forwards of its own, so its numbers do not depend on the others. Raises PromptError for an empty
-    prompt or an id that the model does not have, HerdError for states that are not finite.
+    `alone`: every prompt has forwards of its own, so its numbers do not depend on the others. `virtual` tokens stand before each
+    prompt and have no part in the average. Raises PromptError for an empty prompt or an id that the model does not have,
+    HerdError for states that are not finite.
     """
     size = run(lambda model: model.config.vocab_size)
     for i, ids in enumerate(prompts):
@@ -44,9 +54,9 @@ def embed(prompts: Sequence[Sequence[int]], run: Run, *, pooling: Pooling = "mea
     rows: list[Tensor] = []
     for group in _groups(prompts, 1 if alone else ROWS):
         if len(group) == 1:
-            rows.append(_long(group[0], run, pooling))
+            rows.append(_long(group[0], run, pooling, virtual))
         else:
-            rows.extend(run(lambda model, group=group: _short(model, group, pooling)))
+            rows.extend(run(lambda model, group=group: _short(model, group, pooling, virtual)))
     if not rows:
         return torch.empty(0, 0)
     out = torch.stack(rows)
@@ -86,18 +96,31 @@ def _groups(prompts: Sequence[Sequence[int]], rows: int) -> Iterator[list[Sequen
 
 
 @torch.inference_mode()
-def _short(model: Llama, prompts: Sequence[Sequence[int]], pooling: Pooling) -> list[Tensor]:
+def _short(
+    model: Llama, prompts: Sequence[Sequence[int]], pooling: Pooling, virtual: VirtualTokens | None
+) -> list[Tensor]:
     """All of them in one forward."""
     device = model.norm.weight.device
     lengths = [len(ids) for ids in prompts]
     tokens = torch.tensor([[i for ids in prompts for i in ids]], device=device)
     positions = torch.cat([torch.arange(length, device=device) for length in lengths])[None]
-    states = model.hidden(model.embed(tokens), positions, packed(model.config, positions))[0].float().cpu()
+    states = _hidden(model, tokens, positions, packed(model.config, positions), virtual)
     return [part.mean(0) if pooling == "mean" else part[-1] for part in states.split(lengths)]
 
 
-def _long(ids: Sequence[int], run: Run, pooling: Pooling) -> Tensor:
+def _hidden(
+    model: Llama, tokens: Tensor, positions: Tensor, see: Sequence[Attend], virtual: VirtualTokens | None
+) -> Tensor:
+    """Final states [S, D] of whole documents, float32 on the CPU."""
+    if virtual is not None:
+        see = prefixed(see, virtual.keys, virtual.values, tokens.shape[-1])
+        positions = positions + virtual.count
+    return model.hidden(model.embed(tokens), positions, see)[0].float().cpu()
+
+
+def _long(ids: Sequence[int], run: Run, pooling: Pooling, virtual: VirtualTokens | None) -> Tensor:
     """One prompt, piece by piece."""
+    first = 0 if virtual is None else virtual.count
     cache: StaticCache | None = None
     total: Tensor | None = None
     for start in range(0, len(ids), ROWS):
@@ -107,13 +130,19 @@ def _long(ids: Sequence[int], run: Run, pooling: Pooling) -> Tensor:
         def piece(model: Llama, start: int = start, end: int = end) -> Tensor:
             nonlocal cache
             device = model.norm.weight.device
-            x = model.embed(torch.tensor([list(ids[start:end])], device=device))
-            if len(ids) <= ROWS:
-                return model.hidden(x)[0].float().cpu()
-            if cache is None:
-                cache = StaticCache(model.config, max_len=len(ids), dtype=x.dtype, device=device)
+            tokens = torch.tensor([list(ids[start:end])], device=device)
             positions = torch.arange(start, end, device=device)
-            return model.hidden(x, positions, cache.bind(positions, end))[0].float().cpu()
+            if len(ids) <= ROWS:
+                return _hidden(model, tokens, positions, uncached(model.config.n_layers), virtual)
+            x = model.embed(tokens)
+            if cache is None:
+                cache = StaticCache(model.config, max_len=first + len(ids), dtype=x.dtype, device=device)
+                if virtual is not None:
+                    for to, own in ((cache.k, virtual.keys), (cache.v, virtual.values)):
+                        for held, layer in zip(to, own, strict=True):
+                            held[0, :first] = layer
+            positions = positions + first
+            return model.hidden(x, positions, cache.bind(positions, first + end))[0].float().cpu()
 
         states = run(piece)
         if pooling == "last":

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from herd.adapters.lora import LoraAdapter
+from herd.adapters.prefix import Virtual
+from herd.checkpoint.adapter import read_adapter
 from herd.engine.adapters import AdapterRunner, AdapterSet, LoadedAdapter
 from herd.engine.blocks import BlockPool
 from herd.engine.choosing import Found, Row, choose, row_of
@@ -28,6 +30,7 @@ from herd.engine.grammar import Grammar, Grammars
 from herd.engine.pack import pack
 from herd.engine.paged import PagedCache
 from herd.engine.request import Request, Sequence, TokenEvent
+from herd.engine.resident import Residents
 from herd.engine.runner import Runner
 from herd.engine.runners import fastest_runner, steps_ahead
 from herd.engine.sampler import RowState, Sampler
@@ -84,6 +87,7 @@ class Engine:
             device=self.device,
             spare=getattr(self.runner, "records", False),
         )
+        self._residents = Residents(self.adapters, self.scheduler, self.cache)
         self._ahead = steps_ahead(self.runner, self.cache)
         self._flying: tuple[StepPlan, Flight] | None = None
         """A step that was begun and whose tokens nobody has read."""
@@ -129,18 +133,43 @@ class Engine:
             if request_id in self._known:
                 self._inbox.append((request_id, index))
 
-    def load_adapter(self, name: str, source: str | os.PathLike[str] | LoraAdapter) -> LoadedAdapter:
-        """Make a LoRA adapter available to requests, see `AdapterSet.load`. From any thread, while others run."""
-        return self.adapters.load(name, source)
+    def load_adapter(self, name: str, source: str | os.PathLike[str] | LoraAdapter | Virtual) -> LoadedAdapter:
+        """Make an adapter available to requests: the one at `source` (a PEFT folder, a GGUF file), or opened.
+
+        LoRA from any thread, while others run (`AdapterSet.load`); virtual tokens only between two steps, for they get blocks of
+        the cache, and others have fewer (`Scheduler.pin`). Raises CheckpointError or ConfigError with the reason.
+        """
+        opened = isinstance(source, LoraAdapter | Virtual)
+        adapter = source if opened else read_adapter(source, self.model.config)
+        if not isinstance(adapter, Virtual):
+            return self.adapters.load(name, adapter)
+        if hasattr(self.runner, "cache"):
+            raise ConfigError("a model over several ranks serves no virtual tokens: run it in one process")
+        return self._residents.load(name, adapter)
 
     def unload_adapter(self, name: str) -> None:
-        """Forget an adapter. From any thread. Raises ConfigError when there is none, or requests with it have not ended."""
+        """Forget an adapter. From any thread; one of virtual tokens only between two steps.
+
+        Raises ConfigError when there is none, or requests with it have not ended.
+        """
         with self._lock:
             users = sum(adapter == name for adapter in self._known.values())
             if users:
                 raise ConfigError(f"adapter {name!r} has {users} unfinished requests: wait for them, or abort them")
+            virtual = name in self.adapters.virtual
             self.adapters.unload(name)
             self._stale.append(name)
+            if virtual:
+                self._residents.unload(name)
+
+    def room(self, adapter: str | None = None) -> int:
+        """The most tokens of a request with `adapter`, prompt and reply together. From any thread.
+
+        Raises ConfigError when there is no such adapter.
+        """
+        if adapter is not None:
+            self.adapters.check(adapter)
+        return self.scheduler.room(adapter)
 
     def step(self) -> list[TokenEvent]:
         """Compute one step; what it gave. Every continuation of every request ends in exactly one event with `finish`."""
@@ -166,7 +195,8 @@ class Engine:
             self.scheduler.check()
         if self.scheduler.idle:
             counts = self.pool.counts
-            assert counts["free"] + counts["cached"] == counts["total"], f"blocks are lost at idle: {counts}"
+            idle = counts["free"] + counts["cached"] + counts["pinned"]
+            assert idle == counts["total"], f"blocks are lost at idle: {counts}"
 
     def stats(self) -> Stats:
         """What the engine does and has done."""
@@ -179,6 +209,7 @@ class Engine:
             waiting=len(self.scheduler.waiting) + sum(isinstance(item, Request) for item, _ in list(self._inbox)),
             blocks_used=counts["used"],
             blocks_cached=counts["cached"],
+            blocks_pinned=counts["pinned"],
             tokens_per_second=sum(tokens for _, tokens in recent) / seconds if seconds else 0.0,
         )
 
@@ -274,6 +305,7 @@ class Engine:
         if (refresh := getattr(self.runner, "refresh", None)) is not None:
             refresh()
         self.pool.clear()
+        self._residents.renew()
 
     @torch.inference_mode()
     def _run(self, plan: StepPlan) -> list[TokenEvent]:

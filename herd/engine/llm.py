@@ -13,10 +13,12 @@ from typing import Any, Literal, get_args
 import torch
 
 from herd.adapters.lora import LoraAdapter
+from herd.adapters.prefix import Virtual
 from herd.chat.format import ChatFormat, Delta, ToolSpec
 from herd.chat.formats import format_named
 from herd.chat.model import Score
 from herd.chat.params import Constraint, SamplingParams
+from herd.checkpoint.adapter import read_adapter
 from herd.checkpoint.load import Checkpoint
 from herd.engine.adapters import LoadedAdapter, Rows
 from herd.engine.budget import Budget
@@ -67,7 +69,7 @@ class LLM:
     On a GPU decode steps are recorded when they are first needed, or by `warm_up`, and replayed; `graphs=False` runs every step
     as it is (docs/gpu.md).
 
-    `load_adapter` adds a LoRA adapter, which requests choose with `adapter=` (its name).
+    `load_adapter` adds an adapter (LoRA, DoRA, prefix or prompt tuning), which requests choose with `adapter=` (its name).
 
     Without `params`, requests use the sampling defaults of the checkpoint. Methods may be called from any thread, their
     `a...` twins from any event loop. Use it in a `with`, or `close` it: its thread ends then.
@@ -134,7 +136,7 @@ class LLM:
             )
             self._loop = Loop(self._engine)
             self._intake = Intake(self.tokenizer, self._defaults, chosen, self._engine.check)
-            searches = Searches(self._loop, self.tokenizer, self.max_len, max_seqs)
+            searches = Searches(self._loop, self.tokenizer, self._engine.room, max_seqs)
             self._calls = Calls(self._loop, self._intake, searches)
             # The thread knows the loop and not this object, so one that is dropped or outlives the program is closed, too.
             self._closed = weakref.finalize(self, _close, self._loop, ranks)
@@ -147,8 +149,15 @@ class LLM:
 
     @property
     def max_len(self) -> int:
-        """The most tokens of one request, prompt and reply together."""
-        return self.budget.max_len
+        """The most tokens of one request without an adapter, prompt and reply together."""
+        return self._engine.room()
+
+    def room(self, adapter: str | None = None) -> int:
+        """The most tokens of one request with `adapter`: its virtual tokens take the place of as many.
+
+        Raises ConfigError when there is no such adapter.
+        """
+        return self._engine.room(adapter)
 
     @property
     def config(self) -> ModelConfig:
@@ -288,7 +297,7 @@ class LLM:
         assert self._engine.grammars is not None
         self._engine.grammars.compile(constraint)
 
-    def score(self, pairs: Sequence[tuple[str, str]]) -> list[Score]:
+    def score(self, pairs: Sequence[tuple[str, str]], *, adapter: str | None = None) -> list[Score]:
         """How likely each continuation is after its context: sums of log-probabilities of (context, continuation) pairs.
 
         The pair is tokenized as one text, so white space between the two belongs to the continuation's tokens. Contexts that
@@ -298,7 +307,9 @@ class LLM:
         requests = []
         for number, (context, continuation) in enumerate(pairs):
             ids, start = joined(self._intake.base, context, continuation, number)
-            requests.append(self._intake.request(ids, params, frozenset(), f"pair {number}", score_from=start - 1))
+            requests.append(
+                self._intake.request(ids, params, frozenset(), f"pair {number}", adapter=adapter, score_from=start - 1)
+            )
         found: dict[int, Completion] = {}
         for together in rounds([context for context, _ in pairs], self.budget.seqs):
             done = self._calls.completions([(requests[i], None) for i in together])
@@ -324,15 +335,15 @@ class LLM:
             raise ConfigError(f"pooling is {pooling!r}: choose one of {', '.join(get_args(Pooling))}")
         if dimensions is not None and not 1 <= dimensions <= self.model.config.dim:
             raise ConfigError(f"dimensions is {dimensions:,}: this model's vectors have {self.model.config.dim:,}")
-        if adapter is not None:
-            self._engine.adapters.check(adapter)
+        room = self._engine.room(adapter)
         every = [list(self._intake.base.complete(p).tokens) if isinstance(p, str) else list(p) for p in prompts]
-        check_lengths(every, self.max_len)
+        check_lengths(every, room)
+        virtual = None if adapter is None else self._engine.adapters.virtual.get(adapter)
 
         def run(task: Callable[[Llama], Any]) -> Any:
             return self._loop.between(lambda: self._with(adapter, task))
 
-        found = embed(every, run, pooling=pooling, alone=self._engine.config.deterministic)
+        found = embed(every, run, pooling=pooling, alone=self._engine.config.deterministic, virtual=virtual)
         return shortened(found, dimensions, normalize=normalize)
 
     def _with(self, adapter: str | None, task: Callable[[Llama], Any]) -> Any:
@@ -340,23 +351,32 @@ class LLM:
         if adapter is None:
             return task(self.model)
         self._engine.adapters.check(adapter)  # again: it may have been unloaded
+        if adapter in self._engine.adapters.virtual:
+            return task(self.model)
         with self._engine.adapters.bound(Rows(((adapter, None),)), Rows()) as model:
             return task(model)
 
     loglikelihood = score
     """The name of `herd.chat.model.Scorer`."""
 
-    def load_adapter(self, name: str, source: str | os.PathLike[str] | LoraAdapter) -> LoadedAdapter:
-        """Add a LoRA adapter (a PEFT folder or a GGUF file) while others run; requests choose it with `adapter=name`.
+    def load_adapter(self, name: str, source: str | os.PathLike[str] | LoraAdapter | Virtual) -> LoadedAdapter:
+        """Add an adapter (a PEFT folder or a GGUF file) while others run; requests choose it with `adapter=name`.
 
-        Raises CheckpointError or ConfigError with the reason when it does not fit this model.
+        Virtual tokens of prefix and prompt tuning take blocks of the cache, and `room(name)` is what they leave. Raises
+        CheckpointError or ConfigError with the reason when it does not fit this model.
         """
-        self._alone("adapters are", ": merge it first (herd merge)")
-        return self._engine.load_adapter(name, source)
+        self._alone("adapters are", ": merge a LoRA adapter first (herd merge); virtual tokens need one process")
+        adapter = source if isinstance(source, LoraAdapter | Virtual) else read_adapter(source, self.model.config)
+        if isinstance(adapter, LoraAdapter):
+            return self._engine.load_adapter(name, adapter)
+        return self._loop.between(lambda: self._engine.load_adapter(name, adapter))
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter. Raises ConfigError when there is none, or requests with it have not ended."""
-        self._engine.unload_adapter(name)
+        if name in self._engine.adapters.virtual:
+            self._loop.between(lambda: self._engine.unload_adapter(name))
+        else:
+            self._engine.unload_adapter(name)
 
     @property
     def adapters(self) -> tuple[LoadedAdapter, ...]:

@@ -18,6 +18,7 @@ from herd.chat.toolspec import tools_from
 from herd.engine.paged_session import PagedSession, session_for
 from herd.engine.reply import ReplyBuilder
 from herd.engine.runner import Runner
+from herd.engine.virtual import VirtualTokens
 from herd.errors import PromptError
 from herd.model.llama import Llama
 from herd.tokenizer.tokenizer import Tokenizer
@@ -34,6 +35,7 @@ class LocalChat:
 
     `format` is a prompt format, its name, or a name with the tokenizer it is for; None means the one the checkpoint was
     trained with, detected on first use. `max_len` limits the context. `runner` computes the steps, instead of the fastest one.
+    `virtual` tokens stand before every conversation, and the context holds so many fewer.
     After a stream is exhausted or closed, `last` is its Reply (finish reason "length" when it was closed early); while it
     runs, `made` counts its tokens.
     """
@@ -46,12 +48,13 @@ class LocalChat:
         format: AnyFormat | None = None,
         max_len: int | None = None,
         runner: Runner | None = None,
+        virtual: VirtualTokens | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.session = (
             session_for(model, max_len=max_len)
-            if runner is None
-            else PagedSession(model, max_len=max_len, runner=runner)
+            if runner is None and virtual is None
+            else PagedSession(model, max_len=max_len, runner=runner, virtual=virtual)
         )
         self.last: Reply | None = None
         self.made = 0

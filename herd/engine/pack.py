@@ -20,11 +20,12 @@ __all__ = ["RaggedBatch", "pack"]
 class RaggedBatch:
     """One forward over pieces of many sequences, without padding.
 
-    tokens, positions and slots [T] int64: the id of each row, its position, and where its key and value go
-    (block * block_size + offset). spans [n, 4] int64: (first row, rows, first position, table) of the rows of one sequence;
-    tables [n, width] int32: its blocks in order, then zeros. logit_rows [R] int64, in the order of the plan's chunks.
-    `adapters`: one name or None per span; None when no request has an adapter. `known`: the spans once more, in main memory, so
-    that a GPU need not be asked for them; None when only the tensors were made.
+    tokens, positions and slots [T] int64: the id of each row, its position (virtual tokens of an adapter come first), and where
+    its key and value go (block * block_size + offset). spans [n, 4] int64: (first row, rows, first position, table) of the rows
+    of one sequence; tables [n, width] int32: its blocks in order, then zeros. logit_rows [R] int64, in the order of the plan's
+    chunks. `adapters`: one name or None per span; None when no request has one. Those of virtual tokens are not among them:
+    what they change is in the cache. `known`: the spans once more, in main memory, so that a GPU need not be asked for them;
+    None when only the tensors were made.
     """
 
     tokens: Tensor
@@ -49,11 +50,12 @@ def pack(
     width = max(len(chunk.blocks) for chunk in plan.rows) if table_width is None else table_width
     tables = array("i")
     for i, chunk in enumerate(plan.rows):
-        first, stop, blocks = len(tokens), chunk.start + chunk.count, chunk.blocks
-        spans.extend((first, chunk.count, chunk.start, i))
+        first, start, blocks = len(tokens), chunk.position, chunk.blocks
+        stop = start + chunk.count
+        spans.extend((first, chunk.count, start, i))
         tokens.extend(chunk.tokens)
-        positions.extend(range(chunk.start, stop))
-        slots.extend(blocks[p // block_size] * block_size + p % block_size for p in range(chunk.start, stop))
+        positions.extend(range(start, stop))
+        slots.extend(blocks[p // block_size] * block_size + p % block_size for p in range(start, stop))
         wanted.extend(range(first + chunk.count - chunk.logits, first + chunk.count))
         tables.extend(blocks)
         tables.extend([0] * (width - len(blocks)))
@@ -61,7 +63,7 @@ def pack(
     sizes = [len(tokens), len(tokens), len(tokens), len(spans), len(wanted)]
     flat = torch.frombuffer(tokens + positions + slots + spans + wanted, dtype=torch.int64).to(device)
     parts = flat.split(sizes)
-    adapters = tuple(chunk.sequence.request.adapter for chunk in plan.rows)
+    adapters = tuple(None if chunk.before else chunk.sequence.request.adapter for chunk in plan.rows)
     return RaggedBatch(
         *parts[:3],
         spans=parts[3].view(-1, 4),

@@ -12,6 +12,8 @@ from herd.engine.pack import RaggedBatch
 from herd.engine.paged import PagedCache
 from herd.engine.runner import Runner
 from herd.engine.session import FIRST_ALLOCATION, Session
+from herd.engine.virtual import VirtualTokens
+from herd.errors import ConfigError
 from herd.model.llama import Llama
 from herd.quant.apply import kind_of
 
@@ -32,20 +34,38 @@ class PagedSession(Session):
 
     Keys and values are kept in the dtype of the activations, those of quantized models in float16: their products round
     activations to 8 bits anyway, and half the bytes are read.
+
+    `virtual` tokens stand before everything; `max_len` is then what they leave of the context, and they count nowhere. Raises
+    ConfigError when that is too little.
     """
 
-    def __init__(self, model: Llama, *, max_len: int | None = None, runner: Runner | None = None) -> None:
+    def __init__(
+        self,
+        model: Llama,
+        *,
+        max_len: int | None = None,
+        runner: Runner | None = None,
+        virtual: VirtualTokens | None = None,
+    ) -> None:
         super().__init__(model, max_len=max_len)
         del self.cache
+        self.first = 0 if virtual is None else virtual.count
+        if self.max_len - self.first < 2:
+            raise ConfigError(
+                f"{self.first} virtual tokens leave no room for a prompt and a reply in a context of {self.max_len} tokens"
+            )
+        self.max_len -= self.first
         self.runner = runner_for(model) if runner is None else runner
         dtype = torch.float16 if kind_of(model) is not None else model.norm.weight.dtype
         device = model.norm.weight.device
-        blocks = -(-min(FIRST_ALLOCATION, self.max_len) // BLOCK)
+        blocks = -(-(self.first + min(FIRST_ALLOCATION, self.max_len)) // BLOCK)
         self._made: type[PagedCache] = getattr(self.runner, "cache", PagedCache)  # over several ranks: a part on each
         self.paged = self._made(model.config, blocks=blocks, block_size=BLOCK, dtype=dtype, device=device)
+        if virtual is not None:
+            virtual.put(self.paged, range(blocks))
 
     def _forward(self, ids: Sequence[int]) -> Tensor:
-        start, rows = len(self.tokens), len(ids)
+        start, rows = self.first + len(self.tokens), len(ids)
         self._make_room(start + rows)
         device = self.paged.device
         positions = torch.arange(start, start + rows, device=device)
@@ -66,7 +86,7 @@ class PagedSession(Session):
         old, needed = self.paged, -(-positions // BLOCK)
         if needed <= old.blocks:
             return
-        blocks = min(max(needed, 2 * old.blocks), -(-self.max_len // BLOCK))
+        blocks = min(max(needed, 2 * old.blocks), -(-(self.first + self.max_len) // BLOCK))
         new = self._made(old.config, blocks=blocks, block_size=BLOCK, dtype=old.dtype, device=old.device)
         for to, source in zip(new.tensors, old.tensors, strict=True):
             to[: old.blocks] = source

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from herd.chat.params import SamplingParams
+from herd.engine.blocks import VIRTUAL
 from herd.errors import ConfigError
 
 __all__ = ["Finish", "Request", "Sequence", "Status", "TokenEvent"]
@@ -57,8 +58,9 @@ class Sequence:
     """One continuation of a request, its `index`-th. Changed by the scheduler only, except `drafts`, `scored` and `state`.
 
     `tokens` are prompt and reply; the keys and values of the first `computed` lie in `blocks`. `drafts` are guesses of the next
-    tokens: set before a plan, checked in that step, then gone. `scored` counts the prompt positions whose logits were seen, for
-    requests that want prompt logprobs. `state` is the engine's (sampler, text).
+    tokens: set before a plan, checked in that step, then gone. `first` is the position of the first token, behind the virtual
+    ones of its adapter, which count nowhere else; `room` is the most tokens that it may have. `scored` counts the prompt tokens
+    whose logits were seen, for requests that want prompt logprobs. `state` is the engine's (sampler, text).
     """
 
     __slots__ = (
@@ -69,19 +71,22 @@ class Sequence:
         "digests",
         "drafts",
         "finish",
+        "first",
         "index",
         "order",
         "preemptions",
         "request",
+        "room",
         "scored",
         "state",
         "status",
         "tokens",
     )
 
-    def __init__(self, request: Request, index: int, order: tuple[int, int]) -> None:
+    def __init__(self, request: Request, index: int, order: tuple[int, int], *, first: int = 0, room: int = 0) -> None:
         self.request = request
         self.index = index
+        self.first, self.room = first, room
         self.order = order
         """Arrival: lower is older, and goes first."""
         self.tokens: list[int] = list(request.prompt)
@@ -105,6 +110,19 @@ class Sequence:
         return f"Sequence({self.request.id!r}, {self.index}, {self.status}, {where} computed, blocks {self.blocks})"
 
     @property
+    def position(self) -> int:
+        """Where the next key and value go."""
+        return self.first + self.computed
+
+    def ids(self, start: int, stop: int) -> list[int]:
+        """What stands at positions `start` .. `stop`: VIRTUAL before the first token."""
+        first = self.first
+        if not first:
+            return self.tokens[start:stop]
+        virtual = max(0, min(stop, first) - start)
+        return [VIRTUAL] * virtual + self.tokens[max(0, start - first) : max(0, stop - first)]
+
+    @property
     def made(self) -> int:
         """Tokens of the reply so far."""
         return len(self.tokens) - len(self.request.prompt)
@@ -114,14 +132,14 @@ class Sequence:
         """The reply so far."""
         return self.tokens[len(self.request.prompt) :]
 
-    def ending(self, max_len: int) -> Finish | None:
-        """Whether the last token of a reply ends it, and why. `max_len`: positions of the context."""
+    def ending(self) -> Finish | None:
+        """Whether the last token of a reply ends it, and why."""
         params = self.request.params
         if self.tokens[-1] in self.request.stops and self.made > params.min_tokens:
             return "stop"
         if params.max_tokens is not None and self.made >= params.max_tokens:
             return "length"
-        return "context_full" if len(self.tokens) >= max_len else None
+        return "context_full" if len(self.tokens) >= self.room else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,10 @@ A step is `plan` -> forward -> `commit`. Each step first serves every sequence t
 the token budget with pieces of prompts, oldest request first; the queue is strictly first come, first served. When blocks run
 out, the newest sequence gives all of its back and is computed again later. A plan changes nothing but the blocks that
 sequences hold, so it can be dropped, and any part of it committed.
+
+Adapters may have virtual tokens (`pin`): keys and values that stand before everything that their requests say. Their blocks are
+pinned, every such sequence begins with them, and its own tokens count positions behind them. Everything here but positions and
+blocks is counted in tokens.
 """
 
 from __future__ import annotations
@@ -12,65 +16,14 @@ from bisect import insort
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
 
 from herd.engine.blocks import BlockPool, blocks_of
+from herd.engine.pins import Pins
+from herd.engine.plan import Chunk, Progress, StepPlan
 from herd.engine.request import Finish, Request, Sequence
 from herd.errors import ConfigError, ContextFullError
 
 __all__ = ["Chunk", "Progress", "Scheduler", "StepPlan"]
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Positions `start` .. `start + count` of one sequence, the last len(drafts) of them guesses.
-
-    The logits of its last `logits` rows are wanted. `sample`: a token follows the last row (with drafts: one per row of the last
-    1 + len(drafts), as far as the guesses were right). `blocks` are those of the plan, whatever happens to the sequence since.
-    """
-
-    sequence: Sequence
-    start: int
-    count: int
-    sample: bool
-    logits: int
-    blocks: list[int]
-    drafts: tuple[int, ...] = ()
-
-    @property
-    def tokens(self) -> list[int]:
-        """The ids to run."""
-        known = self.sequence.tokens[self.start : self.start + self.count - len(self.drafts)]
-        return [*known, *self.drafts]
-
-
-@dataclass(slots=True)
-class StepPlan:
-    """One step: `copies` (from block, to block) come first and in order, then `rows` in one forward."""
-
-    rows: list[Chunk] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)
-
-    @property
-    def tokens(self) -> int:
-        """Positions computed in this step."""
-        return sum(chunk.count for chunk in self.rows)
-
-    def copy(self, make: Callable[[list[tuple[int, int]]], None]) -> None:
-        """Have `make` do the copies that are still due. Done twice they may be wrong: a block can be read, given back and written
-        in one step."""
-        if self.copies:
-            make(self.copies)
-            self.copies.clear()
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """What a step gave one sequence: new `tokens`, and why it ended with the last of them, if it did."""
-
-    sequence: Sequence
-    tokens: list[int]
-    finish: Finish | None
 
 
 class Scheduler:
@@ -96,6 +49,7 @@ class Scheduler:
                 f"lower it to {pool.n_blocks * pool.block_size}, or give the cache more memory"
             )
         self.pool, self.max_seqs, self.max_tokens, self.max_len = pool, max_seqs, max_tokens, max_len
+        self.pins = Pins(pool, max_len)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._live: dict[str, list[Sequence]] = {}
@@ -112,23 +66,62 @@ class Scheduler:
         """The unfinished continuations of a request; none for an id that is unknown or finished."""
         return list(self._live.get(request_id, ()))
 
+    def room(self, adapter: str | None = None) -> int:
+        """The most tokens of a request with `adapter`, prompt and reply together (`Pins.room`). Any thread may ask."""
+        return self.pins.room(self.pins.count(adapter))
+
+    def pin(self, adapter: str, count: int) -> list[int]:
+        """Blocks for the `count` virtual tokens of `adapter`, in order, for the caller to fill before its first request.
+
+        Between two steps. The newest sequences give their blocks back when none are free. Raises ConfigError with the counts
+        when there would be no room for a prompt and a reply, or for a request that runs.
+        """
+        self.pins.check(count)
+        need, live = blocks_of(count, self.pool.block_size), self._all()
+        for s in live:
+            if len(s.tokens) >= self.pins.room(s.first, need):
+                raise ConfigError(
+                    f"request {s.request.id!r} has {len(s.tokens)} tokens by now and needs the blocks that {count} virtual "
+                    "tokens would take: wait for its end, or give the cache more memory"
+                )
+        while self.pool.available < need:
+            self._preempt(StepPlan(), next(s for s in reversed(self.running) if s.blocks))
+        blocks = self.pins.hold(adapter, count)
+        for s in live:
+            s.room = self.pins.room(s.first)
+        return blocks
+
+    def unpin(self, adapter: str) -> None:
+        """Free the blocks of an adapter's virtual tokens. Between two steps; none of its requests may be unfinished."""
+        self.pins.release(adapter)
+        for s in self._all():
+            s.room = self.pins.room(s.first)
+
+    def settle(self, make: Callable[[list[tuple[int, int]]], None]) -> None:
+        """Have `make` do the copies of a plan that was dropped: before anything else is written into blocks."""
+        StepPlan(copies=self._copies).copy(make)
+
+    def _all(self) -> list[Sequence]:
+        return [s for sequences in self._live.values() for s in sequences]
+
     def admissible(self, request: Request) -> None:
         """Raise ContextFullError when `request` can never fit, ConfigError for more continuations than run at once.
 
-        It looks at nothing that changes, so any thread may ask.
+        Any thread may ask.
         """
         if request.width > self.max_seqs:
             raise ConfigError(
                 f"request {request.id!r} asks for {request.width} continuations, and at most {self.max_seqs} run at once "
                 "(max_seqs)"
             )
-        length = len(request.prompt)
-        if length >= self.max_len:
+        length, room, virtual = len(request.prompt), self.room(request.adapter), self.pins.count(request.adapter)
+        if length >= room:
+            beside = f" beside the {virtual} virtual tokens of adapter {request.adapter!r}" if virtual else ""
             raise ContextFullError(
-                f"request {request.id!r}: the prompt has {length} tokens and the context holds {self.max_len}, so there is no "
+                f"request {request.id!r}: the prompt has {length} tokens and the context holds {room}{beside}, so there is no "
                 "room for a reply: shorten the prompt or raise max_len",
                 needed=length + 1,
-                available=self.max_len,
+                available=room,
             )
 
     def add(self, request: Request) -> list[Sequence]:
@@ -140,7 +133,11 @@ class Scheduler:
             raise ConfigError(f"request {request.id!r} is already running: give every request an id of its own")
         self.admissible(request)
         self._arrivals += 1
-        sequences = [Sequence(request, i, (self._arrivals, i)) for i in range(request.params.candidates)]
+        first = self.pins.count(request.adapter)
+        room = self.pins.room(first)
+        sequences = [
+            Sequence(request, i, (self._arrivals, i), first=first, room=room) for i in range(request.params.candidates)
+        ]
         sequences[0].children = sequences[1:]
         self._live[request.id], self._indices[request.id] = list(sequences), len(sequences)
         self.waiting.append(sequences[0])
@@ -187,7 +184,7 @@ class Scheduler:
         assert parent.status == "running", parent
         index = self._indices[parent.request.id]
         self._indices[parent.request.id] += 1
-        child = Sequence(parent.request, index, (parent.order[0], index))
+        child = Sequence(parent.request, index, (parent.order[0], index), first=parent.first, room=parent.room)
         child.tokens = list(parent.tokens)
         child.cached_tokens, child.scored = parent.cached_tokens, parent.scored
         self._inherit(child, parent, parent.computed)
@@ -228,8 +225,8 @@ class Scheduler:
         rows = []
         for chunk in going:
             sequence, most = chunk.sequence, chunk.sequence.request.params.max_tokens
-            if len(sequence.tokens) + 1 < self.max_len and (most is None or sequence.made + 1 < most):
-                rows.append(Chunk(sequence, chunk.start + 1, 1, True, 1, sequence.blocks))
+            if len(sequence.tokens) + 1 < sequence.room and (most is None or sequence.made + 1 < most):
+                rows.append(Chunk(sequence, chunk.start + 1, 1, True, 1, sequence.blocks, before=sequence.first))
         need = sum(self._lacks(chunk) for chunk in rows)
         return StepPlan(rows) if rows and need <= self.pool.available else None
 
@@ -239,7 +236,7 @@ class Scheduler:
             chunk.sequence.blocks += self.pool.allocate(self._lacks(chunk))
 
     def _lacks(self, chunk: Chunk) -> int:
-        return max(0, blocks_of(chunk.start + 1, self.pool.block_size) - len(chunk.sequence.blocks))
+        return max(0, blocks_of(chunk.position + 1, self.pool.block_size) - len(chunk.sequence.blocks))
 
     def commit(self, plan: StepPlan, sampled: Seq[Seq[int]]) -> list[Progress]:
         """Take in what a plan (or some chunks of it) computed. `sampled` has the new tokens of each chunk: none without
@@ -256,8 +253,9 @@ class Scheduler:
 
     def check(self) -> None:
         """Assert every invariant, in time proportional to the pool. Right after `plan` or `commit`, at any time."""
-        live = [s for sequences in self._live.values() for s in sequences]
+        live = self._all()
         self.pool.check([s.blocks for s in live])
+        assert self.pool.pinned == self.pins.blocks
         assert list(self.waiting) == sorted(self.waiting, key=_order)
         assert self.running == sorted(self.running, key=_order)
         children = [c for s in live for c in s.children]
@@ -266,24 +264,27 @@ class Scheduler:
         for s in live:
             assert s.status == ("running" if s in self.running else "waiting")
             assert s.status == "running" or not s.blocks
-            assert 0 <= s.computed < len(s.tokens) <= self.max_len
-            assert s.computed <= len(s.blocks) * self.pool.block_size
-            assert len(s.digests) == s.computed // self.pool.block_size
+            assert 0 <= s.computed < len(s.tokens) <= s.room
+            assert s.room == self.pins.room(s.first)
+            held = s.position if s.blocks else 0
+            assert s.blocks or not s.computed
+            assert held <= len(s.blocks) * self.pool.block_size
+            assert len(s.digests) == held // self.pool.block_size
             for i, block in enumerate(s.blocks):
                 if self.pool.references(block) > 1:
                     other = owners.setdefault((block, i), s)
                     first, last = (
                         i * self.pool.block_size,
-                        min((i + 1) * self.pool.block_size, s.computed, other.computed),
+                        min((i + 1) * self.pool.block_size, s.position, other.position),
                     )
-                    assert s.tokens[first:last] == other.tokens[first:last], f"{s} and {other} share block {block}"
+                    assert s.ids(first, last) == other.ids(first, last), f"{s} and {other} share block {block}"
         places: dict[int, int] = {}
         for block, i in owners:
             assert places.setdefault(block, i) == i, f"block {block} lies at two places"
 
     def _plan_decode(self, plan: StepPlan, sequence: Sequence, spare: int) -> int:
         """The row of a sequence that needs one position, with drafts when there is room for them. Returns their number."""
-        room = min(spare, self.max_len - len(sequence.tokens) - 1)
+        room = min(spare, sequence.room - len(sequence.tokens) - 1)
         if sequence.request.params.max_tokens is not None:
             room = min(room, sequence.request.params.max_tokens - sequence.made - 1)
         drafts, sequence.drafts = sequence.drafts[: max(room, 0)], ()
@@ -293,7 +294,7 @@ class Scheduler:
         if not self._reserve(plan, sequence, start + 1 + len(drafts)):
             return 0
         count = 1 + len(drafts)
-        plan.rows.append(Chunk(sequence, start, count, True, count, sequence.blocks, drafts))
+        plan.rows.append(Chunk(sequence, start, count, True, count, sequence.blocks, drafts, sequence.first))
         return len(drafts)
 
     def _plan_prompt(self, plan: StepPlan, sequence: Sequence) -> None:
@@ -306,7 +307,7 @@ class Scheduler:
         logits = int(sample)
         if _scores(sequence):
             logits = max(logits, start + count - max(start, sequence.scored))
-        plan.rows.append(Chunk(sequence, start, count, sample, logits, sequence.blocks))
+        plan.rows.append(Chunk(sequence, start, count, sample, logits, sequence.blocks, before=sequence.first))
 
     def _admit(self) -> Sequence | None:
         """The oldest waiting sequence, made running with the blocks that are known of it; None when it has to wait.
@@ -319,18 +320,25 @@ class Scheduler:
         sequence = self.waiting[0]
         if self._slots(sequence) > self.max_seqs:
             return None
-        request, size = sequence.request, self.pool.block_size
+        request, size, first = sequence.request, self.pool.block_size, sequence.first
         # Positions whose logits are wanted must run, the last one in any case.
         limit = sequence.scored if _scores(sequence) else len(sequence.tokens) - 1
-        blocks, digests = self.pool.lookup(sequence.tokens[:limit], salt=request.salt, adapter=request.adapter)
-        need = blocks_of(len(sequence.tokens), size) - len(blocks)
+        held = self.pins.of(request.adapter)
+        pinned = [] if held is None else held.blocks
+        blocks, digests = self.pool.lookup(
+            sequence.ids(0, first + limit), salt=request.salt, adapter=request.adapter, pinned=pinned[: first // size]
+        )
+        known = max(first, len(blocks) * size)
+        # The last block of virtual tokens may have room for real ones: it is copied before they are written.
+        blocks += pinned[len(blocks) :]
+        need = blocks_of(first + len(sequence.tokens), size) - known // size
         idle_hits = sum(self.pool.references(block) == 0 for block in blocks)
         if need + idle_hits + len(self.running) > self.pool.available:
             return None
-        if self._is_being_read(sequence, len(blocks) * size, limit):
+        if self._is_being_read(sequence, known, limit):
             return None
         self.pool.share(blocks)
-        sequence.blocks, sequence.digests, sequence.computed = blocks, digests, len(blocks) * size
+        sequence.blocks, sequence.digests, sequence.computed = blocks, digests, known - first
         if sequence.cached_tokens is None:
             sequence.cached_tokens = sequence.computed
         self.waiting.popleft()
@@ -339,27 +347,28 @@ class Scheduler:
         return sequence
 
     def _is_being_read(self, candidate: Sequence, known: int, limit: int) -> bool:
-        """Whether a running sequence is about to compute at least half of what `candidate` would, beyond its `known` positions.
+        """Whether a running sequence is about to compute at least half of what `candidate` would, beyond its `known` positions
+        (virtual ones included).
 
         Then it is worth waiting for those blocks: equal prompts that arrive together are read once. Whoever is waited for has
         work in every step, and one that ends or is preempted is not waited for any longer.
         """
         if not self.pool.prefix_cache:
             return False
-        size, request = self.pool.block_size, candidate.request
-        least = known + max(size, (len(candidate.tokens) - known + 1) // 2)
+        size, request, first = self.pool.block_size, candidate.request, candidate.first
+        least = known + max(size, (first + len(candidate.tokens) - known + 1) // 2)
         for other in self.running:
             if len(other.tokens) - other.computed < 2 or (other.request.salt, other.request.adapter) != (
                 request.salt,
                 request.adapter,
             ):
                 continue
-            end = min(limit, len(other.tokens)) // size * size
+            end = (first + min(limit, len(other.tokens))) // size * size
             least_end = -(-least // size) * size
             if (
                 least_end <= end
-                and other.computed < least_end
-                and candidate.tokens[:least_end] == other.tokens[:least_end]
+                and other.position < least_end
+                and candidate.tokens[: least_end - first] == other.tokens[: least_end - first]
             ):
                 return True
         return False
@@ -372,14 +381,14 @@ class Scheduler:
         )
 
     def _missing(self, sequence: Sequence, end: int) -> int:
-        """Blocks that `sequence` lacks to write positions `computed` .. `end`: new ones, and copies of shared ones."""
+        """Blocks that `sequence` lacks to write tokens `computed` .. `end`: new ones, and copies of shared ones."""
         size = self.pool.block_size
-        have = sequence.blocks[sequence.computed // size :]
+        have = sequence.blocks[sequence.position // size :]
         shared = sum(self.pool.references(block) > 1 for block in have)
-        return shared + max(0, blocks_of(end, size) - len(sequence.blocks))
+        return shared + max(0, blocks_of(sequence.first + end, size) - len(sequence.blocks))
 
     def _reserve(self, plan: StepPlan, sequence: Sequence, end: int) -> bool:
-        """Give `sequence` blocks of its own for positions `computed` .. `end`, from the newest ones when none are left.
+        """Give `sequence` blocks of its own for tokens `computed` .. `end`, from the newest ones when none are left.
 
         False when it was the newest itself and has been preempted.
         """
@@ -389,7 +398,7 @@ class Scheduler:
             if victim is sequence:
                 return False
         size = self.pool.block_size
-        for i in range(sequence.computed // size, len(sequence.blocks)):
+        for i in range(sequence.position // size, len(sequence.blocks)):
             block = sequence.blocks[i]
             if self.pool.references(block) > 1:
                 (own,) = self.pool.allocate(1)
@@ -398,7 +407,7 @@ class Scheduler:
                 sequence.blocks[i] = own
             else:
                 self.pool.forget(block)
-        sequence.blocks += self.pool.allocate(max(0, blocks_of(end, size) - len(sequence.blocks)))
+        sequence.blocks += self.pool.allocate(max(0, blocks_of(sequence.first + end, size) - len(sequence.blocks)))
         return True
 
     def _preempt(self, plan: StepPlan, victim: Sequence) -> None:
@@ -420,11 +429,11 @@ class Scheduler:
         self.pool.free(blocks)
 
     def _inherit(self, child: Sequence, parent: Sequence, computed: int) -> None:
-        """`child` runs beside `parent`, with its first `computed` positions in the same blocks."""
+        """`child` runs beside `parent`, with its first `computed` tokens in the same blocks."""
         size = self.pool.block_size
         child.computed = computed
-        child.blocks = parent.blocks[: blocks_of(computed, size)]
-        child.digests = parent.digests[: computed // size]
+        child.blocks = parent.blocks[: blocks_of(child.position, size)]
+        child.digests = parent.digests[: child.position // size]
         self.pool.share(child.blocks)
         child.status = "running"
         insort(self.running, child, key=_order)
@@ -450,7 +459,7 @@ class Scheduler:
         for token in new:
             kept.append(token)
             sequence.tokens.append(token)
-            finish = sequence.ending(self.max_len)
+            finish = sequence.ending()
             if finish is not None:
                 break
         if kept:
@@ -463,8 +472,8 @@ class Scheduler:
     def _seal(self, sequence: Sequence) -> None:
         """Make the blocks that have become full known."""
         size, request = self.pool.block_size, sequence.request
-        for i in range(len(sequence.digests), sequence.computed // size):
-            tokens = sequence.tokens[i * size : (i + 1) * size]
+        for i in range(len(sequence.digests), sequence.position // size):
+            tokens = sequence.ids(i * size, (i + 1) * size)
             sequence.digests.append(
                 self.pool.seal(sequence.blocks[i], sequence.digests, tokens, salt=request.salt, adapter=request.adapter)
             )

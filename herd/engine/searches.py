@@ -24,10 +24,10 @@ __all__ = ["Searches"]
 
 
 class Searches:
-    """Runs up to `most` beam searches at a time over `loop`; others wait. `max_len`: prompt and reply together, in tokens."""
+    """Runs up to `most` beam searches at a time over `loop`; others wait. `room(adapter)`: the most tokens of one."""
 
-    def __init__(self, loop: Loop, tokenizer: Tokenizer, max_len: int, most: int) -> None:
-        self._loop, self._tokenizer, self._max_len = loop, tokenizer, max_len
+    def __init__(self, loop: Loop, tokenizer: Tokenizer, room: Callable[[str | None], int], most: int) -> None:
+        self._loop, self._tokenizer, self._room = loop, tokenizer, room
         self._threads = ThreadPoolExecutor(most, "herd-beams")
         self._numbers = itertools.count()
         self._given_up: set[str] = set()
@@ -49,7 +49,7 @@ class Searches:
 
     def _search(self, request: Request, text: str | None, on_done: Callable[[Completion], None] | None) -> Completion:
         """A beam search: every step asks the engine for the likeliest next ids of all its prefixes, which it has cached."""
-        params, room = request.params, self._max_len - len(request.prompt)
+        params, room = request.params, self._room(request.adapter) - len(request.prompt)
         one = SamplingParams(temperature=0, max_tokens=1, ignore_stop_ids=True)
 
         def step(prefixes: list[tuple[int, ...]]) -> NDArray[np.float32]:

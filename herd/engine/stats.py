@@ -9,13 +9,15 @@ __all__ = ["Stats"]
 
 @dataclass(slots=True)
 class Stats:
-    """What an engine does and has done. Blocks are those of the KV cache; tokens and counts are since it began."""
+    """What an engine does and has done. Blocks are those of the KV cache; tokens and counts are since it began. Virtual tokens of
+    adapters lie in pinned blocks, and are no tokens."""
 
     running: int = 0
     waiting: int = 0
     blocks_total: int = 0
     blocks_used: int = 0
     blocks_cached: int = 0
+    blocks_pinned: int = 0
     steps: int = 0
     requests: int = 0
     errors: int = 0

@@ -121,7 +121,6 @@ def _adapter(model: Llama, begun: Start, config: RunConfig, folder: Path, device
         else:
             write_peft(adapter_of(model, begun.base), place, model.config, lambda nbytes: None)
     if isinstance(model, PrefixTuned | PromptTuned):
-        notes = ("virtual tokens train and score; PEFT runs them, herd's engine does not yet",)
         kept = read_virtual(folder, model.config)
         if small:
             base = start(config, device).model

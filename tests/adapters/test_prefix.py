@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from herd.adapters.prefix import Prefix, PrefixTuned, Prompt, PromptTuned, tune_prefix, tune_prompt
 from herd.checkpoint.adapter import read_adapter
+from herd.checkpoint.peft import read_peft
 from herd.checkpoint.peft_virtual import read_virtual, write_virtual
 from herd.errors import CheckpointError, ConfigError
 from herd.model.attend import packed
@@ -162,11 +163,12 @@ def test_refusals(tmp_path: Path) -> None:
         PromptTuned(model, Prompt(torch.zeros(3, 63)))
     with pytest.raises(CheckpointError, match="this base has"):
         PrefixTuned(model, Prefix(torch.zeros(2, 3, 4, 16), torch.zeros(2, 3, 4, 16)))
-    with pytest.raises(ConfigError, match="do not run in the engine"):
+    with pytest.raises(ConfigError, match="a cache holds their keys"):
         tune_prompt(model, 3).hidden(torch.zeros(1, 2, 64), None, [lambda q, k, v, chunk: q] * 2)
     saved_by_peft(tmp_path, model, "prefix")
-    with pytest.raises(ConfigError, match="neither served nor merged"):
-        read_adapter(tmp_path, model.config)
+    assert isinstance(read_adapter(tmp_path, model.config), Prefix)
+    with pytest.raises(ConfigError, match="cannot be merged or converted"):
+        read_peft(tmp_path, model.config)
 
 
 @pytest.mark.parametrize(
@@ -174,8 +176,9 @@ def test_refusals(tmp_path: Path) -> None:
     [
         ({"num_virtual_tokens": 6}, "6 virtual tokens"), ({"num_attention_heads": 4}, "key/value heads"),
         ({"num_transformer_submodules": 2}, "encoder"), ({"invented_later": 1}, "invented_later"),
-        ({"peft_type": "P_TUNING"}, "P_TUNING"), ({"peft_type": "PROMPT_TUNING"}, "take"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"peft_type": "P_TUNING"}, "P_TUNING"), ({"peft_type": "PROMPT_TUNING"}, "dim 64"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"num_layers": 4}, "num_layers is 4: this base has 2"),
+        ({"token_dim": 64}, "token_dim is 64: this base has 2 key/value heads of 16"),
     ],
 )  # fmt: skip
 def test_damaged_folders_are_named(change: dict[str, Any], told: str, tmp_path: Path) -> None:

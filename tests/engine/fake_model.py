@@ -29,15 +29,20 @@ def prefix(tokens: Iterable[int], adapter: str | None) -> int:
     return state
 
 
+def virtual(count: int) -> list[int]:
+    """What stands for the virtual tokens of an adapter: ids that nobody says."""
+    return list(range(VOCAB, VOCAB + count))
+
+
 def chosen(state: int, index: int) -> int:
     """What continuation `index` says after a prefix."""
     return zlib.crc32(index.to_bytes(4, "little"), state) % VOCAB
 
 
-def expected(request: Request, index: int, max_len: int, *, stop: bool = True) -> list[int]:
-    """The reply, made without a cache or a scheduler; going on after stop ids when `stop` is False."""
+def expected(request: Request, index: int, max_len: int, *, stop: bool = True, before: int = 0) -> list[int]:
+    """The reply, made without a cache or a scheduler; going on after stop ids when `stop` is False. `before`: virtual tokens."""
     tokens = list(request.prompt)
-    state = prefix(tokens, request.adapter)
+    state = prefix([*virtual(before), *tokens], request.adapter)
     most = max_len if request.params.max_tokens is None else len(tokens) + request.params.max_tokens
     while len(tokens) < min(most, max_len):
         token = chosen(state, index)
@@ -55,6 +60,14 @@ class FakeModel:
         self.scheduler = scheduler
         self.size = scheduler.pool.block_size
         self.slots = [0] * (scheduler.pool.n_blocks * self.size)
+
+    def pin(self, adapter: str, count: int) -> None:
+        """Load an adapter of so many virtual tokens."""
+        blocks = self.scheduler.pin(adapter, count)
+        state = prefix((), adapter)
+        for position, token in enumerate(virtual(count)):
+            state = hashed(state, token)
+            self.slots[blocks[position // self.size] * self.size + position % self.size] = state
 
     def step(self) -> list[Progress]:
         """Plan, run, commit."""
@@ -77,13 +90,13 @@ class FakeModel:
         """The hash after each row of a chunk, written to its slots; what it reads is checked."""
         s, size = chunk.sequence, self.size
         state = prefix((), s.request.adapter)
-        for position in range(chunk.start):
-            state = hashed(state, s.tokens[position])
+        for position, token in enumerate([*virtual(chunk.before), *s.tokens[: chunk.start]]):
+            state = hashed(state, token)
             slot = chunk.blocks[position // size] * size + position % size
             assert self.slots[slot] == state, f"position {position} of {s} is not in slot {slot}"
         states = []
         assert len(chunk.tokens) == chunk.count
-        for position, token in enumerate(chunk.tokens, chunk.start):
+        for position, token in enumerate(chunk.tokens, chunk.position):
             state = hashed(state, token)
             slot = chunk.blocks[position // size] * size + position % size
             assert slot not in written, f"two rows write slot {slot}"

@@ -25,10 +25,10 @@ def test_sizes_are_refused() -> None:
 def test_states_and_counts() -> None:
     pool = BlockPool(5, 4)
     blocks = held(pool, list(range(10)))
-    assert pool.counts == {"free": 2, "cached": 0, "used": 3, "total": 5}
+    assert pool.counts == {"free": 2, "cached": 0, "used": 3, "pinned": 0, "total": 5}
     pool.check([blocks])
     pool.free(blocks)
-    assert pool.counts == {"free": 3, "cached": 2, "used": 0, "total": 5}
+    assert pool.counts == {"free": 3, "cached": 2, "used": 0, "pinned": 0, "total": 5}
     assert pool.available == 5
     pool.check([])
 

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from herd.adapters.prefix import Prefix, Prompt, Virtual
 from herd.chat.params import SamplingParams
 from herd.checkpoint import packed
 from herd.checkpoint.load import load_model
+from herd.engine.blocks import blocks_of
 from herd.engine.config import EngineConfig
 from herd.engine.draft_model import ModelDrafter
 from herd.engine.engine import Engine
@@ -54,6 +56,13 @@ class Served:
     draft: Callable[[], Drafter] | None = None
     grammars: Grammars | None = None
     target: Request = TARGET_REQUEST
+    virtual: Virtual | None = None
+    """An adapter that the target then has."""
+
+    @property
+    def before(self) -> int:
+        """Its virtual tokens."""
+        return 0 if self.virtual is None else self.virtual.count
 
     def engine(self, **limits: int) -> Engine:
         given = {"blocks": 400, "max_len": 160, "max_seqs": 16, "max_tokens": 512} | limits
@@ -61,6 +70,8 @@ class Served:
         made = Engine(self.model, config, runner=self.runner, grammars=self.grammars)
         if self.draft is not None:
             made.speculation = Speculation(self.draft(), self.model.config, pace=Pace(5, always=True))
+        if self.virtual is not None:
+            made.load_adapter("virtual", self.virtual)
         return made
 
 
@@ -102,9 +113,10 @@ def _among_16(served: Served) -> Told:
 
 
 def _with_prefix_hits(served: Served) -> Told:
-    come = {0: [Request("first", TARGET[:65], OTHER)], 5: [served.target]}
+    come = {0: [Request("first", TARGET[:65], OTHER, adapter=served.target.adapter)], 5: [served.target]}
     told, events = _run(served.engine(), lambda step: come.get(step, []))
-    assert events[0].cached_tokens == 32  # of the 40 before score_from, in blocks of 16
+    before = served.before
+    assert events[0].cached_tokens == (before + 40) // 16 * 16 - before  # of the 40 before score_from, in blocks of 16
     return told
 
 
@@ -114,7 +126,7 @@ def _in_pieces(served: Served) -> Told:
 
 
 def _preempted(served: Served) -> Told:
-    engine = served.engine(blocks=11, max_tokens=64)
+    engine = served.engine(blocks=11 + blocks_of(served.before, 16), max_tokens=64)
     come = {0: _others(2, 1), 1: [served.target]}
     preempted = []
 
@@ -176,6 +188,30 @@ def test_a_packed_copy_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert isinstance(model.layers[0].attention.wq, QuantLinear)
         assert _check(Served(model), (_among_16, _preempted)) == in_memory
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+BEHIND = replace(TARGET_REQUEST, adapter="virtual")
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("weights", "kv", "count"),
+    [("plain", "float32", 5), ("plain", "int8", 16), ("int4", "float32", 16), ("int4", "int8", 5)],
+)
+def test_behind_virtual_tokens(weights: str, kv: str, count: int) -> None:
+    """A prefix among requests without one: full blocks of it, and one that is partly filled."""
+    model = build(DENSE) if weights == "plain" else _quantized(DENSE, weights)
+    shape = DENSE.n_layers, count, DENSE.n_kv_heads, DENSE.head_dim
+    generator = torch.Generator().manual_seed(count)
+    prefix = Prefix(torch.randn(shape, generator=generator), torch.randn(shape, generator=generator))
+    told = _check(Served(model, NativeRunner(model), kv=kv, target=BEHIND, virtual=prefix))
+    assert told != _alone(Served(model, NativeRunner(model), kv=kv))
+
+
+def test_behind_virtual_tokens_in_tiles() -> None:
+    model = build(DENSE)
+    prompt = Prompt(torch.randn(7, DENSE.dim, generator=torch.Generator().manual_seed(0)))
+    _check(Served(model, TiledRunner(model), target=BEHIND, virtual=prompt))
 
 
 DRAFTS: dict[str, Callable[[], Drafter]] = {

@@ -17,11 +17,15 @@ import pytest
 import torch
 
 import herd.engine
+from herd.adapters.prefix import Prefix, PrefixTuned, Prompt, PromptTuned, Virtual
 from herd.engine.adapters import OneAdapter
 from herd.engine.cuda_runner import CudaRunner
 from herd.engine.native import NativeRunner, runner_for
 from herd.engine.paged import KV_DTYPES
+from herd.engine.runner import TorchRunner
 from herd.engine.tiles import TiledRunner
+from herd.engine.virtual import virtual_tokens
+from herd.errors import ConfigError
 from herd.kernels import native
 from herd.model.config import ModelConfig
 from herd.model.presets import RELEASES
@@ -189,6 +193,44 @@ def test_one_adapter(name: str) -> None:
     assert seen.worst <= test_adapters.MERGED * max(1, *(float(rows.abs().max()) for rows in expected))
     assert max(float((a - b).abs().max()) for a, b in zip(expected, whole(name), strict=True)) > 0.01
     assert seen.preempted
+
+
+def tuned(name: str, kind: str, count: int) -> Virtual:
+    """Random virtual tokens of order one for a tiny model."""
+    config, generator = tiny(name), torch.Generator().manual_seed(count)
+    if kind == "prompt":
+        return Prompt(torch.randn(count, config.dim, generator=generator))
+    shape = config.n_layers, count, config.n_kv_heads, config.head_dim
+    return Prefix(torch.randn(shape, generator=generator), torch.randn(shape, generator=generator))
+
+
+@here("prefix and prompt tuning")
+@pytest.mark.parametrize("kind", ["prefix", "prompt"])
+@pytest.mark.parametrize("name", TINY)
+def test_virtual_tokens(name: str, kind: str, measured: Measured) -> None:
+    """Texts behind virtual tokens beside plain ones, through everything a scheduler does: what the model gives that trains them.
+    Llama 4 loses sight of them behind its first chunk, and refuses them."""
+    model = build(name)
+    if name in LLAMA4:
+        with pytest.raises(ConfigError, match="for Llama 1 to 3"):
+            virtual_tokens(model, tuned(name, kind, 5))
+        return
+    for count, runner in ((5, runner_for(model)), (8, TorchRunner(model)), (19, TiledRunner(model))):
+        adapter = tuned(name, kind, count)
+        trained = (
+            PrefixTuned(build(name), adapter) if isinstance(adapter, Prefix) else PromptTuned(build(name), adapter)
+        )
+        with torch.no_grad():
+            expected = [trained(torch.tensor([ids]))[0] for ids in texts(name)]
+        assert max(float((a - b).abs().max()) for a, b in zip(expected, whole(name), strict=True)) > 0.01
+        expected[2::3] = whole(name)[2::3]
+        seen = run(
+            name, expected, model=model, runner=runner, seed=count, spare=5, virtual=virtual_tokens(model, adapter)
+        )
+        measured(TABLE, f"{name}, behind a {kind} of {count}", seen.worst)
+        assert seen.worst <= MODES_BOUND
+        assert seen.preempted
+        assert seen.drafted
 
 
 @here("16-bit cache")

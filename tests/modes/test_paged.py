@@ -20,6 +20,7 @@ from herd.engine.paged import PagedCache
 from herd.engine.request import Request
 from herd.engine.runner import Runner, TorchRunner
 from herd.engine.scheduler import Chunk, Scheduler, StepPlan
+from herd.engine.virtual import VirtualTokens
 from herd.kernels.paged import dequantize_rows, quantize_rows
 from herd.model.attend import Causal
 from herd.model.llama import Llama
@@ -81,24 +82,29 @@ def run(
     device: str = "cpu",
     scratch: bool = False,
     cache: Callable[..., PagedCache] = PagedCache,
+    virtual: VirtualTokens | None = None,
 ) -> Seen:
     """Feed every text through scheduler, pack and runner, each token after a random prompt as if it had been sampled, and hold
-    the logits of every row against `expected`. `spare` blocks beyond what the longest text needs: few mean preemption.
+    the logits of every row against `expected`. `spare` blocks beyond what the longest text needs: few mean preemption. With
+    `virtual` tokens before every text but each third.
     """
     draw = random.Random(seed)
     model = build(name) if model is None else model
     config = model.config
-    max_len = LENGTH + 4
+    max_len = LENGTH + 4 + (0 if virtual is None else virtual.count)
     pool = BlockPool(-(-max_len // block_size) + spare, block_size)
     scheduler = Scheduler(pool, max_seqs=4, max_tokens=48, max_len=max_len)
     kv = cache(config, blocks=pool.n_blocks, block_size=block_size, dtype=dtype, device=device, spare=scratch)
     runner = TorchRunner(model) if runner is None else runner
+    if virtual is not None:
+        virtual.put(kv, scheduler.pin("virtual", virtual.count))
     seen = Seen()
     sequences = []
     for i, ids in enumerate(texts(name)):
         cut = draw.randint(1, len(ids) - 1)
         params = SamplingParams(max_tokens=len(ids) - cut)
-        sequences += scheduler.add(Request(str(i), tuple(ids[:cut]), params))
+        adapter = None if virtual is None or i % 3 == 2 else "virtual"
+        sequences += scheduler.add(Request(str(i), tuple(ids[:cut]), params, adapter=adapter))
     while not scheduler.idle:
         scheduler.max_tokens = draw.randint(4, 40)
         if drafts:
