@@ -11,7 +11,14 @@ import click
 
 from herd.cli.completion import models
 from herd.cli.endpoint import Endpoint, key_option
-from herd.cli.options import adapter_option, model_options, opened_from, sampling, sampling_options
+from herd.cli.options import (
+    adapter_option,
+    model_options,
+    opened_from,
+    sampling,
+    sampling_options,
+    tensor_parallel_option,
+)
 from herd.errors import PromptError
 
 if TYPE_CHECKING:
@@ -35,7 +42,7 @@ In the chat, /? lists the commands, Ctrl-C stops a reply, Ctrl-D leaves.
 """
 
 
-LOCAL = ("dtype", "weights", "device", "max_len", "format_name", "adapter")
+LOCAL = ("dtype", "weights", "device", "max_len", "format_name", "adapter", "tensor_parallel")
 """Options about a model that is opened here."""
 
 
@@ -50,6 +57,7 @@ LOCAL = ("dtype", "weights", "device", "max_len", "format_name", "adapter")
 @sampling_options
 @model_options
 @adapter_option
+@tensor_parallel_option
 @click.option("--verbose", is_flag=True, help="Rates and context after each reply, also when not at a terminal.")
 @click.pass_context
 def command(

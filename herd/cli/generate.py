@@ -16,7 +16,7 @@ import click
 from herd.cli.batch import Row, answer, answered, failure, read_rows
 from herd.cli.completion import models
 from herd.cli.console import note
-from herd.cli.options import adapter_option, model_options, sampling, sampling_options
+from herd.cli.options import adapter_option, model_options, sampling, sampling_options, tensor_parallel_option
 from herd.cli.progress import busy, progress
 from herd.cli.sizes import duration
 from herd.errors import ConfigError, HerdError
@@ -70,11 +70,16 @@ AHEAD = 3
     "--max-seqs", type=click.IntRange(1, 1024), default=16, show_default=True, metavar="N", help="Replies at once."
 )
 @adapter_option
+@tensor_parallel_option
 @click.option("--draft", metavar="NAME", help="Guess tokens ahead: lookup, or a smaller model of the same vocabulary.")
 @click.option("--deterministic", is_flag=True, help="Answers do not depend on what runs beside them, to the last bit.")
 def command(model: str, source: Path, out: Path, resume: bool, overwrite: bool, **options: Any) -> int:
     """Answer every row of a batch FILE with MODEL, many at once."""
     chosen = sampling(options)
+    if options["tensor_parallel"] > 1 and options["adapter"] is not None:
+        raise click.UsageError(
+            "--adapter: adapters are not possible with --tensor-parallel-size: merge a LoRA first (herd merge)"
+        )
     if resume and (overwrite or str(out) == "-"):
         raise click.UsageError("--resume goes on with a file: leave --overwrite out, and give --out a name")
     ids = _ids(source)
@@ -140,12 +145,13 @@ def _opened(model: str, options: Mapping[str, Any]) -> LLM:
         max_seqs=options["max_seqs"],
         deterministic=options["deterministic"],
         draft=options["draft"],
+        tensor_parallel=options["tensor_parallel"],
     )
     if options["adapter"] is not None:
         loaded = llm.load_adapter(ADAPTER, options["adapter"])
         if loaded.change == 0 and not loaded.virtual:
             note(f"[the adapter {options['adapter']} changes nothing: all of its B matrices are zero]")
-    if parameters(llm.model.config) <= SMALL and "OMP_NUM_THREADS" not in os.environ:
+    if options["tensor_parallel"] == 1 and parameters(llm.config) <= SMALL and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     return llm
 

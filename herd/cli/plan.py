@@ -30,6 +30,7 @@ Examples:
   herd plan llama-3.1-70b --device rtx4090 --context 32768  what fits, and which flags would make it fit
   herd plan llama-3.1-405b --device h100 --devices 8 --weights fp8 --batch 16 --price-per-hour 20
   herd plan ./model-Q4_K_M.gguf --device custom --memory 16 --bandwidth 300 --flops 40
+  herd plan llama-3.3-70b --device h100 -tp 4               what each of four processes holds
   herd plan llama-4-maverick --json | jq .weights_bytes
 
 \b
@@ -61,6 +62,15 @@ class _WithOthers(click.Command):
 @click.option("--kv", default="bf16", metavar="TYPE", help="Keys and values: bf16, int8, fp8, ... (default: bf16).")
 @click.option("--device", metavar="NAME", help="cpu (this machine), h100, rtx4090, ..., or custom.")
 @click.option("--devices", type=click.IntRange(min=1), default=1, metavar="N", help="How many of them (default: 1).")
+@click.option(
+    "-tp",
+    "--tensor-parallel-size",
+    "tensor_parallel",
+    type=click.IntRange(min=1),
+    default=1,
+    metavar="N",
+    help="Processes that share the model, a device each (default: 1).",
+)
 @click.option("--memory", type=float, metavar="GIB", help="Of a custom device, or instead of the device's own.")
 @click.option("--bandwidth", type=float, metavar="GB/S", help="Memory bandwidth, likewise.")
 @click.option("--flops", type=float, metavar="TFLOP/S", help="Dense 16-bit operations, likewise.")
@@ -102,6 +112,8 @@ def _memory(plan: Plan) -> str:
     setup, first = plan.setup, plan.first
     parts, config = setup.weight_bytes, setup.subject.config
     kv = setup.batch * setup.kv_sequence()
+    if setup.ranks > 1:
+        return _memory_each(plan)
     lines: list[tuple[str, int | None, str]] = [
         ("weights, layers", parts.layers + parts.norms, ""),
         ("weights, experts", parts.experts, ""),
@@ -121,6 +133,27 @@ def _memory(plan: Plan) -> str:
     )
     lines.append(("total", first.total_bytes, total))
     return columns([("MEMORY", "GIB", ""), *((name, _gib(value), note) for name, value, note in lines)], right=(1,))
+
+
+def _memory_each(plan: Plan) -> str:
+    """The same for several processes: all together, and the one that has most."""
+    setup, first, share = plan.setup, plan.first, plan.setup.shares[0]
+    all_parts, own, config = setup.weight_bytes, share.weights, setup.subject.config
+    lines: list[tuple[str, int, int, str]] = [
+        ("weights, layers", all_parts.layers + all_parts.norms, own.layers + own.norms, ""),
+        ("weights, experts", all_parts.experts, own.experts, ""),
+        ("weights, embedding", all_parts.embedding, own.embedding,
+         "tied: also the output" if config and config.tie_embeddings else ""),
+        ("weights, output", all_parts.output, own.output, ""),
+        ("weights, beside the decoder", all_parts.beside, own.beside, "vision"),
+    ]  # fmt: skip
+    lines = [line for line in lines if line[1]]
+    lines.append(("keys and values", setup.batch * setup.kv_sequence(), share.kv, _kv_note(plan)))
+    lines.append(("workspace", setup.workspace, share.workspace, "activations and logits"))
+    lines.append(("runtime", first.runtime_bytes, first.runtime_bytes // setup.ranks, "assumed"))
+    lines.append(("total", first.total_bytes, first.each_bytes, f"weights {all_parts.total / 1e9:,.2f} GB"))
+    rows = [(name, _gib(all_of_it), _gib(each), note) for name, all_of_it, each, note in lines]
+    return columns([("MEMORY", "GIB", "EACH", f"of {setup.ranks} processes"), *rows], right=(1, 2))
 
 
 def _kv_note(plan: Plan) -> str:
@@ -195,9 +228,10 @@ def _line(plan: Plan, asked: dict[str, Any], flags: str) -> str:
     """The command line that was given, with `flags` instead of the options that they replace."""
     words = flags.split()
     chosen = dict(zip(words[::2], words[1::2], strict=True))
-    defaults = {"batch": 1, "kv": "bf16", "devices": 1}
+    defaults = {"batch": 1, "kv": "bf16", "devices": 1, "tensor_parallel": 1}
+    long = {"tensor_parallel": "--tensor-parallel-size"}
     given = {
-        "--" + name.replace("_", "-"): f"{value:g}" if isinstance(value, float) else str(value)
+        long.get(name, "--" + name.replace("_", "-")): f"{value:g}" if isinstance(value, float) else str(value)
         for name, value in asked.items()
         if value is not None and value != defaults.get(name)
     }

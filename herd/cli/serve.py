@@ -170,6 +170,7 @@ def settings_from(models: Sequence[str], options: Mapping[str, Any]) -> ServerSe
         reply_cache_shared=options["reply_cache_shared"],
         log_requests=options["log_requests"],
         otel=options["otel"],
+        fetch_images=options["fetch_images"],
         providers=_providers(options["providers"], options["provider_keys"], any_model=not models),
     )
 

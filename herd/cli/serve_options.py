@@ -153,7 +153,7 @@ OPTIONS = (
         "adapters",
         multiple=True,
         metavar="NAME=PATH",
-        help="A LoRA adapter, a model of its own for clients (repeatable).",
+        help="An adapter (LoRA, DoRA, prefix or prompt tuning), a model of its own for clients (repeatable).",
     ),
     click.option("--enable-lora", is_flag=True, hidden=True),
     click.option(
@@ -240,7 +240,12 @@ OPTIONS = (
         "--adapter-dir",
         type=click.Path(exists=True, file_okay=False),
         metavar="FOLDER",
-        help="Clients may load LoRA adapters from here while the server runs.",
+        help="Clients may load adapters from here while the server runs.",
+    ),
+    click.option(
+        "--fetch-images",
+        is_flag=True,
+        help="Open the public addresses of images that requests name, for models that see (default: data: URLs only).",
     ),
     click.option(
         "--provider",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from herd.errors import ConfigError
 from herd.planning.devices import Device
 from herd.planning.memory import KV
 from herd.planning.setup import Setup, largest
@@ -43,19 +44,38 @@ def _changes(setup: Setup, device: Device) -> Iterator[tuple[str, Setup, Device]
     fitting = next((s for s in lighter if replace(setup, weights=s).fits(device)), None)
     if fitting is not None:
         yield f"--weights {fitting.name}", replace(setup, weights=fitting), device
-    for count in COUNTS:
-        more = device.times(count)
-        if count > device.count and setup.fits(more) and device.name != "cpu":
-            yield f"--devices {count}", setup, more
-            break
+    yield from _spread(setup, device, "")
     if lighter and fitting is None:
         smallest = replace(setup, weights=lighter[-1])
         yield from _kept(smallest, device, f"--weights {lighter[-1].name} ")
-        for count in COUNTS:
-            more = device.times(count)
-            if count > device.count and smallest.fits(more) and device.name != "cpu":
-                yield f"--weights {lighter[-1].name} --devices {count}", smallest, more
-                break
+        yield from _spread(smallest, device, f"--weights {lighter[-1].name} ")
+
+
+def _spread(setup: Setup, device: Device, before: str) -> Iterator[tuple[str, Setup, Device]]:
+    """The fewest more devices on which it fits: with several processes, as many of those."""
+    if device.name == "cpu":
+        return
+    for count in COUNTS:
+        more = device.times(count)
+        if count <= device.count:
+            continue
+        if setup.ranks == 1:
+            flag, wider = "--devices", setup
+        else:
+            flag, wider = "--tensor-parallel-size", replace(setup, ranks=count)
+            if not _shared(wider):
+                continue
+        if wider.fits(more):
+            yield f"{before}{flag} {count}", wider, more
+            return
+
+
+def _shared(setup: Setup) -> bool:
+    """Whether so many processes can share the model."""
+    try:
+        return bool(setup.shares)
+    except ConfigError:
+        return False
 
 
 def _kept(setup: Setup, device: Device, before: str) -> Iterator[tuple[str, Setup, Device]]:

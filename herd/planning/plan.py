@@ -29,13 +29,15 @@ LONGEST = 1 << 31
 class Fit:
     """The plan on one device (or several of a kind).
 
-    `largest_context` and `largest_batch` keep everything else as asked; 0: not even one, None: unknown. `cost_input` and
-    `cost_output` are for a million tokens, None without a price. `advice` holds flags that make it fit when it does not.
+    `each_bytes` is what the process that has most needs: all, where there is one. `largest_context` and `largest_batch` keep
+    everything else as asked; 0: not even one, None: unknown. `cost_input` and `cost_output` are for a million tokens, None
+    without a price. `advice` holds flags that make it fit when it does not.
     """
 
     device: Device
     fits: bool
     total_bytes: int
+    each_bytes: int
     runtime_bytes: int
     largest_context: int | None
     largest_batch: int | None
@@ -79,6 +81,8 @@ class Plan:
             "kv_bytes": setup.batch * setup.kv_sequence() if known else None,
             "kv_bytes_chunks_freed": setup.batch * setup.kv_sequence(free_chunks=True) if known else None,
             "total_bytes": first.total_bytes,
+            "tensor_parallel": setup.ranks,
+            "each": None if setup.ranks == 1 else _each_dict(setup, first),
             "flops_per_token": setup.flops,
             "decode_tokens_per_second": first.speed.decode if own.decodes else None,
             "prefill_tokens_per_second": first.speed.prefill,
@@ -110,6 +114,7 @@ def plan(
     flops: float | None = None,
     prompt: int | None = None,
     price_per_hour: float | None = None,
+    tensor_parallel: int = 1,
 ) -> Plan:
     """Memory, speed and cost of `model` (a path, or any name of the catalog), by arithmetic. No torch, no network.
 
@@ -117,12 +122,19 @@ def plan(
     that are read before the first reply token. `weights`: a name of `herd.planning.weights.SCHEMES`; by default as stored, or
     bf16 for a catalog name. `kv`: bf16, int8, fp8, ... `device`: a name of `herd.planning.devices.DEVICES`, "cpu" (this
     machine) or "custom" with `memory` (GiB), `bandwidth` (GB/s) and `flops` (TFLOP/s); None: several common ones.
-    `price_per_hour` is for all `devices` together. Raises UnknownModelError, CheckpointError, ConfigError.
+    `price_per_hour` is for all `devices` together. `tensor_parallel` processes share the model, as `herd serve` runs it: a device
+    for each, or on "cpu" all on this machine; bytes are of all of them, `Setup.share` has those of one. Raises UnknownModelError,
+    CheckpointError, ConfigError.
     """
-    for name, value in (("context", context), ("batch", batch), ("devices", devices), ("prompt", prompt)):
+    for name, value in (("context", context), ("batch", batch), ("devices", devices), ("prompt", prompt),
+                        ("tensor-parallel-size", tensor_parallel)):  # fmt: skip
         if value is not None and not 1 <= value <= LONGEST:
             raise ConfigError(f"--{name} is {value}: expected a whole number from 1 to {LONGEST}")
-    asked = _devices(device, devices, memory, bandwidth, flops)
+    if tensor_parallel > 1 and devices not in (1, tensor_parallel):
+        raise ConfigError(
+            f"--tensor-parallel-size {tensor_parallel} runs on as many devices, one for each process: leave --devices out"
+        )
+    asked = _devices(device, devices if device == "cpu" else max(devices, tensor_parallel), memory, bandwidth, flops)
     own = subject(model)
     notes: list[str] = []
     how = _weights(own, weights)
@@ -141,6 +153,7 @@ def plan(
         context=context,
         batch=batch,
         prompt=prompt or min(DEFAULT_PROMPT, context),
+        ranks=tensor_parallel,
     )
     found = tuple(_fit(setup, one, price_per_hour) for one in asked)
     saved = None if own.config is None else savings(own.config, setup.kv, context, batch)
@@ -211,6 +224,7 @@ def _fit(setup: Setup, device: Device, price: float | None) -> Fit:
         device=device,
         fits=fits,
         total_bytes=setup.total(device),
+        each_bytes=setup.each(device),
         runtime_bytes=setup.runtime(device),
         largest_context=context,
         largest_batch=batch,
@@ -241,11 +255,27 @@ def _assumed(setup: Setup, fits: Sequence[Fit]) -> list[str]:
         notes.append(f"weights {setup.weights.name}: {setup.weights.says}")
     for fit in fits:
         notes += [f"{fit.device.name}: {note}" for note in fit.device.assumed]
+    if setup.ranks > 1:
+        notes.append(
+            f"each of {setup.ranks} processes has its part of every matrix and of keys and values; norms, activations and logits "
+            "are in all of them" + (", and what is beside the decoder" if own.beside else "")
+        )
+        if any(fit.device.name == "cpu" for fit in fits):
+            notes.append("cpu: all processes are on this machine, and share its memory and its cores")
     if any(fit.device.count > 1 for fit in fits):
         notes.append("several devices share weights and work perfectly, with no time for talking: an upper bound")
     if own.config is not None and own.config.moe is not None and setup.batch > 1:
         notes.append("experts are chosen evenly and independently: a batch reads the expected share of them")
     return notes
+
+
+def _each_dict(setup: Setup, fit: Fit) -> dict[str, Any]:
+    """What the process that has most needs, by part; they add up to its total."""
+    share = setup.shares[0]
+    parts = {f"weights_{name}": value for name, value in asdict(share.weights).items()}
+    runtime = fit.runtime_bytes // setup.ranks
+    parts |= {"kv": share.kv, "workspace": share.workspace, "runtime": runtime}
+    return {**parts, "total_bytes": setup.each(fit.device)}
 
 
 def _fit_dict(fit: Fit, own: Subject) -> dict[str, Any]:
@@ -261,6 +291,7 @@ def _fit_dict(fit: Fit, own: Subject) -> dict[str, Any]:
         "source": device.source,
         "fits": fit.fits,
         "total_bytes": fit.total_bytes,
+        "each_bytes": fit.each_bytes,
         "largest_context": fit.largest_context,
         "largest_batch": fit.largest_batch,
         "decode_tokens_per_second": pace.decode if own.decodes else None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ class Subject:
     token passes through, `beside` what is not in the decoder (vision, cross-attention). `stored` are the bytes of the
     weights as they lie on disk (what other tools quantized: as it is in memory), None without files; `stored_as` the type that
     most of them have. `decodes` is False for encoders, which write no tokens. `cross_tokens`, `cross_layers`: keys and values
-    of one image that stay beside the text's. `suggested` is the weight format that the name itself asks for.
+    of one image that stay beside the text's. `suggested` is the weight format that the name itself asks for. `kept` has the
+    type and the bytes of every tensor of `stored`; `whole` says why those cannot be shared by several processes.
     """
 
     name: str
@@ -49,6 +50,8 @@ class Subject:
     cross_tokens: int = 0
     suggested: str | None = None
     assumptions: tuple[str, ...] = ()
+    kept: Mapping[str, tuple[str, int]] = field(default_factory=dict, compare=False, repr=False)
+    whole: str | None = None
 
 
 def subject(path_or_name: str | os.PathLike[str]) -> Subject:
@@ -103,6 +106,8 @@ def _from_headers(path: Path, name: str) -> Subject:
         stored=stored_bytes(sizes, store.config),
         stored_as=kinds.most_common(1)[0][0],
         assumptions=note,
+        kept={tensor: (info.stored, sizes[tensor]) for tensor, info in infos.items()},
+        whole=f"matrices in {next(iter(repacked))[0]}" if repacked else None,
     )
 
 

@@ -10,10 +10,11 @@ from functools import lru_cache
 from herd.checkpoint.names import shapes
 from herd.errors import ConfigError
 from herd.model.config import ModelConfig
+from herd.parallel.part import Part
 from herd.quant.mix import MIXES, Mix
 from herd.quant.scheme import block_type
 
-__all__ = ["SCHEMES", "Scheme", "WeightBytes", "scheme", "stored_bytes", "weight_bytes"]
+__all__ = ["SCHEMES", "Scheme", "WeightBytes", "part_bytes", "scheme", "stored_bytes", "weight_bytes"]
 
 OUTER = ("tok_embeddings.weight", "output.weight")
 _EXPERTS = ".experts."
@@ -126,6 +127,28 @@ def stored_bytes(sizes: Mapping[str, int], config: ModelConfig) -> WeightBytes:
     sums = {"embedding": 0, "output": 0, "layers": 0, "experts": 0, "norms": 0}
     for name, shape in shapes(config).items():
         sums[_part(name, shape)] += sizes[name]
+    return WeightBytes(**sums)
+
+
+def part_bytes(kept: Mapping[str, tuple[str, int]], part: Part) -> WeightBytes:
+    """Bytes by part of what one process holds of a checkpoint whose tensors are `kept` as (type, bytes).
+
+    Raises ConfigError for a cut through quantized blocks, as reading them would.
+    """
+    sums = {"embedding": 0, "output": 0, "layers": 0, "experts": 0, "norms": 0}
+    for name, shape in shapes(part.whole).items():
+        stored, size = kept[name]
+        cut = part.cut(name, shape)
+        if cut is not None:
+            dim, _, count = cut
+            kind = block_type(stored)
+            if kind is not None and kind.number is None and dim == len(shape) - 1 and count % kind.values:
+                raise ConfigError(
+                    f"{name} has rows of {shape[-1]:,} numbers in {kind.name} blocks of {kind.values}: {part.ranks} processes "
+                    f"would get {count:,} each, which are not whole blocks. Use --weights int8 or bf16, or another number"
+                )
+            size = size * count // shape[dim]
+        sums[_part(name, shape)] += size
     return WeightBytes(**sums)
 
 

@@ -242,14 +242,17 @@ class Batches:
                 await asyncio.Event().wait()  # this client never goes away
             return {"type": "http.request", "body": data.pop(), "more_body": False}
 
+        who = _Batched(request=request_id, secret=batch.owner)  # and not whoever made the batch
         try:
-            with calling(_Batched(request=request_id, secret=batch.owner)):  # and not whoever made the batch
+            with calling(who):
                 response = await self._handlers[batch.endpoint](Request(scope, receive))
         except HerdError as error:
             raise api_error(error) from None
         except Exception as error:
             log.exception("a request of batch %s", batch.id)
             raise api_error(error) from None
+        finally:
+            self._app.state.herd.counts.bodies -= who.fetched
         return response.status_code, bytes(response.body)
 
     async def _finish(self, batch: Batch, status: str | None = None) -> None:

@@ -126,7 +126,8 @@ class BatchStore:
 
     def every(self, owner: str) -> list[Batch]:
         """All of `owner`, the newest first."""
-        return sorted((one for one in self._batches.values() if one.owner == owner), key=lambda one: -one.created_at)
+        mine = (one for one in reversed(self._batches.values()) if one.owner == owner)  # of one second, too
+        return sorted(mine, key=lambda one: -one.created_at)
 
     def reader_of(self, file: str) -> str | None:
         """A batch that still reads `file`."""

@@ -15,7 +15,7 @@ class Caller:
     """A request's id and whose it is. `key` names the API key (None: none is asked for), `secret` tells keys apart and never
     leaves the server. `headers` are added to the answer when it begins. What the request came to is noted for the log.
     `server` is the address that was reached, `trace` the headers of W3C Trace Context. `admitted`: the server has taken the
-    request on, and does all of it, also when it ends meanwhile."""
+    request on, and does all of it, also when it ends meanwhile. `fetched`: bytes of images that were fetched for it."""
 
     request: str = ""
     key: str | None = None
@@ -28,6 +28,7 @@ class Caller:
     server: tuple[str, int | None] | None = None
     trace: dict[str, str] = field(default_factory=dict)
     admitted: bool = False
+    fetched: int = 0
 
     @property
     def account(self) -> str:

@@ -89,7 +89,8 @@ class Files:
         self._forget_expired()
         with self._lock:
             kept = list(self._kept.values())
-        return sorted((one for one in kept if one.owner == owner), key=lambda one: -one.created_at)
+        mine = (one for one in reversed(kept) if one.owner == owner)  # of one second, too
+        return sorted(mine, key=lambda one: -one.created_at)
 
     def path(self, kept: Kept) -> Path:
         """Where its bytes are."""

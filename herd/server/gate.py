@@ -253,7 +253,7 @@ class _Visit:
 
     def _end(self) -> None:
         state, seconds = self.gate.state, time.perf_counter() - self.began
-        self.gate.state.counts.bodies -= self.held
+        self.gate.state.counts.bodies -= self.held + self.caller.fetched
         state.visits -= self.caller.admitted
         if self.entered:
             self.gate.rates.leave(self.caller.account)

@@ -248,7 +248,7 @@ class Progress:
 @dataclass(frozen=True, slots=True)
 class Ready:
     """The model is loaded. `format` is its prompt format, None for a base model; `budget` says what memory it got.
-    `defaults` are the checkpoint's own sampling defaults, those that pages show."""
+    `defaults` are the checkpoint's own sampling defaults, those that pages show. `sees`: prompts may hold images."""
 
     source: str
     path: str
@@ -266,6 +266,7 @@ class Ready:
     adapters: tuple[str, ...] = ()
     device: str = "cpu"
     defaults: dict[str, Any] = field(default_factory=dict)
+    sees: bool = False
 
 
 @dataclass(frozen=True, slots=True)

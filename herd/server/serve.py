@@ -18,12 +18,15 @@ import uvicorn
 from herd.errors import ConfigError, HerdError
 from herd.server.app import create_app
 from herd.server.deadlines import Limits, protocol_with
+from herd.server.door import Door
 from herd.server.settings import ServerSettings
 from herd.server.state import State
 
 __all__ = ["Server", "bound", "serve"]
 
 log = logging.getLogger("herd.server")
+BACKLOG = 4096
+"""Connections that may wait in the kernel. Linux allows so many unless it was told otherwise."""
 
 
 def bound(settings: ServerSettings) -> socket.socket:
@@ -35,7 +38,7 @@ def bound(settings: ServerSettings) -> socket.socket:
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind((settings.host, settings.port))
-        made.listen(1024)
+        made.listen(BACKLOG)
     except OSError as error:
         made.close()
         raise ConfigError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}") from None
@@ -78,6 +81,20 @@ class Server(uvicorn.Server):
         """Why it ended by itself."""
         self._state: State = app.state.herd
         self._drain: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's; connections are taken by a `Door`."""
+        await super().startup(sockets=[])
+
+        made: Any = self.config.http_protocol_class
+
+        def protocol() -> asyncio.Protocol:
+            return made(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+
+        doors = [Door(one, protocol, self.config.ssl) for one in sockets or ()]
+        self.servers = doors  # type: ignore[assignment]  # closed and waited for, and nothing else
+        for door in doors:
+            door.open()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """As uvicorn's, which calls it from a signal handler."""

@@ -163,6 +163,8 @@ class ServerSettings:
     """Bytes of the bodies of all requests together, beyond the first of each (`gate.FREE`); one of `max_body` always fits."""
     pooling: Literal["mean", "last"] = "mean"
     """What embeddings make of a text's states: their average, or the last one."""
+    fetch_images: bool = False
+    """Whether images may be given as public http:// and https:// addresses, which the server then opens (`fetching`)."""
     providers: tuple[ProviderSpec, ...] = ()
     """Servers elsewhere whose models are served, too."""
 

@@ -18,6 +18,7 @@ from herd.server.caller import caller
 from herd.server.counted import Counts, counted
 from herd.server.downloads import Downloads
 from herd.server.errors import ApiError
+from herd.server.fetching import Fetcher
 from herd.server.models import Models
 from herd.server.process import WorkerError
 from herd.server.protocol import Began, Call, Chat, Event, Ready
@@ -51,6 +52,8 @@ class State:
         """Questions that have no answer."""
         self.counts = Counts(self)
         self.providers = Providers(settings)
+        self.fetcher = Fetcher() if settings.fetch_images else None
+        """What opens addresses of images; None: nothing does."""
 
     async def run(self, name: str, call: Call) -> AsyncGenerator[Event, None]:
         """The events of `call` from the model that clients call `name`, from Began to Finished.

@@ -12,16 +12,19 @@ import json
 import re
 import tempfile
 from array import array
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import openai
+
 from herd.server.fields import Body
 from herd.server.protocol import Began, Call, Ended, Finished, Piece, TokenInfo, Usage
 from herd.server.settings import ModelSpec
 from tests.server import fakes
+from tests.server.batching import CHAT, jsonl, line, over, uploaded
 from tests.server.conftest import Fake, faked
 
 PAGE = Path(__file__).parents[2] / "docs" / "server" / "conformance.md"
@@ -140,6 +143,15 @@ THEIRS: dict[tuple[str, str], Probe] = {
     ("/tokenize", "model"): probe("guard"),
     ("/v1/files", "file"): probe("other"),
     ("/v1/files", "purpose"): probe("batch"),
+    ("/v1/batches", "input_file_id"): probe("OTHER"),
+    ("/v1/batches", "endpoint"): probe("/v1/embeddings"),
+    ("/v1/batches", "completion_window"): probe("24h"),
+    ("/v1/batches", "output_expires_after"): probe({"anchor": "created_at", "seconds": 7200}),
+    ("/v1/batches", "metadata"): probe({"k": "v"}),
+    ("list", "after"): probe("SECOND"),
+    ("list", "limit"): probe(1),
+    ("list", "order"): probe("asc"),
+    ("list", "purpose"): probe("batch_output"),
     ("/v1/files", "expires_after"): probe({"anchor": "created_at", "seconds": 3600}),
     ("/api/chat", "stream"): probe(False),
     ("/api/generate", "stream"): probe(False),
@@ -158,6 +170,7 @@ NO_EFFECT = {
     "num_ctx": "what fits there fits in the context of the model; more than that is refused",
     "/v1/moderations model": "the guard is chosen when the server starts: names of others are refused",
     "/v1/files purpose": "files are for batches: other purposes are refused",
+    "/v1/batches completion_window": "24h is the only one: others are refused",
     "/v1/responses stream_options": "include_obfuscation may be false, which is what happens anyway",
 }
 """Accepted, though it changes nothing, and why nobody is misled by that."""
@@ -173,12 +186,13 @@ class Api:
     known: tuple[str, ...]
     within: str | None = None
     """The field whose members are listed, such as Ollama's options."""
-    form: bool = False
-    """Whether it is a form with a file, and no JSON."""
+    asks: Callable[[openai.AsyncOpenAI, dict[str, Any]], Any] | None = None
+    """How OpenAI's own client sends it: what is no call of a model is asked so, and not in JSON of our own."""
+    verb: str = "POST"
 
     @property
     def title(self) -> str:
-        return f"POST {self.path}" + (f", {self.within}" if self.within else "")
+        return f"{self.verb} {self.path}" + (f", {self.within}" if self.within else "")
 
 
 class FileForm(Body):
@@ -187,6 +201,22 @@ class FileForm(Body):
     file: str
     purpose: str
     expires_after: dict[str, Any] | None = None
+
+
+class FileQuery(Body):
+    """What a list of files is asked for with."""
+
+    after: str | None = None
+    limit: int | None = None
+    order: str | None = None
+    purpose: str | None = None
+
+
+class BatchQuery(Body):
+    """What a list of batches is asked for with."""
+
+    after: str | None = None
+    limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -203,8 +233,15 @@ def apis() -> list[Api]:
     """Every path whose requests become calls of a model or questions to one, and that of files."""
     import ollama._types as theirs
     from anthropic.types import message_create_params as messages
+    from openai.types import (
+        batch_create_params,
+        batch_list_params,
+        embedding_create_params,
+        file_create_params,
+        file_list_params,
+        moderation_create_params,
+    )
     from openai.types import completion_create_params as completions
-    from openai.types import embedding_create_params, file_create_params, moderation_create_params
     from openai.types.chat import completion_create_params as chat
     from openai.types.responses import response_create_params as responses
 
@@ -212,6 +249,7 @@ def apis() -> list[Api]:
     from herd.server.ollama.chat import OllamaChatBody
     from herd.server.ollama.fields import Options
     from herd.server.ollama.generate import GenerateBody
+    from herd.server.openai.batches import BatchBody
     from herd.server.openai.chat import ChatBody
     from herd.server.openai.completions import CompletionBody
     from herd.server.openai.embeddings import EmbeddingBody
@@ -235,7 +273,30 @@ def apis() -> list[Api]:
             FileForm,
             {"file": "x", "purpose": "batch"},
             _typed(file_create_params.FileCreateParams),
-            form=True,
+            asks=_upload,
+        ),
+        Api(
+            "/v1/files",
+            FileQuery,
+            {},
+            _typed(file_list_params.FileListParams),
+            asks=lambda client, asked: client.files.with_raw_response.list(**asked),
+            verb="GET",
+        ),
+        Api(
+            "/v1/batches",
+            BatchBody,
+            {"input_file_id": "FIRST", "endpoint": CHAT, "completion_window": "24h"},
+            _typed(batch_create_params.BatchCreateParams),
+            asks=lambda client, asked: client.batches.with_raw_response.create(**asked),
+        ),
+        Api(
+            "/v1/batches",
+            BatchQuery,
+            {},
+            _typed(batch_list_params.BatchListParams),
+            asks=lambda client, asked: client.batches.with_raw_response.list(**asked),
+            verb="GET",
         ),
         Api("/tokenize", TokenizeBody, text, ()),
         Api("/detokenize", DetokenizeBody, {"model": "fake", "tokens": [5, 6]}, ()),
@@ -244,6 +305,11 @@ def apis() -> list[Api]:
         Api("/api/generate", GenerateBody, text, tuple(theirs.GenerateRequest.model_fields)),
         Api("/api/generate", Options, text, tuple(theirs.Options.model_fields), "options"),
     ]
+
+
+def _upload(client: openai.AsyncOpenAI, asked: dict[str, Any]) -> Any:
+    file = ("in.jsonl", asked["file"].encode())
+    return client.files.with_raw_response.create(**{**asked, "file": file})
 
 
 def _typed(params: Any) -> tuple[str, ...]:
@@ -267,6 +333,9 @@ async def rows(api: Api) -> list[Row]:
         async with faked(_script, any_model=True, models=(GUARD,), guard="guard", state_dir=folder) as fake:
             # Not named when the server was started: how long such a model stays is for clients to say.
             fake.state.models.add(ModelSpec(source="fake", name="fake", adapters=(("a", "path"),)))
+            KEPT.clear()
+            if api.asks is not None:
+                await _kept(fake)
             await _observed(fake, api, {})  # the first answer is the one that took the model's loading
             return [await _row(fake, api, name) for name in names(api)]
 
@@ -286,6 +355,20 @@ def _script(call: Call) -> list[Any]:
         event for index in range(count) for event in (Piece("", index, "Hello"), Ended("", index, "stop", None, 1))
     ]
     return [Began("", 3), *pieces, Finished("", Usage(3, count, 1, 0.01, 0.02))]
+
+
+KEPT: dict[str, str] = {}
+"""What files and batches that were made before are called in probes -> their ids."""
+
+
+async def _kept(fake: Fake) -> None:
+    """Three files and three batches of one answer each, the newest first in lists; the second of a list stands for `after`."""
+    for name in ("FIRST", "OTHER"):
+        answer = await uploaded(fake, jsonl(line(name)))
+        KEPT[name] = answer.json()["id"]
+        asked = {"input_file_id": KEPT[name], "endpoint": CHAT, "completion_window": "24h"}
+        for _ in range(2):
+            await over(fake, (await fake.client.post("/v1/batches", json=asked)).json()["id"])
 
 
 GUARD = ModelSpec(source="guard", name="guard")
@@ -312,7 +395,7 @@ async def _ask(self: fakes.Scripted, what: str, **args: Any) -> Any:
 async def _row(fake: Fake, api: Api, name: str) -> Row:
     fields = {field.alias or key for key, field in api.body.model_fields.items()}
     if name in fields:
-        asked = THEIRS.get((api.path, name)) or PROBES.get(name)
+        asked = THEIRS.get((api.path if api.verb == "POST" else "list", name)) or PROBES.get(name)
         assert asked is not None, f"{api.title}: {name} needs a probe in tests/server/conformance.py"
         value = asked.value
         if name == "previous_response_id":
@@ -361,8 +444,8 @@ class Seen:
 async def _observed(fake: Fake, api: Api, more: dict[str, Any]) -> Seen:
     request = {**api.smallest, **({api.within: more} if api.within else more)}
     seen, questions = len(_calls(fake)), len(ASKED)
-    if api.form:
-        return await _uploaded(fake, api, request)
+    if api.asks is not None:
+        return await _by_the_client(fake, api, request)
     reply = await fake.client.post(api.path, json=request)
     calls: list[Any] = [replace(call, id="") for call in _calls(fake)[seen:]]
     calls += ASKED[questions:]
@@ -376,16 +459,30 @@ def _calls(fake: Fake) -> list[Call]:
     return [call for made in fake.made for call in made.seen]
 
 
-async def _uploaded(fake: Fake, api: Api, request: dict[str, Any]) -> Seen:
-    told = {name: value for name, value in request.items() if name != "file" and not isinstance(value, dict)}
-    for name, value in request.items():
-        if isinstance(value, dict):
-            told |= {f"{name}[{key}]": str(part) for key, part in value.items()}
-    reply = await fake.client.post(api.path, files={"file": ("in.jsonl", request["file"].encode())}, data=told)
-    if reply.status_code != 200:
-        return Seen(reply.status_code, "", "", None, _words(reply.json()))
-    made = reply.json()
-    return Seen(200, "", _masked(reply.text), made["expires_at"] - made["created_at"], "")
+async def _by_the_client(fake: Fake, api: Api, request: dict[str, Any]) -> Seen:
+    """As OpenAI's own client asks. A batch is waited for, since part of what it was asked for shows at its end."""
+    assert api.asks is not None
+    seen = len(_calls(fake))
+    asked = {name: KEPT.get(value, value) if isinstance(value, str) else value for name, value in request.items()}
+    if asked.get("after") == "SECOND":
+        asked["after"] = (await fake.client.get(api.path)).json()["data"][1]["id"]
+    client = openai.AsyncOpenAI(base_url="http://localhost/v1", api_key="none", max_retries=0, http_client=fake.client)
+    try:
+        reply = await api.asks(client, asked)
+    except openai.APIStatusError as error:
+        return Seen(error.status_code, "", "", None, _words({"error": error.body}))
+    made, stays = json.loads(reply.text), None
+    if api.verb == "POST" and api.path == "/v1/batches":
+        made = await over(fake, made["id"])
+        if made["output_file_id"] is not None:
+            kept = (await fake.client.get(f"/v1/files/{made['output_file_id']}")).json()
+            stays = None if kept["expires_at"] is None else kept["expires_at"] - kept["created_at"]
+    elif api.verb == "POST":
+        stays = made["expires_at"] - made["created_at"]
+    calls = [replace(call, id="") for call in _calls(fake)[seen:]]
+    # Files differ in nothing but their ids, and lists in what they have and in which order.
+    told = reply.text if api.verb == "GET" else _masked(json.dumps(made))
+    return Seen(200, repr(calls), told, stays, "")
 
 
 def _words(body: Any) -> str:
@@ -413,6 +510,7 @@ model gets and the answer are held against those of a request without it. The te
 - **no effect**: accepted because clients send it, and nothing is lost.
 
 The parameters are those of the official clients (openai, anthropic, ollama), and those that vLLM's and llama.cpp's users send.
+Files and batches are asked by the openai client itself, and a batch is waited for: its output is part of the answer.
 """
 
 

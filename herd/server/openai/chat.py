@@ -17,6 +17,7 @@ from herd.server.errors import ApiError, error_body, told
 from herd.server.fields import LIMITS, Body, body_of, checked, content_of
 from herd.server.openai.replies import chat_logprob, prompt_logprobs, timings, truncation, usage
 from herd.server.openai.sampling import JsonSchema, SamplingBody, check_sampling, sampling_of
+from herd.server.openai.seen import Seen, seen_of, shows, unseen
 from herd.server.protocol import Began, Call, Chat, Ended, Event, Finished, Piece, Usage
 from herd.server.providers.relay import relayed
 from herd.server.sse import DONE, EventStream, event, until_gone
@@ -27,6 +28,7 @@ __all__ = ["ChatBody", "call_of", "check_told", "check_work", "longest", "messag
 router = APIRouter(tags=["openai"])
 UNKNOWN_CONTEXT = 1 << 17
 """Tokens of a context while the model is not loaded: most have no longer one."""
+_NOTHING: Seen = {}
 FunctionName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 
 
@@ -226,7 +228,10 @@ async def chat_completions(request: Request) -> Response:
     if (provider := state.providers.of(content)) is not None:
         return await relayed(request, provider, "chat/completions", content)
     body = checked(content, ChatBody)
-    call = call_of(body, state)
+    seen = await until_gone(request, seen_of(state, body.model, body.messages)) if shows(body.messages) else {}
+    if seen is None:
+        return Response(status_code=499)
+    call = call_of(body, state, seen)
     events = state.run(body.model, call)
     if body.stream:
         began = await until_gone(request, begun(events))
@@ -237,8 +242,8 @@ async def chat_completions(request: Request) -> Response:
     return await until_gone(request, _whole(state, body, call, events)) or Response(status_code=499)
 
 
-def call_of(body: ChatBody, state: State) -> Call:
-    """The call of a request. Raises ApiError (400) for what cannot be honoured."""
+def call_of(body: ChatBody, state: State, seen: Seen = _NOTHING) -> Call:
+    """The call of a request, with its images as they were `seen`. Raises ApiError (400) for what cannot be honoured."""
     sampling = sampling_of(body)
     most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     if most is not None:
@@ -251,7 +256,7 @@ def call_of(body: ChatBody, state: State) -> Call:
             raise ApiError(400, "response_format: a reply can be held to one form only", param="response_format")
         sampling |= {"json_object": True} if form.json_schema is None else {"schema": form.json_schema.schema_}
     check_sampling(sampling, max_tokens="max_tokens" if body.max_completion_tokens is None else "max_completion_tokens")
-    messages = tuple(message_of(m, i) for i, m in enumerate(body.messages))
+    messages = tuple(message_of(m, i, seen) for i, m in enumerate(body.messages))
     tools = tuple(tool.model_dump(exclude_none=True) for tool in body.tools or ())
     characters = size_of(messages, tools)
     check_work(state, body.n or 1, characters, "messages")
@@ -298,8 +303,15 @@ def note_of(name: str | None, description: str | None) -> str:
 
 def size_of(messages: Iterable[Mapping[str, Any]], tools: Iterable[Any] = ()) -> int:
     """Characters of a conversation: texts, calls of tools, and the tools."""
-    said = sum(len(str(m["content"])) + len(str(m.get("tool_calls", ""))) for m in messages)
+    said = sum(_said(m["content"]) + len(str(m.get("tool_calls", ""))) for m in messages)
     return said + sum(len(str(tool)) for tool in tools)
+
+
+def _said(content: Any) -> int:
+    """Characters of a message, without those that images are written in: these have a limit of their own."""
+    if isinstance(content, str):
+        return len(content)
+    return sum(len(str(part)) for part in content if part.get("type") != "image_url")
 
 
 def check_told(state: State, told: int, param: str) -> None:
@@ -322,19 +334,11 @@ def longest(state: State, name: str) -> int:
     return slot.spec.options.max_len or UNKNOWN_CONTEXT
 
 
-def message_of(message: ChatMessage, index: int) -> dict[str, Any]:
-    """A message as the worker reads it."""
+def message_of(message: ChatMessage, index: int, seen: Seen = _NOTHING) -> dict[str, Any]:
+    """A message as the worker reads it. Raises ApiError (400) for an image that was not `seen`."""
     content: Any = message.content
     if isinstance(content, list):
-        for i, part in enumerate(content):
-            if part.type == "image_url":
-                raise ApiError(
-                    400,
-                    f"messages[{index}].content[{i}] is an image, and this model reads text only",
-                    param=f"messages[{index}].content[{i}]",
-                    code="unsupported_content",
-                )
-        content = [{"type": "text", "text": part.text if part.type == "text" else part.refusal} for part in content]
+        content = [_part(part, f"messages[{index}].content[{i}]", seen) for i, part in enumerate(content)]
     out: dict[str, Any] = {"role": message.role, "content": content or ""}
     if message.tool_calls:
         out["tool_calls"] = [
@@ -344,6 +348,14 @@ def message_of(message: ChatMessage, index: int) -> dict[str, Any]:
         if getattr(message, name) is not None:
             out[name] = getattr(message, name)
     return out
+
+
+def _part(part: ContentPart, where: str, seen: Seen) -> dict[str, Any]:
+    if part.type != "image_url":
+        return {"type": "text", "text": part.text if part.type == "text" else part.refusal}
+    if where not in seen:
+        raise unseen(where)
+    return {"type": "image_url", "image_url": {"url": seen[where]}}
 
 
 async def _whole(state: State, body: ChatBody, call: Call, events: AsyncGenerator[Event, None]) -> Response:

@@ -75,15 +75,17 @@ async def create(request: Request) -> Response:
 
 
 @router.post("/v1/responses/input_tokens", summary="How long a prompt would be", openapi_extra=body_of(ResponseBody))
-async def input_tokens(request: Request) -> Json:
+async def input_tokens(request: Request) -> Response:
     """The tokens that a response would be given. Takes what `create` takes, and nothing comes of it."""
     state = state_of(request)
     body = await parse(request, ResponseBody)
     chat = _Answer(state, body, owner_of(request)).call.prompt
     assert isinstance(chat, Chat)
     slot, _ = state.models.find(body.model)
-    told = await state.ask(body.model, "count", chat=asdict(slot.spec.opened(chat)))
-    return {"object": "response.input_tokens", "input_tokens": told["count"]}
+    told = await until_gone(request, state.ask(body.model, "count", chat=asdict(slot.spec.opened(chat))))
+    if told is None:
+        return Response(status_code=499)
+    return JSONResponse({"object": "response.input_tokens", "input_tokens": told["count"]})
 
 
 @router.get("/v1/responses/{id}", summary="A response that was stored")
