@@ -126,7 +126,9 @@ def _in_pieces(served: Served) -> Told:
 
 
 def _preempted(served: Served) -> Told:
-    engine = served.engine(blocks=11 + blocks_of(served.before, 16), max_tokens=64)
+    # Behind virtual tokens it has no block of the others, two of which it shares otherwise.
+    virtual = 0 if served.virtual is None else blocks_of(served.before, 16) + 2
+    engine = served.engine(blocks=11 + virtual, max_tokens=64)
     come = {0: _others(2, 1), 1: [served.target]}
     preempted = []
 

@@ -240,3 +240,19 @@ def life(seed: int) -> int:
 
 def test_random_lives() -> None:
     assert sum(life(seed) for seed in range(150)) > 20
+
+
+def test_a_fork_goes_on_behind_the_same_virtual_tokens() -> None:
+    """Between two steps, in the middle of the copied block: each writes its own."""
+    s = scheduler()
+    model = FakeModel(s)
+    model.pin("a", 6)
+    (parent,) = s.add(one := request("a", [1], 5, adapter="a"))
+    model.step()
+    child = s.fork(parent)
+    s.check()
+    assert (child.first, child.room, child.blocks) == (6, s.room("a"), parent.blocks)
+    ended = finish(model)
+    assert ended["a", 0].reply == expected(one, 0, s.room("a"), before=6)
+    assert ended["a", 1].tokens[:2] == parent.tokens[:2]
+    assert len(ended["a", 1].reply) == 5

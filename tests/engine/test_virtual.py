@@ -36,6 +36,7 @@ from herd.errors import CheckpointError, ConfigError, ContextFullError
 from herd.kernels.paged import dequantize_rows, quantize_rows
 from herd.model.attend import masked_attention
 from herd.model.llama import Llama
+from herd.quant.apply import quantize
 from tests.adapters.test_prefix import saved_by_peft, theirs_on
 from tests.build import build, tokens
 from tests.engine import test_adapters, test_ahead
@@ -238,6 +239,24 @@ def test_an_int8_cache_rounds_them_like_any_other(kind: str) -> None:
     found = torch.from_numpy(told(made, asked)["x"][0].logits)
     assert (found - expected).abs().max() <= INT8_BOUND
     assert (exact - expected).abs().max() > INT8_BOUND, "it would be seen if they were not rounded"
+
+
+@pytest.mark.parametrize("weights", ["int8", "nf4"])
+def test_on_a_quantized_base(weights: str) -> None:
+    """Rows stay on the layers that the base has; a prompt is read by these very layers."""
+    model = build(replace(build("llama-3").config, hidden_dim=192))
+    assert quantize(model, weights) == []
+    prompt = tuple(tokens(model.config, 18)[0].tolist())
+    for label, adapter in both(model).items():
+        made = engine(model)
+        made.load_adapter(label, adapter)
+        asked = replace(request("x", label, prompt, max_tokens=1), logits=True)
+        found = torch.from_numpy(told(made, asked)["x"][0].logits)
+        tuned = PrefixTuned(model, adapter) if isinstance(adapter, Prefix) else PromptTuned(model, adapter)
+        with torch.no_grad():
+            expected, plain = tuned(torch.tensor([prompt]))[0, -1], model(torch.tensor([prompt]))[0, -1]
+        assert (found - expected).abs().max() <= test_adapters.EIGHT_BITS * float(expected.abs().max())
+        assert (found - plain).abs().max() > 5 * test_adapters.EIGHT_BITS * float(expected.abs().max())
 
 
 def test_weights_that_change_change_what_a_prompt_becomes() -> None:
