@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from herd.data.report import RowReport
 
 __all__ = [
-    "bad_option", "check_out", "kind_option", "overwrite_option", "report_option", "say_report", "write_report", "written",
+    "bad_option", "check_out", "kind_option", "overwrite_option", "report_option", "say_notes", "say_report",
+    "write_report", "written",
 ]  # fmt: skip
 
 KIND_NAMES = ("text", "messages", "sharegpt", "alpaca", "completion", "preference", "prompt")
@@ -42,20 +44,36 @@ report_option = click.option(
     help="Write a JSON report that names every row that was left out.",
 )
 
+_KIND = re.compile(r"(.*): read as (\w+)")
+
 SHOWN = 5
 """Bad rows and others that are shown one by one."""
 
 
 def say_report(report: RowReport, shown: int = SHOWN) -> None:
     """Notes, small repairs and bad rows of a reading, on stderr."""
-    for text in report.notes:
-        note(text)
+    say_notes(report.notes)
     for what, count in report.changed.items():
         note(f"{count:,} rows: {what}")
     for row in report.bad[:shown]:
         note(str(row), "yellow")
     if report.bad_count > shown:
         note(f"{report.bad_count - shown:,} more bad rows", "yellow")
+
+
+def say_notes(notes: Sequence[str], shown: int = SHOWN) -> None:
+    """Notes of a reading, on stderr; files of one kind beyond the first few in one line."""
+    kinds: dict[str, list[str]] = {}
+    for text in notes:
+        if found := _KIND.fullmatch(text):
+            kinds.setdefault(found[2], []).append(found[1])
+        else:
+            note(text)
+    for kind, files in kinds.items():
+        for file in files[: shown if len(files) > shown + 1 else None]:
+            note(f"{file}: read as {kind}")
+        if len(files) > shown + 1:
+            note(f"and {len(files) - shown:,} more files, to {files[-1]}: read as {kind}")
 
 
 def write_report(path: Path, facts: Mapping[str, Any]) -> None:

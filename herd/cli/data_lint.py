@@ -12,7 +12,7 @@ import click
 
 from herd.cli.completion import models
 from herd.cli.console import coloured, note, safe, styled
-from herd.cli.data_files import kind_option
+from herd.cli.data_files import kind_option, say_notes
 from herd.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -164,8 +164,7 @@ def _as_json(found: Lint, evaluation: Any) -> dict[str, Any]:
 
 def _show(found: Lint, path: str, length: int | None, evaluation: Any, shown: int | None) -> None:
     report = found.report
-    for text in report.notes:
-        note(text)
+    say_notes(report.notes)
     if not found.whole:
         note(f"only the first {len(found.lengths) + report.bad_count:,} rows were read (--limit)", "yellow")
     kinds = ", ".join(f"{count:,} {name}" for name, count in found.kinds.items())

@@ -191,5 +191,15 @@ def _fail(error: BaseException, line: str, status: int) -> int:
     with contextlib.suppress(OSError):
         if os.environ.get("HERD_DEBUG"):
             traceback.print_exception(error, file=sys.stderr)
-        print(styled("herd:", "red", sys.stderr), " ".join(line.split()), file=sys.stderr)
+        print(styled("herd:", "red", sys.stderr), _one_line(line), file=sys.stderr)
     return status
+
+
+def _one_line(text: str) -> str:
+    """The lines of a message in one; indented ones are items of a list, which semicolons keep apart."""
+    whole, listed = "", False
+    for line in filter(str.strip, text.splitlines()):
+        apart = (listed or line.startswith("  ")) and whole[-1:] not in ".:;,!?"
+        whole += f"{';' if apart else ''}{' ' if whole else ''}{' '.join(line.split())}"
+        listed = line.startswith("  ")
+    return whole

@@ -61,6 +61,8 @@ class Screen:
         self.last.clear()
         if info.resumed is not None:
             self.say(f"going on from {info.resumed} (step {info.step})")
+            if self._first_progress() >= 1:
+                self.say("this run is over: nothing is left to train; the result is measured and written once more")
         if self.figures is not None and self.figures.peak is not None:
             peak = self.figures.peak
             self.say(

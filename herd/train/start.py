@@ -206,8 +206,10 @@ def _reshaped(config: ModelConfig, part: ModelPart) -> ModelConfig:
     if part.rope_theta is not None:
         changes["rope_theta"] = part.rope_theta
     if part.rope_scaling is not None:
+        # What is stretched is the context that the model was made for, or the one that was stretched before.
+        before = config.max_seq_len if config.rope_scaling is None else config.rope_scaling.original_max_seq_len
         try:
-            changes["rope_scaling"] = RopeScaling(**part.rope_scaling)
+            changes["rope_scaling"] = RopeScaling(**{"original_max_seq_len": before, **part.rope_scaling})
         except (TypeError, ConfigError) as error:
             raise ConfigError(f"model.rope_scaling: {error}") from error
     if part.max_seq_len is not None:

@@ -161,3 +161,14 @@ def test_filters_that_make_no_sense(chats, tmp_path, capsys, more, words):
     assert run(["data", "filter", str(chats), str(tmp_path / "x.jsonl"), *more]) in (1, 2)
     assert words in capsys.readouterr().err
     assert not (tmp_path / "x.jsonl").exists()
+
+
+def test_many_files_are_named_in_few_lines(tmp_path, capsys):
+    for i in range(40):
+        (tmp_path / f"{i:02d}.txt").write_text(f"Once there was a cat with {i} lives.")
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"text": "A row."}))
+    assert run(["data", "lint", str(tmp_path)]) == 0
+    told = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path}/00.txt: read as text" in told
+    assert f"and 36 more files, to {tmp_path}/chats.jsonl: read as text" in told
+    assert len(told) == 6

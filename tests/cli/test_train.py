@@ -62,11 +62,16 @@ def test_a_run_from_start_to_result(
     folder = str(tmp_path / "runs" / "a")
     # By its folder, finished: nothing is trained again.
     assert run(["train", folder]) == 0
-    assert "step 1/3" not in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "this run is over: nothing is left to train" in told
+    assert "step 1/3" not in told
     assert run(["train", folder, "--resume", "never"]) == 1
     assert "checkpoint" in capsys.readouterr().err
-    assert run(["train", folder, "train.optim.lr=1"]) == 1
-    assert "lr" in capsys.readouterr().err
+    assert run(["train", folder, "train.optim.lr=1", "train.seed=7"]) == 1
+    assert (
+        "another run than this one: train.optim.lr: 0.003 in the checkpoint, 1.0 now; train.seed: 0 in the checkpoint, 7 now; "
+        in (capsys.readouterr().err)
+    )
     # And it is a model.
     assert run(["run", "--raw", f"{folder}/model", "word1", "--max-tokens", "2"]) == 0, capsys.readouterr().err
     capsys.readouterr()

@@ -249,7 +249,7 @@ def test_stages_of_growing_length(texts, source, tmp_path):
     assert (first.rope_theta, first.rope_scaling, first.max_seq_len) == (600_000.0, None, 64)
     assert (last.rope_theta, last.max_seq_len) == (600_000.0, 128)
     assert last.rope_scaling is not None
-    assert last.rope_scaling.factor == 2.0
+    assert (last.rope_scaling.factor, last.rope_scaling.original_max_seq_len) == (2.0, 64)  # what the stage before had
     steps = [line["step"] for line in read_log(tmp_path / "run" / "log.jsonl") if line["event"] == "step"]
     assert steps == [1, 2, 3]
     assert open_store(tmp_path / "run" / "stage-1-64" / "model").info("norm.weight").number == "float32"
