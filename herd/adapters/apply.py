@@ -10,7 +10,7 @@ Letters: T tokens, D dim, V vocabulary, r rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -86,13 +86,39 @@ class _LowRank(nn.Module):
             self.magnitude = nn.Parameter(pair.magnitude.to(weight.device, torch.float32, copy=True))
             squares = weight.float().square().sum(0 if name == EMBEDDING else 1)
         self.register_buffer("squares", squares, persistent=False)
+        self._summed: Callable[[Tensor], Tensor] | None = None
+        self._columns: tuple[int, int] | None = None
+
+    def share(self, dim: int, cut: Callable[[int], tuple[int, int]], total: Callable[[Tensor], Tensor]) -> None:
+        """Become one rank's part (`herd.parallel.tensor`), before parameters are cut: of the matrix along `dim`.
+
+        `cut(size)` says where this rank's part begins and how much it is, `total` sums a tensor over the ranks.
+        """
+        looked_up = self.name == EMBEDDING
+        whole = _size(self.base)[dim]
+        start, count = cut(whole)
+        if dim == (0 if looked_up else 1):  # some inputs of every output
+            self._summed = total
+            self._columns = None if looked_up else (start, whole)
+        elif self.squares is not None:
+            self.squares = self.squares[start : start + count].clone()
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """x [..., in] after dropout, while training. Of a part of x, what dropout of the whole would leave of it."""
+        if not (self.training and self.dropout):
+            return x
+        if self._columns is None:
+            return dropout(x, self.dropout)
+        start, whole = self._columns
+        kept = dropout(x.new_ones(*x.shape[:-1], whole), self.dropout)
+        return x * kept[..., start : start + x.shape[-1]]
 
     def gain(self, weight: Tensor) -> Tensor | None:
         """DoRA: what every output is multiplied with, magnitude over length; the length counts as a constant (section 4.3)."""
         if self.magnitude is None:
             return None
         with torch.no_grad():
-            length = lengths(self.name, weight, self.a, self.b, self.scale, self.squares)
+            length = lengths(self.name, weight, self.a, self.b, self.scale, self.squares, self._summed)
         return self.magnitude / length
 
     def extra_repr(self) -> str:
@@ -109,7 +135,7 @@ class LowRankLinear(_LowRank):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_product(x)
-        dropped = dropout(x, self.dropout) if self.training and self.dropout else x
+        dropped = self.dropped(x)
         change = linear(linear(dropped.to(self.a.dtype), self.a), self.b) * self.scale
         if self.magnitude is None:
             return (y + change).to(y.dtype)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -126,10 +126,19 @@ def changed(name: str, weight: Tensor, pair: Factors, scale: float) -> Tensor:
     return total * (pair.magnitude.float() / torch.linalg.vector_norm(total, dim=axis)).unsqueeze(axis)
 
 
-def lengths(name: str, weight: Tensor, a: Tensor, b: Tensor, scale: float, squares: Tensor | None = None) -> Tensor:
+def lengths(
+    name: str,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    squares: Tensor | None = None,
+    summed: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """The length of every output of W + scale * B A, [outputs] float32, without making that matrix.
 
-    `squares` are those of W's outputs, when they are known: |w + c|^2 = |w|^2 + 2 w c + |c|^2.
+    `squares` are those of W's outputs, when they are known: |w + c|^2 = |w|^2 + 2 w c + |c|^2. Where each of several ranks has
+    some inputs of all outputs, `summed` adds over the ranks, and `squares` are those of the whole matrix.
     """
     w, a, b = weight.float(), a.float(), b.float()
     if name == EMBEDDING:  # the same sums with columns for rows
@@ -137,4 +146,6 @@ def lengths(name: str, weight: Tensor, a: Tensor, b: Tensor, scale: float, squar
     squares = w.square().sum(1) if squares is None else squares
     crossed = (torch.nn.functional.linear(w, a) * b).sum(1)
     own = ((b @ (a @ a.T)) * b).sum(1)
+    if summed is not None:
+        crossed, own = summed(torch.stack([crossed, own]))
     return (squares + 2 * scale * crossed + scale * scale * own).clamp_min(0).sqrt()

@@ -20,10 +20,12 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from herd.errors import CheckpointError
 
-__all__ = ["Sharded"]
+__all__ = ["Sharded", "local", "own_part"]
 
 _TABLE = ".metadata"
 _DAMAGE = (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, EOFError, pickle.UnpicklingError)
@@ -56,21 +58,34 @@ class Sharded:
         """Write this rank's part of `tensors` into `folder`, flushed to disk. All ranks have to call it."""
         writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=True)
         with _silence():
-            save(self._named(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
+            save(self.named(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
 
     def read(self, folder: Path, targets: Mapping[str, Tensor]) -> None:
         """Fill `targets` in place from what any number of ranks wrote. Raises CheckpointError for what is missing or damaged."""
         try:
             with _silence():
-                load(self._named(targets), storage_reader=_Reader(folder), no_dist=not dist.is_initialized())
+                load(self.named(targets), storage_reader=_Reader(folder), no_dist=not dist.is_initialized())
         except (*_DAMAGE, CheckpointException) as error:
             raise CheckpointError(f"cannot be read: {_first_line(error)}", path=folder) from error
 
-    def _named(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    def named(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         """With the last stage's output called by the name of the embedding that it is a copy of."""
         if not self.tied:
             return dict(tensors)
         return {name.replace("output.weight", "tok_embeddings.weight"): tensor for name, tensor in tensors.items()}
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What of `tensor` is on this rank."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def own_part(whole: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of `whole`, which every rank has, cut as `like` is."""
+    if not isinstance(like, DTensor):
+        return whole
+    shape, start = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
+    return whole[tuple(slice(first, first + count) for first, count in zip(start, shape, strict=True))]
 
 
 @contextlib.contextmanager

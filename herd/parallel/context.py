@@ -69,6 +69,9 @@ class Gathered:
     group: dist.ProcessGroup
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, chunk: int | None) -> Tensor:
-        both = gather(torch.cat([k, v], -2), self.group)  # one exchange instead of two
-        keys, values = both.chunk(2, -2)
-        return masked_attention(q, keys, values, self.masks[chunk])
+        return masked_attention(q, *self.whole(k, v), self.masks[chunk])
+
+    def whole(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values of all ranks [B, S, Hkv, Dh], in the order that `masks` counts."""
+        keys, values = gather(torch.cat([k, v], -2), self.group).chunk(2, -2)  # one exchange instead of two
+        return keys, values

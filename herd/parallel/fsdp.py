@@ -1,18 +1,18 @@
 """Fully sharded data parallelism: every rank holds a part of each parameter, its gradient and its optimiser state (FSDP2).
 
 One unit for each block, one for the embedding, one for the output (one for both when they are tied), and the model itself for
-the final norm. Gradients are SUMMED over ranks, not averaged: the trainer divides by the supervised tokens of all ranks.
+the final norm (for everything, where layers are passed through twice). Gradients are SUMMED over ranks, not averaged: the trainer
+divides by the supervised tokens of all ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
 from herd.model.llama import Llama
 from herd.parallel.pipeline import Stage
@@ -36,13 +36,17 @@ def shard(model: Llama, mesh: Mesh, *, dtype: torch.dtype | None = None, stages:
 
     def one(module: nn.Module | list[nn.Module], *, reshard: bool) -> None:
         fully_shard(cast(nn.Module, module), mesh=devices, reshard_after_forward=reshard, mp_policy=policy)
+        for each in module if isinstance(module, list) else [module]:
+            object.__setattr__(each, "herd_reshard", reshard)
 
+    # Prompt tuning passes through the layers twice, and FSDP gives them back after the first backward pass: all is one unit.
+    twice = getattr(model, "passes_twice", False)
     roots: Sequence[Llama | Stage] = stages or [model]
     for root in roots:
-        for block in root.layers:
+        for block in () if twice else root.layers:
             one(block, reshard=mesh.part.reshard)
         # The output is used once for every chunk of the loss: it stays whole until its gradient is there.
-        ends: list[nn.Module] = [end for end in (root.tok_embeddings, root.output) if end is not None]
+        ends: list[nn.Module] = [end for end in (root.tok_embeddings, root.output) if end is not None and not twice]
         if model.config.tie_embeddings and len(ends) == 2:
             one(ends, reshard=False)
         else:
@@ -65,13 +69,12 @@ def only_last(model: nn.Module, last: bool) -> None:
 
 
 def give_back(model: nn.Module) -> None:
-    """Back to parts. A tied matrix stays whole after its backward pass, as others do after an evaluation: other objects then."""
+    """Back to parts. A tied matrix stays whole after its backward pass, as others do after an evaluation: other objects then.
+
+    FSDP takes itself to be before a backward pass after an evaluation, where it keeps what it was told to keep.
+    """
     for module in model.modules():
         if isinstance(module, FSDPModule):
+            module.set_reshard_after_forward(True, recurse=False)
             module.reshard()
-            own = cast(nn.Module, module).parameters(recurse=False)
-            if not all(isinstance(parameter, DTensor) for parameter in own):
-                # FSDP takes itself to be before a backward pass, where it keeps what it was told to keep.
-                module.set_reshard_after_forward(True, recurse=False)
-                module.reshard()
-                module.set_reshard_after_forward(False, recurse=False)
+            module.set_reshard_after_forward(cast(Any, module).herd_reshard, recurse=False)

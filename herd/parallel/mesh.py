@@ -101,6 +101,20 @@ class Mesh:
                 dist.all_reduce(total, group=self.group(name))
         return total.to(value.device)
 
+    @property
+    def draws(self) -> int:
+        """Which random numbers this rank draws: others where tokens or layers are others, the same where they are shared (tp)."""
+        cp = 0 if self.sequences is None else self.sequences.rank()
+        pp = 0 if self.part.pp == 1 else self.along("pp").get_local_rank()
+        return self.dp_rank + self.dp_size * (cp + self.part.cp * pp)
+
+    def of_sequences(self, value: Tensor) -> Tensor:
+        """`value` summed over the ranks that share each sequence (cp), the same on all of them. A new tensor."""
+        total = value.detach().to(self.device, copy=True)
+        if self.sequences is not None:
+            dist.all_reduce(total, group=self.sequences)
+        return total.to(value.device)
+
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.devices is not None:

@@ -8,7 +8,7 @@ positions, which all ranks of a pipeline draw themselves.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,20 @@ from herd.model.llama import Llama
 if TYPE_CHECKING:
     from herd.parallel.mesh import Mesh
 
-__all__ = ["Absent", "Pipeline", "Stage", "Tail", "layers_of", "split"]
+__all__ = ["Absent", "Beside", "Pipeline", "Stage", "Tail", "layers_of", "split"]
+
+
+class Beside(Protocol):
+    """What some stages add to the loss beside its end: the losses of their routers (`herd.train.router`)."""
+
+    def __call__(self, run: Callable[[], Tensor], index: int) -> tuple[Tensor, Tensor]:
+        """(what `run`, the pass of micro-batch `index` through a stage, gives; what is added to the loss, a scalar)."""
+        ...
+
+
+See = Callable[[ModelConfig, Tensor], Sequence[Attend]]
+"""The attention of all layers, from positions."""
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Absent(nn.Module):
@@ -57,9 +70,16 @@ class Stage(nn.Module):
         self.tok_embeddings = model.tok_embeddings if self.first else None
         self.norm = model.norm if self.last else None
         self.output = model.output if self.last else None
-        self.see: Callable[[ModelConfig, Tensor], Sequence[Attend]] | None = None
+        self.see: See | None = None
+        self.beside: Beside | None = None
 
-    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, index: Tensor | None = None) -> Tensor:
+        if self.beside is None or index is None:
+            return self._pass(x, positions)
+        x, extra = self.beside(lambda: self._pass(x, positions), int(index))
+        return _Added.apply(x, extra)  # pyright: ignore[reportReturnType] (torch gives apply no types)
+
+    def _pass(self, x: Tensor, positions: Tensor) -> Tensor:
         assert self.see is not None
         if self.tok_embeddings is not None:
             x = self.tok_embeddings(x)
@@ -67,6 +87,19 @@ class Stage(nn.Module):
         for i, block in zip(self.span, self.layers, strict=True):
             x = block(x, rotary, see[i])
         return x if self.norm is None else self.norm(x)
+
+
+class _Added(torch.autograd.Function):
+    """x as it is; in the backward pass `extra` has the gradient 1, as if it had been added to the loss at the end."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, extra: Tensor) -> Tensor:
+        ctx.like = torch.ones_like(extra)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        return grads[0], ctx.like
 
 
 def split(model: Llama, mesh: Mesh) -> list[Stage]:
@@ -101,10 +134,12 @@ class Tail:
 class Pipeline:
     """The schedule of this rank's stages. `backward` does forward and backward of all micro-batches of a step."""
 
-    def __init__(self, model: Llama, stages: Sequence[Stage], mesh: Mesh) -> None:
+    def __init__(self, model: Llama, stages: Sequence[Stage], mesh: Mesh, *, tied: bool) -> None:
+        """`tied`: the embedding is the output, and trains. The same on all ranks."""
         self.model, self.mesh = model, mesh
         count = mesh.part.pp * mesh.part.stages
         rank = mesh.along("pp").get_local_rank()
+        self.stages = tuple(stages)
         for stage in stages:
             stage.see = mesh.packed
         self._stages = [
@@ -115,7 +150,7 @@ class Pipeline:
         self._schedules: dict[int, Any] = {}
         self._loss: Callable[[Any, int], tuple[Tensor, Any]] | None = None
         self._kept: dict[int, Any] = {}
-        self._ends = _ends(mesh) if model.config.tie_embeddings else None
+        self._ends = _ends(mesh) if tied else None
 
     def backward(
         self, batches: Sequence[tuple[Tensor, Tensor]], loss: Callable[[Llama, int], tuple[Tensor, Any]]
@@ -129,12 +164,48 @@ class Pipeline:
         tokens, positions = (torch.cat(parts) for parts in zip(*batches, strict=True))
         schedule = self._schedule(len(batches))
         arguments = (tokens,) if self._has_first else ()
-        target = torch.arange(len(batches), device=tokens.device) if self._has_last else None
+        index = torch.arange(len(batches), device=tokens.device)
         losses: list[Tensor] | None = [] if self._has_last else None
-        schedule.step(*arguments, target=target, losses=losses, return_outputs=False, positions=positions)
+        target = index if self._has_last else None
+        schedule.step(*arguments, target=target, losses=losses, return_outputs=False, positions=positions, index=index)
         if self._ends is not None:
             self._sum_tied(self._ends)
         return [self._kept[i] for i in range(len(batches))] if self._has_last else []
+
+    @torch.no_grad()
+    def forward(self, tokens: Tensor, positions: Tensor, see: See | None = None) -> Tail | None:
+        """One batch [B, S] through all stages, without gradients: a `Tail` on the rank of the last one, None on others.
+
+        `see` stands in for `Mesh.packed`. All ranks of the pipeline have to call it with the same batch.
+        """
+        pp, own = self.mesh.part.pp, self.mesh.along("pp").get_local_rank()
+        x = tokens
+        for number in range(pp * self.mesh.part.stages):
+            if number and number % pp == own:
+                x = self._receive((number - 1) % pp)
+            if number % pp == own:
+                stage = self.stages[number // pp]
+                usual, stage.see = stage.see, see or stage.see
+                x = stage(x, positions)
+                stage.see = usual
+                if not stage.last:
+                    self._send(x, (number + 1) % pp)
+        return Tail(self.model, x) if self._has_last else None
+
+    def _send(self, x: Tensor, to: int) -> None:
+        group = self.mesh.group("pp")
+        facts = torch.tensor([_DTYPES.index(x.dtype), *x.shape], device=self.mesh.device)
+        dist.send(facts, group=group, group_dst=to)
+        dist.send(x.contiguous(), group=group, group_dst=to)
+
+    def _receive(self, source: int) -> Tensor:
+        group = self.mesh.group("pp")
+        facts = torch.zeros(4, dtype=torch.int64, device=self.mesh.device)
+        dist.recv(facts, group=group, group_src=source)
+        dtype, *shape = (int(fact) for fact in facts)
+        x = torch.empty(shape, dtype=_DTYPES[dtype], device=self.mesh.device)
+        dist.recv(x, group=group, group_src=source)
+        return x
 
     def whole(self, value: Tensor) -> Tensor:
         """`value` of the rank of the last stage (others give zeros), on every rank of the pipeline."""

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from herd.errors import ConfigError
 from herd.model.config import ModelConfig
 
-__all__ = ["CUTS", "check", "cut_of", "kv_copies"]
+__all__ = ["CUTS", "check", "cut_of", "known", "kv_copies"]
 
 _L = "layers.{i}."
 
@@ -37,16 +37,39 @@ CUTS: Mapping[str, int] = {
 
 _LAYER = re.compile(r"layers\.\d+\.")
 
+_FACTORS: Mapping[int, Mapping[str, int]] = {0: {"b": 0, "magnitude": 0}, 1: {"a": 1}}
+"""What of a low-rank change B A is cut when its matrix is cut along 0 or 1: a has the inputs, b and magnitude the outputs."""
+_LOOKED_UP: Mapping[str, int] = {"b": 0}
+"""The same for the embedding, whose inputs are its rows."""
+_PREFIX = {"prefix_keys": 2, "prefix_values": 2}
+"""Virtual tokens as keys and values [L, P, Hkv, Dh]: heads."""
+
 
 def cut_of(name: str, *, experts: str = "width") -> int | None:
     """The dimension along which the canonical parameter `name` is cut, None when it is whole everywhere.
 
-    With `experts` "number", routed experts are dealt out whole instead of each being cut.
+    With `experts` "number", routed experts are dealt out whole instead of each being cut. Factors of adapters (`herd.adapters`)
+    are cut as the matrix that they change: `layers.3.attention.wq` has `base.weight`, `a`, `b` and `magnitude`.
     """
     row = _LAYER.sub(_L, name)
     if experts == "number" and ".experts.w" in row:
         return 0
-    return CUTS.get(row)
+    home, _, kind = row.rpartition(".")
+    if kind in ("a", "b", "magnitude"):
+        changed = CUTS.get(f"{home}.weight")
+        if changed is None:
+            return None
+        return (_LOOKED_UP if home == "tok_embeddings" else _FACTORS[changed]).get(kind)
+    return _PREFIX.get(row, CUTS.get(row.replace(".base.weight", ".weight")))
+
+
+def known(name: str) -> bool:
+    """Whether the plan knows the parameter `name`: one that is cut, or one that is whole on every rank for a reason."""
+    row = _LAYER.sub(_L, name)
+    home, _, kind = row.rpartition(".")
+    if kind in ("a", "b", "magnitude"):
+        return f"{home}.weight" in CUTS
+    return cut_of(name) is not None or row.endswith(("norm.weight", "router.weight"))
 
 
 def kv_copies(config: ModelConfig, ranks: int) -> int:

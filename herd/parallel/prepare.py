@@ -17,7 +17,7 @@ from herd.model.llama import Llama
 from herd.parallel import fsdp, tensor
 from herd.parallel.mesh import Mesh
 from herd.parallel.norm import clip
-from herd.parallel.pipeline import Pipeline, Stage, split
+from herd.parallel.pipeline import Pipeline, Stage, layers_of, split
 
 __all__ = ["Spread", "prepare"]
 
@@ -40,7 +40,8 @@ class Spread:
 
     def give_back(self) -> None:
         """Make every parameter a part again, as optimisers and checkpoints know it, until the next forward pass."""
-        fsdp.give_back(self.model)
+        for root in [self.model] if self.pipeline is None else self.pipeline.stages:
+            fsdp.give_back(root)
 
     def clip(self, limit: float | None) -> Tensor:
         """Clip by the norm of all gradients of all ranks; returns it."""
@@ -61,15 +62,35 @@ def prepare(
     `built` receives this rank's stages instead of a pipeline being made of them (`herd.parallel.fake`).
     Raises ConfigError for what these ranks cannot share.
     """
-    if mesh.part.pp > 1 and not all(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError("parallel.pp trains whole models: use parallel.dp_shard for adapters")
+    if mesh.part.pp > 1:
+        _in_layers(model, mesh)
     if mesh.devices is not None and mesh.part.tp > 1:
         tensor.shard(model, mesh.along("tp"), experts=mesh.part.experts)
     middle(model)
+    weight = getattr(model.output, "weight", None)
+    tied = model.config.tie_embeddings and weight is not None and weight.requires_grad
     stages = split(model, mesh) if mesh.part.pp > 1 else []
     if mesh.devices is not None and mesh.spread:
         fsdp.shard(model, mesh, dtype=dtype, stages=stages)
     if built is not None:
         built += stages
         return Spread(model, mesh)
-    return Spread(model, mesh, Pipeline(model, stages, mesh) if stages else None)
+    return Spread(model, mesh, Pipeline(model, stages, mesh, tied=tied) if stages else None)
+
+
+def _in_layers(model: Llama, mesh: Mesh) -> None:
+    """Refuse what trains outside of the layers and the two ends, and stages in which nothing trains."""
+    names = [name.split(".") for name, parameter in model.named_parameters() if parameter.requires_grad]
+    outside = [".".join(parts) for parts in names if parts[0] not in ("tok_embeddings", "layers", "norm", "output")]
+    if outside:
+        raise ConfigError(
+            f"parallel.pp cannot share {outside[0]}: use parallel.dp_shard or parallel.tp for this method"
+        )
+    ends = {"tok_embeddings": 0, "norm": model.config.n_layers - 1, "output": model.config.n_layers - 1}
+    trained = {int(parts[1]) if parts[0] == "layers" else ends[parts[0]] for parts in names}
+    for span in layers_of(model.config.n_layers, mesh.part.pp * mesh.part.stages):
+        if not trained & set(span):
+            raise ConfigError(
+                f"parallel.pp: in layers {span.start} to {span.stop - 1}, which are a stage, nothing trains: choose targets in "
+                "all stages (method.targets), or fewer stages"
+            )

@@ -4,6 +4,9 @@ Parameters become DTensors, so that optimisers, checkpoints and FSDP know what e
 computes with its local pieces as plain tensors, and only four exchanges a layer cross its borders (gather before attention and
 feed-forward, summed scatter after them). What is inside a block (a float8 linear, a compiled graph) sees no DTensor.
 
+Adapters are cut as the matrices they change; what holds more than parameters (a quantized matrix, the lengths of DoRA) has a
+method `share(dim, cut, total)` that makes it one rank's part.
+
 Between blocks x is [B, S / tp, D]; `hidden` returns whole rows; `output` returns logits that are cut along the vocabulary, a
 DTensor, for `herd.parallel.loss`.
 """
@@ -15,22 +18,24 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from torch.nn.functional import embedding
 
 from herd.errors import ConfigError
-from herd.model.attention import Attention
 from herd.model.llama import Block, Llama
 from herd.model.moe import Experts
 from herd.parallel.collective import gather, scatter
-from herd.parallel.plan import check, cut_of, kv_copies
+from herd.parallel.plan import check, cut_of, known, kv_copies
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["shard"]
+
+HEADS = 2
+"""The dimension of virtual keys and values [L, P, Hkv, Dh] that is cut."""
 
 
 def shard(model: Llama, devices: DeviceMesh, *, experts: str = "width") -> Llama:
@@ -43,41 +48,75 @@ def shard(model: Llama, devices: DeviceMesh, *, experts: str = "width") -> Llama
     check(config, ranks, experts=experts)
     _known(model)
     copies = kv_copies(config, ranks)
+    made: dict[int, nn.Parameter] = {}  # a tied matrix is one
     for name, module in list(model.named_modules()):
+        whole = copies > 1 and _matrix(name).endswith(("attention.wk.weight", "attention.wv.weight"))
+        head = group.rank() // copies
+        _share(name, module, group, ranks // copies if whole else ranks, head if whole else group.rank())
         for key, parameter in list(module._parameters.items()):
             if parameter is not None:
-                full = f"{name}.{key}"
-                whole = copies > 1 and full.endswith(("attention.wk.weight", "attention.wv.weight"))
-                cut = None if whole else cut_of(full, experts=experts)
-                module.register_parameter(key, _distributed(parameter, cut, devices))
-    if config.tie_embeddings:
-        model.output.weight = model.tok_embeddings.weight
+                cut = cut_of(f"{name}.{key}" if name else key, experts=experts)
+                if whole and cut is not None:
+                    _pieces(module)[key] = slice(head * config.head_dim, (head + 1) * config.head_dim)
+                elif copies > 1 and not name and cut == HEADS:
+                    _pieces(module)[key], cut = (slice(None), slice(None), slice(head, head + 1)), None
+                if id(parameter) not in made:
+                    made[id(parameter)] = _distributed(parameter, None if whole else cut, devices)
+                module.register_parameter(key, made[id(parameter)])
     for block in model.layers:
         _localise(block)
         for module in block.modules():
-            if isinstance(module, Attention) and copies > 1:
-                head = group.rank() // copies
-                for linear in (module.wk, module.wv):
-                    object.__setattr__(linear, "herd_rows", slice(head * config.head_dim, (head + 1) * config.head_dim))
-            elif isinstance(module, Experts) and experts == "number":
+            if isinstance(module, Experts) and experts == "number":
                 _own_experts(module, group)
         for child in (cast(Block, block).attention, cast(Block, block).feed_forward):
+            _localise(child)  # activation checkpointing calls it again, alone
             _border(child, group)
-    _embedding(model.tok_embeddings, group)
-    _localise(model.norm)
+    _virtual(model)
+    _embedding(model.tok_embeddings, config.vocab_size, group)
+    _locally(model.norm)
     _after(model.norm, lambda x: gather(x, group))
-    _localise(model.output)
+    _locally(model.output)
     _after(model.output, lambda logits: _cut_logits(logits, config.vocab_size, devices))
     return model
 
 
 def _known(model: Llama) -> None:
-    """Refuse what has parameters that the plan does not know: adapters, quantized bases."""
-    for name, parameter in model.named_parameters():
-        if cut_of(name) is None and not (parameter.ndim == 1 or name.endswith("router.weight")):
-            raise ConfigError(
-                f"parallel.tp cannot cut {name}: tensor parallelism trains whole models; use parallel.dp_shard for this method"
-            )
+    """Refuse what has numbers that the plan does not know."""
+    for name, _ in model.named_parameters():
+        if not known(name):
+            raise ConfigError(f"parallel.tp cannot cut {name}: use parallel.dp_shard and parallel.cp for this method")
+    for name, module in model.named_modules():
+        if hasattr(module, "matrices") and not hasattr(module, "share"):
+            raise ConfigError(f"parallel.tp cannot cut the quantized experts of {name}: use parallel.dp_shard")
+
+
+def _matrix(home: str) -> str:
+    """The name of the matrix that the module `home` holds, or changes."""
+    return home.removesuffix(".base") + ".weight"
+
+
+def _share(name: str, module: nn.Module, group: ProcessGroup, parts: int, own: int) -> None:
+    """Let a module that can make itself the part `own` of `parts`."""
+    share, dim = getattr(module, "share", None), cut_of(_matrix(name))
+    if share is None or dim is None:
+        return
+
+    def cut(size: int) -> tuple[int, int]:
+        count = -(-size // parts)  # as DTensor cuts: the last ranks may have less
+        return min(own * count, size), min(count, size - min(own * count, size))
+
+    def total(value: Tensor) -> Tensor:
+        dist.all_reduce(value, group=group)
+        return value
+
+    share(dim, cut, total)
+
+
+def _pieces(module: nn.Module) -> dict[str, Any]:
+    """What of its parameters `module` computes with, where several ranks hold all of them: an index for each."""
+    if "herd_pieces" not in module.__dict__:
+        object.__setattr__(module, "herd_pieces", {})
+    return cast(Any, module).herd_pieces
 
 
 def _distributed(parameter: nn.Parameter, cut: int | None, devices: DeviceMesh) -> nn.Parameter:
@@ -92,27 +131,27 @@ def _distributed(parameter: nn.Parameter, cut: int | None, devices: DeviceMesh) 
 
 
 @contextmanager
-def _local(module: nn.Module) -> Iterator[None]:
-    """Inside, the parameters of `module` and its children are the plain local pieces."""
+def _local(module: nn.Module, *, alone: bool = False) -> Iterator[None]:
+    """Inside, the parameters of `module` and its children (not with `alone`) are the plain local pieces."""
     kept: list[tuple[nn.Module, str, Tensor]] = []
-    for child in module.modules():
+    for child in [module] if alone else module.modules():
         for key, parameter in child._parameters.items():
             if isinstance(parameter, DTensor):
                 kept.append((child, key, parameter))
     try:
         for child, key, parameter in kept:
-            child._parameters[key] = _piece(child, cast(DTensor, parameter))  # pyright: ignore[reportArgumentType]
+            child._parameters[key] = _piece(child, key, cast(DTensor, parameter))  # pyright: ignore[reportArgumentType]
         yield
     finally:
         for child, key, parameter in kept:
             child._parameters[key] = cast(nn.Parameter, parameter)
 
 
-def _piece(module: nn.Module, parameter: DTensor) -> Tensor:
+def _piece(module: nn.Module, key: str, parameter: DTensor) -> Tensor:
     placement = parameter.placements[0]
     local = parameter.to_local(grad_placements=[Partial() if placement.is_replicate() else placement])
-    rows = getattr(module, "herd_rows", None)
-    return local if rows is None else local[rows]
+    index = getattr(module, "herd_pieces", {}).get(key)
+    return local if index is None else local[index]
 
 
 def _localise(module: nn.Module) -> None:
@@ -124,6 +163,23 @@ def _localise(module: nn.Module) -> None:
             return plain.forward(self, *args, **kwargs)
 
     module.__class__ = type(f"Sharded{plain.__name__}", (plain,), {"forward": forward})
+
+
+def _locally(module: nn.Module) -> None:
+    """The same by hooks, around whatever class it is or becomes (`herd.train.precision` knows classes)."""
+    entered: list[Any] = []
+
+    def enter(_: nn.Module, __: Any) -> None:
+        pieces = _local(module)
+        pieces.__enter__()
+        entered.append(pieces)
+
+    def leave(_: nn.Module, __: Any, ___: Any) -> None:
+        if entered:
+            entered.pop().__exit__(None, None, None)
+
+    module.register_forward_pre_hook(enter)
+    module.register_forward_hook(leave, always_call=True)
 
 
 def _border(module: nn.Module, group: ProcessGroup) -> None:
@@ -145,23 +201,44 @@ def _cut_logits(logits: Tensor, vocabulary: int, devices: DeviceMesh) -> DTensor
     return DTensor.from_local(logits, devices, cut, run_check=False, shape=whole.shape, stride=whole.stride())
 
 
-def _embedding(module: nn.Embedding, group: ProcessGroup) -> None:
-    """Rows of other ranks count as zero, and the sum over the ranks is the whole."""
-    plain: Any = type(module)
+def _virtual(model: Llama) -> None:
+    """Virtual tokens (`herd.adapters.prefix`): this rank's heads of their keys and values."""
+    plain = getattr(model, "virtual", None)
+    if plain is None:
+        return
 
-    def forward(self: nn.Embedding, tokens: Tensor) -> Tensor:
-        ranks, rows = group.size(), -(-self.num_embeddings // group.size())
+    def virtual() -> Any:
+        with _local(model, alone=True):
+            return plain()
+
+    cast(Any, model).virtual = virtual
+
+
+def _embedding(module: nn.Module, vocabulary: int, group: ProcessGroup) -> None:
+    """Rows of other ranks count as zero, and the sum over the ranks is the whole."""
+    ranks = group.size()
+    rows = -(-vocabulary // ranks)
+    first, last = group.rank() * rows, min((group.rank() + 1) * rows, vocabulary)
+    found_here: list[Tensor] = []
+
+    def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        tokens = args[0]
         if tokens.shape[1] % ranks:
             raise ConfigError(
                 f"{tokens.shape[1]} tokens in a row cannot be shared by parallel.tp={ranks}: the length must be a multiple"
             )
-        with _local(self):
-            own = tokens - group.rank() * rows
-            inside = (own >= 0) & (own < self.weight.shape[0])
-            found = embedding(torch.where(inside, own, 0), self.weight) * inside[..., None]
-        return scatter(found, group).clone()  # FSDP wants no view of what a root method returns
+        inside = (tokens >= first) & (tokens < last)
+        found_here.append(inside)
+        return (torch.where(inside, tokens - first, 0),)
 
-    module.__class__ = type(f"Sharded{plain.__name__}", (plain,), {"forward": forward})
+    def after(rows: Tensor) -> Tensor:
+        return scatter(
+            rows * found_here.pop()[..., None], group
+        ).clone()  # FSDP wants no view of what a root method returns
+
+    module.register_forward_pre_hook(before)
+    _locally(module)
+    _after(module, after)
 
 
 def _own_experts(module: Experts, group: ProcessGroup) -> None:

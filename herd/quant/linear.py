@@ -8,7 +8,7 @@ Letters: T tokens, D dim, F expert width, E experts, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,14 @@ class QuantLinear(_Stored):
     def matrices(self) -> Sequence[Matrix]:
         return (self.matrix,)
 
+    def share(self, dim: int, cut: Callable[[int], tuple[int, int]], total: object) -> None:
+        """Become one rank's part (`herd.parallel.tensor`): `cut(size)` says where it begins along `dim`, and how much it is.
+
+        Raises ConfigError for a part that is no whole number of blocks.
+        """
+        self.matrix = self.matrix.part(dim, *cut((self.out_features, self.in_features)[dim]))
+        self.out_features, self.in_features = self.matrix.rows, self.matrix.columns
+
     def forward(self, x: Tensor) -> Tensor:
         return self.matrix.multiply(x)
 
@@ -73,6 +81,11 @@ class QuantEmbedding(_Stored):
 
     def matrices(self) -> Sequence[Matrix]:
         return (self.matrix,)
+
+    def share(self, dim: int, cut: Callable[[int], tuple[int, int]], total: object) -> None:
+        """As `QuantLinear.share`: some rows."""
+        self.matrix = self.matrix.part(dim, *cut(self.num_embeddings))
+        self.num_embeddings = self.matrix.rows
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.matrix.look_up(tokens, self.like.dtype)

@@ -19,7 +19,7 @@ from herd.kernels.reference import rounded
 from herd.quant.panels import PANEL, unpack
 from herd.quant.scheme import BlockType, QuantTensor
 
-__all__ = ["Matrix", "frozen_product"]
+__all__ = ["Matrix", "frozen_product", "split_blocks"]
 
 _NATIVE_INPUTS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -67,6 +67,26 @@ class Matrix:
         """Forget blocks that panels replace: for blocks in memory of their own. Rows and values then come from the panels."""
         if self.panels is not None and self.type.dtype is None:
             self.blocks = None
+
+    def part(self, dim: int, start: int, count: int) -> Matrix:
+        """`count` rows (`dim` 0) or columns (1) from `start` as a matrix of their own, of the same numbers.
+
+        Raises ConfigError for columns that are no whole blocks.
+        """
+        if self.blocks is None and self.panels is None:
+            raise ConfigError(f"parallel.tp cannot cut matrices held as {self.type.name}")
+        blocks = self._blocks()
+        if dim == 0:
+            rows, columns, kept = count, self.columns, blocks[start : start + count]
+        else:
+            if start % self.type.values or count % self.type.values:
+                raise split_blocks(self.type, count)
+            rows, columns = self.rows, count
+            kept = blocks[:, self.type.row_bytes(start) : self.type.row_bytes(start + count)]
+        made = Matrix(QuantTensor(kept.clone(), self.type, (rows, columns)), self.activations)
+        if self.panels is not None:
+            made.pack()
+        return made
 
     def multiply(self, x: Tensor) -> Tensor:
         """x [..., columns] -> x W^T [..., rows] in x's dtype.
@@ -123,6 +143,14 @@ class Matrix:
         if self.type.dtype is not None:
             return blocks.view(self.type.dtype).to(dtype or torch.float32)
         return QuantTensor(blocks, self.type, (len(blocks), self.columns)).dequantize(dtype)
+
+
+def split_blocks(kind: BlockType, count: int) -> ConfigError:
+    """The refusal of `count` columns that are no whole blocks."""
+    return ConfigError(
+        f"parallel.tp: a share of {count} columns of a quantized matrix is no whole number of {kind.name}'s blocks of "
+        f"{kind.values}: choose fewer ranks for parallel.tp"
+    )
 
 
 def frozen_product(x: Tensor, matrix: Matrix) -> Tensor:

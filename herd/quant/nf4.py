@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from herd.errors import CheckpointError
-from herd.quant.matrix import Matrix, frozen_product
+from herd.quant.matrix import Matrix, frozen_product, split_blocks
 from herd.quant.numbers import NF4_TABLE
 from herd.quant.scheme import BlockType
 
@@ -36,13 +36,17 @@ PIECE = 1 << 20
 @dataclass(frozen=True, slots=True)
 class Nf4Tensor:
     """`codes` [..., n / 2] uint8 (the first of two values in the high half), `absmax` [..., n / 64] uint8, `nested`
-    [..., n / 64 / 256] and `offset` [...] float32, for a tensor of `shape`, n values; of experts one set each."""
+    [..., n / 64 / 256] and `offset` [...] float32, for a tensor of `shape`, n values; of experts one set each.
+
+    `origin` tells a part of a larger matrix, whose `nested` it keeps: its first block there, and the blocks of a row there.
+    """
 
     codes: Tensor
     absmax: Tensor
     nested: Tensor
     offset: Tensor
     shape: tuple[int, ...]
+    origin: tuple[int, int] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -58,7 +62,7 @@ class Nf4Tensor:
         assert self.codes.ndim == 1
         device = self.codes.device
         table, eight = torch.tensor(NF4_TABLE, device=device), _eight_bits().to(device)
-        scales = eight[self.absmax.int()] * self.nested.repeat_interleave(NESTED)[: len(self.absmax)] + self.offset
+        scales = eight[self.absmax.int()] * self._groups() + self.offset
         # Two values at once, as one number of 8 bytes: the look-up is what dequantizing costs.
         pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], 1).view(torch.int64).flatten()
         count = self.shape[0] * self.shape[1]
@@ -73,6 +77,36 @@ class Nf4Tensor:
             part[whole:].mul_(own[-1])
             out[start:end] = part
         return out.view(self.shape)
+
+    def part(self, dim: int, start: int, count: int) -> Nf4Tensor:
+        """`count` rows (`dim` 0) or columns (1) of a matrix from `start`: the same numbers.
+
+        Raises ConfigError unless rows, and columns that are taken, are whole blocks.
+        """
+        assert self.codes.ndim == 1
+        assert self.origin is None
+        rows, columns = self.shape
+        if columns % BLOCK or (dim == 1 and (start % BLOCK or count % BLOCK)):
+            raise split_blocks(NF4, columns if columns % BLOCK else count)
+        codes, absmax = self.codes.view(rows, -1), self.absmax.view(rows, -1)
+        across = columns // BLOCK
+        if dim == 0:
+            codes, absmax, first = codes[start : start + count], absmax[start : start + count], start * across
+        else:
+            end, first = start + count, start // BLOCK
+            codes, absmax = codes[:, start // 2 : end // 2], absmax[:, first : end // BLOCK]
+        shape = (count, columns) if dim == 0 else (rows, count)
+        kept = (codes.reshape(-1).clone(), absmax.reshape(-1).clone(), self.nested, self.offset)
+        return Nf4Tensor(*kept, shape, (first, across))
+
+    def _groups(self) -> Tensor:
+        """`nested` of every block."""
+        if self.origin is None:
+            return self.nested.repeat_interleave(NESTED)[: len(self.absmax)]
+        first, across = self.origin
+        own = self.shape[1] // BLOCK
+        at = torch.arange(len(self.absmax), device=self.absmax.device)
+        return self.nested[(first + at // own * across + at % own) // NESTED]
 
 
 def encode_nf4(values: Tensor, *, name: str | None = None) -> Nf4Tensor:
@@ -137,6 +171,9 @@ class Nf4Matrix(Matrix):
     def drop(self) -> None:
         """Nothing stands in for the bytes."""
 
+    def part(self, dim: int, start: int, count: int) -> Nf4Matrix:
+        return Nf4Matrix(self.stored.part(dim, start, count))
+
     def multiply(self, x: Tensor) -> Tensor:
         """x [..., columns] -> x W^T [..., rows] in x's dtype."""
         return frozen_product(x, self)
@@ -152,7 +189,12 @@ class Nf4Matrix(Matrix):
         old = self.stored
         device = to(torch.empty(0, dtype=torch.uint8, device=old.codes.device)).device
         self.stored = Nf4Tensor(
-            old.codes.to(device), old.absmax.to(device), old.nested.to(device), old.offset.to(device), old.shape
+            old.codes.to(device),
+            old.absmax.to(device),
+            old.nested.to(device),
+            old.offset.to(device),
+            old.shape,
+            old.origin,
         )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from herd.adapters.apply import trained
 from herd.errors import ConfigError
@@ -20,7 +21,10 @@ __all__ = ["Average", "soup"]
 
 
 class Average:
-    """The average of what `model` trains. Until the first update it is empty, and `swapped` changes nothing."""
+    """The average of what `model` trains. Until the first update it is empty, and `swapped` changes nothing.
+
+    Over several ranks each holds the average of its parts: parameters must be parts whenever it is asked (`Spread.give_back`).
+    """
 
     def __init__(self, model: nn.Module, config: AveragePart) -> None:
         self.model, self.config = model, config
@@ -45,7 +49,7 @@ class Average:
             if name not in self.held:
                 self.held[name] = weight.detach().float().clone()
             else:
-                self.held[name].lerp_(weight.detach().float(), share)
+                _local(self.held[name]).lerp_(_local(weight.detach()).float(), share)
         self.count += 1
 
     def tensors(self) -> dict[str, Tensor]:
@@ -72,7 +76,12 @@ class Average:
     def _give(self, weights: Mapping[str, Tensor]) -> None:
         for name, weight in trained(self.model).items():
             if name in weights:
-                weight.copy_(weights[name])
+                _local(weight.detach()).copy_(_local(weights[name]))
+
+
+def _local(weight: Tensor) -> Tensor:
+    """What is on this rank: averages are cut as their weights are."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 def soup(models: Sequence[Mapping[str, Tensor]], shares: Sequence[float] | None = None) -> dict[str, Tensor]:

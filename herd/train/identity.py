@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -31,6 +32,8 @@ HARD = ("model", "trained")
 """Where these differ the checkpoint does not fit at all; other differences are the user's choice."""
 
 PIPELINE = "parts of a pipeline"
+_HALF = 1 << 32
+"""A sum over ranks is taken in two halves, which do not overflow."""
 
 
 def identity(model: Llama, config: TrainConfig, mesh: Mesh, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,7 +48,7 @@ def identity(model: Llama, config: TrainConfig, mesh: Mesh, facts: Mapping[str, 
         {
             "model": shape,
             "trained": _trained(model, mesh),
-            "frozen": _frozen(model),
+            "frozen": _frozen(model, mesh),
             "train": settings,
             "parallel": asdict(mesh.part),
             "world": mesh.world,
@@ -98,20 +101,35 @@ def _word(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _frozen(model: nn.Module) -> str:
-    """A digest of what does not train: names, sizes, types and a sample of the values."""
-    digest = hashlib.sha256()
+def _frozen(model: Llama, mesh: Mesh) -> str:
+    """A digest of what does not train: names, sizes, types and a sample of the values; the same on all ranks of a pipeline.
+
+    Each tensor has a digest of its own, and they are added up, so that it does not matter which rank holds which.
+    """
+    total = 0
+    tied = model.config.tie_embeddings  # the last stage's output is the first one's embedding
     for name, weight in model.named_parameters():
-        if not weight.requires_grad:
-            digest.update(f"{name} {_word(weight.dtype)} {list(weight.shape)}".encode())
-            if not isinstance(weight, DTensor):  # a rank's part says little, and another part on another rank
-                digest.update(_sample(weight.detach()))
+        if not weight.requires_grad and not (tied and name.startswith("output.")):
+            whole = not isinstance(weight, DTensor)  # a rank's part says little, and another part on another rank
+            facts = f"{name} {_word(weight.dtype)} {list(weight.shape)}"
+            total += _number(facts, _sample(weight.detach()) if whole else b"")
     for name, module in model.named_modules():
-        if isinstance(module, QuantLinear | QuantEmbedding | QuantExperts):
-            for matrix in module.matrices():
-                digest.update(f"{name} {matrix.type.name} {matrix.rows} {matrix.columns}".encode())
-                digest.update(_sample(_stored(matrix)))
-    return digest.hexdigest()[:16]
+        if isinstance(module, QuantLinear | QuantEmbedding | QuantExperts) and not (tied and name == "output"):
+            for at, matrix in enumerate(module.matrices()):
+                if mesh.part.tp > 1:  # parts that no DTensor tells
+                    total += _number(f"{name} {at} {matrix.type.name}", b"")
+                else:
+                    facts = f"{name} {at} {matrix.type.name} {matrix.rows} {matrix.columns}"
+                    total += _number(facts, _sample(_stored(matrix)))
+    if mesh.part.pp > 1:
+        both = torch.tensor([total % _HALF, total // _HALF % _HALF], device=mesh.device)
+        dist.all_reduce(both, group=mesh.group("pp"))
+        total = int(both[0]) + int(both[1]) * _HALF
+    return f"{total % _HALF**2:016x}"
+
+
+def _number(facts: str, sample: bytes) -> int:
+    return int.from_bytes(hashlib.sha256(facts.encode() + sample).digest()[:8], "big")
 
 
 def _stored(matrix: Matrix) -> torch.Tensor:

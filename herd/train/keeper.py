@@ -209,14 +209,24 @@ def from_main(mesh: Mesh, value: float) -> float:
     return float(said)
 
 
-def load_weights(out: Path, model: Llama, payload: Payload | None = None) -> Path:
+def load_weights(out: Path, model: Llama, payload: Payload | None = None, *, averaged: bool = False) -> Path:
     """Fill `model` with the weights of the newest whole checkpoint of the run in `out`; returns its folder.
 
-    Raises CheckpointError when there is none, or it is one of another model.
+    With `averaged`, with their averages where the checkpoint has some. Raises CheckpointError when there is none, or it is one of
+    another model.
     """
     place = latest(out)
     if place is None:
         raise CheckpointError("holds no checkpoint of a training run", path=out)
     room: dict[str, Tensor] = targets(model, (), {})
-    (payload or OneFile()).read(place, room)
+    names = {name for own in read_ranks(place) for name in own["averages"]} if averaged else set[str]()
+    means = {
+        name: torch.empty_like(weight.detach(), dtype=torch.float32)
+        for name, weight in ((f"average.{name}", weight) for name, weight in trained(model).items())
+        if name in names
+    }
+    (payload or OneFile()).read(place, room | means)
+    with torch.no_grad():
+        for name, mean in means.items():
+            room[f"model.{name.removeprefix('average.')}"].copy_(mean)
     return place

@@ -161,7 +161,7 @@ class RandomStates:
 
 
 def seed_everything(seed: int, part: int) -> None:
-    """Start every random state from `seed`; `part` tells ranks that see different rows apart (dropout)."""
+    """Start every random state from `seed`; `part` tells ranks that see different tokens or have other layers apart (dropout)."""
     mixed = int(np.random.SeedSequence([seed, part]).generate_state(1, np.uint32)[0])
     random.seed(mixed)
     np.random.seed(mixed)

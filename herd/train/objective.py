@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -23,7 +23,7 @@ from herd.model.llama import Llama
 from herd.train.losses import linear_cross_entropy
 from herd.train.router import Routers
 
-__all__ = ["Loss", "NextToken", "Objective"]
+__all__ = ["Loss", "NextToken", "Objective", "at_the_end"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,3 +84,8 @@ class NextToken:
         return Loss(
             total, supervised, {k: v * supervised for k, v in routed.figures.items()}, routed.extra * supervised
         )
+
+
+def at_the_end(objective: Objective) -> Objective:
+    """`objective` for the last stage of a pipeline: routers of other stages say nothing there."""
+    return replace(objective, routers=None) if isinstance(objective, NextToken) else objective

@@ -15,8 +15,9 @@ from herd.checkpoint.safetensors import SafetensorsFile
 from herd.checkpoint.write.planned import Planned
 from herd.checkpoint.write.safetensors import FORMAT, write_safetensors
 from herd.errors import CheckpointError
+from herd.parallel.checkpoint import Sharded, local, own_part
 
-__all__ = ["OneFile", "Payload"]
+__all__ = ["OneFile", "Payload", "Ranks"]
 
 FILE = "tensors.safetensors"
 
@@ -60,6 +61,41 @@ class OneFile:
                     why = f"is {kept.dtype} {list(kept.shape)}, and {target.dtype} {list(target.shape)} is wanted"
                     raise CheckpointError(why, path=file.path, tensor=name)
                 target.copy_(kept)
+                file.release(name)
+
+
+class Ranks:
+    """A payload of a run on any number of ranks: several write what each holds, one writes one file; each reads what either
+    wrote. `tied` as for `herd.parallel.checkpoint.Sharded`."""
+
+    def __init__(self, world: int, *, tied: bool = False) -> None:
+        self.world, self.sharded = world, Sharded(tied=tied)
+
+    def write(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        (OneFile() if self.world == 1 else self.sharded).write(folder, tensors)
+
+    def read(self, folder: Path, targets: Mapping[str, Tensor]) -> None:
+        if not (folder / FILE).exists():
+            self.sharded.read(folder, targets)
+        elif self.world == 1:
+            OneFile().read(folder, targets)
+        else:
+            self._cut(folder, targets)
+
+    def _cut(self, folder: Path, targets: Mapping[str, Tensor]) -> None:
+        """Each rank takes its part of one tensor after the other."""
+        file = SafetensorsFile(folder / FILE)
+        with torch.no_grad():
+            for name, target in self.sharded.named(targets).items():
+                if name not in file.names():
+                    raise CheckpointError("is missing", path=file.path, tensor=name)
+                kept = file.tensor(name)
+                if target.dtype not in _STORED and kept.dtype == torch.int8:
+                    kept = kept.view(target.dtype)
+                if kept.dtype != target.dtype or kept.shape != target.shape:
+                    why = f"is {kept.dtype} {list(kept.shape)}, and {target.dtype} {list(target.shape)} is wanted"
+                    raise CheckpointError(why, path=file.path, tensor=name)
+                local(target).copy_(own_part(kept, target))
                 file.release(name)
 
 

@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout, embedding, linear, silu
+from torch.nn.functional import embedding, linear, silu
 
 from herd.adapters.apply import LowRankLinear
 from herd.kernels.grouped import grouped_linear
+from herd.model.llama import Llama
 from herd.model.moe import Experts
 from herd.model.norm import RMSNorm, rms
 
-__all__ = ["compute_in", "compute_plainly"]
+__all__ = ["compute_in", "compute_plainly", "computed_in"]
 
 
 class NarrowLinear(nn.Linear):
@@ -61,9 +62,8 @@ class NarrowLowRank(LowRankLinear):
     def forward(self, x: Tensor) -> Tensor:
         if self.magnitude is not None:
             return super().forward(x)
-        dropped = dropout(x, self.dropout) if self.training and self.dropout else x
         base = self.base_product(x)
-        inner = linear(dropped, self.a.to(x.dtype))
+        inner = linear(self.dropped(x), self.a.to(x.dtype))
         return base.add(linear(inner, self.b.to(x.dtype)), alpha=self.scale)
 
 
@@ -86,6 +86,11 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
                 module.__class__ = _NARROW[type(module)]
             elif hasattr(type(module), "narrow"):  # what made the layer another kind knows how
                 module.narrow = True  # type: ignore[assignment]
+
+
+def computed_in(model: Llama) -> torch.dtype:
+    """What the activations of `model` are: not the dtype of its weights after `compute_in` bfloat16."""
+    return torch.bfloat16 if isinstance(model.tok_embeddings, NarrowEmbedding) else model.norm.weight.dtype
 
 
 def compute_plainly(model: nn.Module) -> None:

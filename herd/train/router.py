@@ -11,7 +11,7 @@ Letters: T tokens, E experts, k experts a token, L layers with experts.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from herd.model.moe import MoE
 
-__all__ = ["Routed", "Routers", "balance_loss", "z_loss"]
+__all__ = ["FIGURES", "Routed", "Routers", "Staged", "balance_loss", "z_loss"]
+
+FIGURES: tuple[str, ...] = ("router_balance", "router_z", "expert_load", "expert_idle")
 
 
 def balance_loss(logits: Tensor, top_k: int) -> Tensor:
@@ -54,7 +56,8 @@ class Routed:
 class Routers:
     """Watches the routers of `model`. Use `watching()` around a forward pass, then `take()`.
 
-    Works with activation checkpointing (the second pass is not collected) and with blocks that are compiled.
+    Works with activation checkpointing (the second pass is not collected) and with blocks that are compiled. Of a part of a
+    model (a stage of a pipeline, whose `config` is the whole one's), losses and figures are this part's share of the means.
     """
 
     def __init__(self, model: nn.Module, aux: float, z: float) -> None:
@@ -66,10 +69,12 @@ class Routers:
         for at, moe in enumerate(m for m in model.modules() if isinstance(m, MoE)):
             self.top_k.append(moe.top_k)
             self._handles.append(moe.router.register_forward_hook(_Keep(self, at)))
+        config = getattr(model, "config", None)
+        self.layers = len(self.top_k) if config is None else sum(spec.moe for spec in config.layers)
 
     def __bool__(self) -> bool:
-        """Whether the model has experts at all."""
-        return bool(self.top_k)
+        """Whether the model has experts at all, here or on another rank of a pipeline."""
+        return self.layers > 0
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -85,21 +90,37 @@ class Routers:
         """Losses and figures of the pass that was watched; forgets it."""
         layers = [(self.logits[at].flatten(0, -2), k) for at, k in enumerate(self.top_k)]
         self.logits.clear()
-        balance = torch.stack([balance_loss(logits, k) for logits, k in layers]).mean()
-        z = torch.stack([z_loss(logits) for logits, _ in layers]).mean()
+        balance = torch.stack([balance_loss(logits, k) for logits, k in layers]).sum() / self.layers
+        z = torch.stack([z_loss(logits) for logits, _ in layers]).sum() / self.layers
         shares = torch.stack([_shares(logits, k) / k for logits, k in layers])
-        figures = {
-            "router_balance": balance.detach(),
-            "router_z": z.detach(),
-            "expert_load": (shares.amax(-1) * shares.shape[-1]).mean(),
-            "expert_idle": (shares == 0).float().mean(),
-        }
+        load, idle = shares.amax(-1) * shares.shape[-1], (shares == 0).float().mean(-1)
+        values = balance.detach(), z.detach(), load.sum() / self.layers, idle.sum() / self.layers
+        figures: dict[str, Tensor] = dict(zip(FIGURES, values, strict=True))
         return Routed(self.aux * balance + self.z * z, figures)
 
     def remove(self) -> None:
         """Leave the model as it was."""
         for handle in self._handles:
             handle.remove()
+
+
+class Staged:
+    """The routers of one stage of a pipeline (`herd.parallel.pipeline.Beside`): their losses are added where they are.
+
+    `shares`, set before each step, has the weight of each micro-batch in the step; `figures` has those of each one after it.
+    """
+
+    def __init__(self, stage: nn.Module, whole: Routers) -> None:
+        self.own = Routers(stage, whole.aux, whole.z)
+        self.shares: Sequence[float] = ()
+        self.figures: dict[int, dict[str, Tensor]] = {}
+
+    def __call__(self, run: Callable[[], Tensor], index: int) -> tuple[Tensor, Tensor]:
+        with self.own.watching():
+            x = run()
+            routed = self.own.take()
+        self.figures[index] = routed.figures
+        return x, routed.extra * self.shares[index]
 
 
 class _Keep:

@@ -20,15 +20,14 @@ from herd.errors import CheckpointError
 from herd.model.config import ModelConfig
 from herd.model.llama import Llama
 from herd.parallel import launch
-from herd.parallel.checkpoint import Sharded
 from herd.parallel.mesh import Mesh
 from herd.train.config import RunConfig
-from herd.train.identity import NEUTRAL, differences
 from herd.train.export import export
+from herd.train.identity import NEUTRAL, differences
 from herd.train.memory import keep_freed_memory
 from herd.train.metrics import LOG, Board, Figures, JsonLines, kept
 from herd.train.overrides import dump_config
-from herd.train.payload import Payload
+from herd.train.payload import Payload, Ranks
 from herd.train.prepare import unprepared
 from herd.train.qat import remove_qat
 from herd.train.start import Start, adapt, device_of, start
@@ -47,15 +46,15 @@ __all__ = [
     "payload_of",
     "result",
     "run_recipe",
-    "unlike",
     "settle",
+    "unlike",
     "watchers_of",
 ]
 
 CONFIG = "config.yaml"
+
 NEUTRAL_DATA = ("workers", "processes", "shards")
 """Keys of `data` that change no row and no order."""
-
 
 
 def run_recipe(
@@ -103,6 +102,7 @@ def facts_of(config: RunConfig, begun: Start, report: DataReport) -> dict[str, A
         "digest": report.content,
     }
 
+
 def unlike(kept: RunConfig, now: RunConfig) -> list[str]:
     """A line for every setting in which two runs differ, but for those that change no weight, or only its rounding."""
 
@@ -118,7 +118,6 @@ def unlike(kept: RunConfig, now: RunConfig) -> list[str]:
 
 def _without(part: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {key: value for key, value in part.items() if key not in names}
-
 
 
 def watchers_of(config: RunConfig, model: Llama, mesh: Mesh, more: Sequence[Watcher]) -> list[Watcher]:
@@ -159,9 +158,9 @@ class ConfigFile(Silent):
             os.replace(partial, out / CONFIG)
 
 
-def payload_of(config: ModelConfig, mesh: Mesh) -> Payload | None:
+def payload_of(config: ModelConfig, mesh: Mesh) -> Payload:
     """Who writes the tensors of a checkpoint: every rank its part, when there are several."""
-    return Sharded(tied=config.tie_embeddings) if mesh.world > 1 else None
+    return Ranks(mesh.world, tied=config.tie_embeddings)
 
 
 def result(trainer: Trainer, begun: Start, config: RunConfig, tell: Callable[[str], None]) -> None:
@@ -173,11 +172,11 @@ def result(trainer: Trainer, begun: Start, config: RunConfig, tell: Callable[[st
     if mesh.world > 1:
         launch.stop()
     if not over or not mesh.is_main:
+        return
     if trainer.average is not None and not trainer.average.count:
         tell(
             "train.average: the run was over before anything was averaged (start, every_steps): this is the last weights"
         )
-        return
     if mesh.world > 1:
         begun = start(config, torch.device("cpu"))
         model = adapt(begun.model, config.method, config.model.seed)

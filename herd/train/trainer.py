@@ -34,9 +34,10 @@ from herd.train.finite import culprit
 from herd.train.keeper import Keeper, Resume, Source, from_main, load_weights
 from herd.train.lock import alone
 from herd.train.moment import Counters, RandomStates, seed_everything
-from herd.train.objective import Loss, Objective
+from herd.train.objective import Loss, Objective, at_the_end
 from herd.train.optim import make_optimisers, rate, set_rate
 from herd.train.payload import Payload
+from herd.train.router import FIGURES, Staged
 from herd.train.stop import NonFiniteError, Stopped, Stopper
 from herd.train.watch import Begin, StepReport, Watcher
 
@@ -83,18 +84,7 @@ class Trainer:
         self.resume: Resume = resume
         self.optimisers = make_optimisers(model, config.optim) if optimisers is None else list(optimisers)
         self.average = None if config.average is None else Average(model, config.average)
-        if self.average is not None and self.mesh.world > 1:
-            raise ConfigError("train.average: averages of runs over several ranks are not exported: leave it out")
-        if self.spread.pipeline is not None:
-            if getattr(objective, "routers", None):
-                raise ConfigError(
-                    "losses of routers are not gathered over a pipeline: set train.router_aux and router_z to 0"
-                )
-            if evaluate is not None:
-                raise ConfigError(
-                    "no rank of a pipeline has the whole model to evaluate: leave out data.held_out and "
-                    "train.evaluate.prompts, and measure the result"
-                )
+        self._staged = _staged(self.spread, objective)
         self.watchers = list(watchers) if self.mesh.is_main else []
         self.counters = Counters()
         self.stopper = Stopper()
@@ -193,6 +183,7 @@ class Trainer:
             seconds=self._now(),
         )
         if self.average is not None:
+            self.spread.give_back()
             self.average.update(self.step, self.progress)
         self._tell(totals, norm, scale, tokens, supervised, time.monotonic() - began)
         return True
@@ -226,14 +217,26 @@ class Trainer:
         losses: list[Loss] = []
         pipeline = self.spread.pipeline
         if pipeline is not None:
+            end = at_the_end(self.objective)
+            learned = [self.objective.count(batch) for batch in batches]
+            for staged in self._staged or ():
+                staged.shares = [count / supervised / self.mesh.part.tp for count in learned]
 
             def piece(model: Llama, i: int) -> tuple[Tensor, Loss]:
-                loss = self.objective(model, batches[i])
+                loss = end(model, batches[i])
                 return self._descended(loss) / supervised, loss
 
             losses = pipeline.backward([(batch.tokens, batch.positions) for batch in batches], piece)
-            told = sum((loss.total.detach().double() for loss in losses), torch.zeros((), dtype=torch.float64))
-            return {"loss": float(self.mesh.sum(pipeline.whole(told.to(self.mesh.device)))) / supervised}
+            told = {"loss": sum(float(loss.total.detach()) for loss in losses)}
+            if self._staged is not None:
+                told |= dict.fromkeys(FIGURES, 0.0)
+                for staged in self._staged:
+                    for i, count in enumerate(learned):
+                        for name, value in staged.figures[i].items():
+                            told[name] += float(value) * count
+            values = torch.tensor(list(told.values()), dtype=torch.float64, device=self.mesh.device)
+            values = self.mesh.sum(pipeline.whole(values)).cpu()
+            return {name: float(value) / supervised for name, value in zip(told, values, strict=True)}
         sums: dict[str, Tensor] = {}
         for i, batch in enumerate(batches):
             if i and self.mesh.world == 1 and self.stopper.asked is not None:
@@ -309,8 +312,7 @@ class Trainer:
         moment = RandomStates.now()
         self.model.eval()
         try:
-            averaged = contextlib.nullcontext() if self.average is None else self.average.swapped()
-            with torch.no_grad(), averaged:
+            with torch.no_grad(), self._averaged():
                 figures = dict(self.evaluate(self.model))
                 texts = getattr(self.evaluate, "texts", None)
                 samples = list(texts(self.model)) if texts is not None else []
@@ -323,6 +325,19 @@ class Trainer:
                 watcher.on_text(self.step, prompt, reply)
         self._evaluated = self._now()
         return figures
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The model has the average inside, if there is one. Parts of it that were put together are put together anew."""
+        if self.average is None:
+            yield
+            return
+        self.spread.give_back()
+        with self.average.swapped():
+            try:
+                yield
+            finally:
+                self.spread.give_back()
 
     # Agreement of ranks, saving, leaving
 
@@ -376,7 +391,7 @@ class Trainer:
     def _begin(self) -> None:
         """Start anew or from a checkpoint, and tell the watchers."""
         place = self.keeper.find(self.resume)
-        seed_everything(self.config.seed, self.mesh.dp_rank)
+        seed_everything(self.config.seed, self.mesh.draws)
         if place is not None:
             self.counters = self.keeper.restore(place)
         self.keeper.prepare()
@@ -397,6 +412,20 @@ class Trainer:
         )
         for watcher in self.watchers:
             watcher.on_begin(info)
+
+
+def _staged(spread: Spread, objective: Objective) -> list[Staged] | None:
+    """What watches the routers of each stage of a pipeline that is here; None when there is nothing to watch on any rank."""
+    routers = getattr(objective, "routers", None)
+    if spread.pipeline is None or not routers:
+        return None
+    found = []
+    for stage in spread.pipeline.stages:
+        staged = Staged(stage, routers)
+        if staged.own.top_k:
+            stage.beside = staged
+            found.append(staged)
+    return found
 
 
 def _scale(parameters: Iterator[torch.nn.Parameter], factor: float) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import AdamW
 
+from herd.adapters.apply import ATTENTION, LINEAR, LoraConfig, apply_lora
+from herd.adapters.prefix import tune_prefix, tune_prompt
 from herd.model.attend import packed
 from herd.model.config import ModelConfig, MoEConfig, Temper, irope, plain
 from herd.model.init import init_weights
@@ -15,6 +18,7 @@ from herd.model.llama import Llama
 from herd.parallel.config import ParallelPart
 from herd.parallel.mesh import Mesh
 from herd.parallel.prepare import prepare
+from herd.quant.apply import quantize
 from herd.train.losses import next_token_loss
 
 ROWS, LENGTH, STEPS, CLIP = 8, 32, 10, 0.5
@@ -31,6 +35,21 @@ CONFIGS = {
         moe=MoEConfig(n_experts=4, top_k=1, hidden_dim=48),
         temper=Temper(floor_scale=8.0),
     ),
+    # NF4 takes 64 weights of a row as a block: a share of a row has whole ones.
+    "wide": ModelConfig(**(_BASE | {"dim": 128, "head_dim": 16, "hidden_dim": 128}), layers=plain(2)),
+}
+ENDS = ("tok_embeddings", "output")
+_LORA: dict[str, Any] = {"rank": 4, "alpha": 8.0}
+METHODS: dict[str, LoraConfig] = {
+    "lora": LoraConfig(**_LORA, targets=(*LINEAR, *ENDS)),
+    "dora": LoraConfig(**_LORA, targets=(*LINEAR, *ENDS), use_dora=True),
+    "inner": LoraConfig(**_LORA),
+    "loud": LoraConfig(rank=4, alpha=64.0),
+    "dropout": LoraConfig(rank=4, alpha=64.0, dropout=0.5),
+    "late": LoraConfig(**_LORA, targets=("layers.3.attention.wq",)),
+    "sparse": LoraConfig(**_LORA, targets=("layers.1.attention.wq", "layers.2.attention.wo")),
+    "qlora": LoraConfig(**_LORA, targets=(*ATTENTION, "w2", *ENDS)),
+    "qdora": LoraConfig(**_LORA, targets=(*LINEAR, *ENDS), use_dora=True),
 }
 
 
@@ -47,17 +66,33 @@ def rows(step: int, config: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
     return tokens, labels, positions
 
 
-def fresh(name: str) -> Llama:
+def fresh(name: str, method: str = "full") -> Llama:
+    """The model that all begin with; with a method, frozen but for an adapter that changes something already."""
     torch.manual_seed(1)
-    return init_weights(Llama(CONFIGS[name]))
+    model = init_weights(Llama(CONFIGS[name]))
+    if method.startswith("q"):
+        quantize(model, "nf4")
+    if method in ("prefix", "prompt"):
+        return (tune_prefix if method == "prefix" else tune_prompt)(model, 4)
+    if method in METHODS:
+        how = METHODS[method]
+        if CONFIGS[name].tie_embeddings:
+            how = replace(how, targets=tuple(target for target in how.targets if target != "output"))
+        apply_lora(model, how)
+        with torch.no_grad():
+            for key, weight in model.named_parameters():
+                if key.endswith(".b"):
+                    weight.normal_(std=0.1)
+    return model
 
 
-def losses(name: str, part: ParallelPart, micro: int = 2, dtype: str | None = None) -> list[tuple[float, float]]:
+def losses(name: str, part: ParallelPart, method: str = "full") -> list[tuple[float, float]]:
     """(loss, gradient norm) of every step."""
     mesh = Mesh.of(part)
-    model = fresh(name)
-    spread = prepare(model, mesh, dtype=None if dtype is None else getattr(torch, dtype))
+    model = fresh(name, method)
+    spread = prepare(model, mesh)
     optimiser = AdamW(list(spread.parameters()), lr=3e-3)
+    torch.manual_seed(2 + mesh.draws)
     return [_step(spread, optimiser, *rows(step, model.config)) for step in range(STEPS)]
 
 
@@ -92,10 +127,10 @@ def _step(spread: Any, optimiser: AdamW, tokens: Tensor, labels: Tensor, positio
     return float(mesh.sum(total)), float(norm)
 
 
-def reference(name: str) -> list[tuple[float, float]]:
+def reference(name: str, method: str = "full") -> list[tuple[float, float]]:
     """The same with nothing of herd.parallel: one process, all rows at once."""
-    model = fresh(name)
-    optimiser = AdamW(model.parameters(), lr=3e-3)
+    model = fresh(name, method)
+    optimiser = AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     found = []
     for step in range(STEPS):
         tokens, labels, positions = rows(step, model.config)

@@ -1,4 +1,5 @@
-"""Four processes that stay: a case runs on the first n of them in a gloo group of its own; torch is imported once for all."""
+"""Processes that stay, started when they are needed: a case runs on the first n of them in a gloo group of its own; torch is
+imported once for all."""
 
 from __future__ import annotations
 
@@ -13,28 +14,31 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
-RANKS = 4
-PATIENCE = 240  # seconds for one case: a neighbour may pause the whole machine
+PATIENCE = 400  # seconds for one case: a neighbour may pause the whole machine
 
 
 class Crew:
     """`run("module:function", n, *args)` calls function(*args) on n ranks and returns what each gave."""
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.parallel.preload"])
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["tests.parallel.preload"])
         self.folder = tempfile.TemporaryDirectory()
         self.cases = 0
-        self.ends, self.processes = [], []
-        for rank in range(RANKS):
-            here, there = context.Pipe()
-            process = context.Process(target=_work, args=(rank, there), daemon=True)
+        self.ends: list[Connection] = []
+        self.processes: list[Any] = []
+
+    def grow(self, ranks: int) -> None:
+        for rank in range(len(self.ends), ranks):
+            here, there = self.context.Pipe()
+            process = self.context.Process(target=_work, args=(rank, there), daemon=True)
             process.start()
             there.close()
             self.ends.append(here)
             self.processes.append(process)
 
     def run(self, what: str, ranks: int, *args: Any) -> list[Any]:
+        self.grow(ranks)
         self.cases += 1
         store = os.path.join(self.folder.name, f"store-{self.cases}")
         for end in self.ends[:ranks]:
@@ -75,7 +79,11 @@ def _work(rank: int, end: Connection) -> None:
         try:
             # A case that ends badly on one rank leaves the others waiting: they give up soon.
             dist.init_process_group(
-                "gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
+                "gloo",
+                store=dist.FileStore(store, ranks),
+                rank=rank,
+                world_size=ranks,
+                timeout=timedelta(seconds=PATIENCE // 2),
             )
             module, name = what.split(":")
             value = getattr(importlib.import_module(module), name)(*args)

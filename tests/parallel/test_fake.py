@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from itertools import combinations
 
 import pytest
 
 from herd.errors import ConfigError
-from herd.model.config import ModelConfig
+from herd.model.config import ModelConfig, plain
+from herd.model.llama import Llama
 from herd.model.shapes import LLAMA_31_8B, LLAMA_31_70B, LLAMA_31_405B, SCOUT
 from herd.parallel.config import ParallelPart
 from herd.parallel.fake import Trial, pretend, trial
@@ -71,6 +73,41 @@ def test_golden_numbers(
     assert found.states / GIB == pytest.approx(states, abs=0.01)
     first, last = layers.start == 0, layers.stop == config.n_layers
     assert found.exchanges == _exchanges(len(layers), part.tp > 1, first, last, part.cp > 1, kept)
+
+
+SMALL = ModelConfig(dim=64, n_heads=8, n_kv_heads=4, head_dim=8, hidden_dim=96, vocab_size=128, layers=plain(4))
+KINDS = ("dp_replicate", "dp_shard", "tp", "cp", "pp")
+
+
+@pytest.mark.parametrize("kinds", [kinds for count in (3, 4, 5) for kinds in combinations(KINDS, count)], ids="-".join)
+def test_every_combination(kinds: tuple[str, ...]) -> None:
+    """Three, four and five kinds at once: each number is held as often as it should be, and sent as counted on paper."""
+    part = ParallelPart(**dict.fromkeys(kinds, 2))
+    each, held = part.world // part.pp, 0
+    for stage in range(part.pp):
+        found = trial(SMALL, part, (stage + 1) * each - 1, length=64)
+        first, last = stage == 0, stage == part.pp - 1
+        layers = len(found.layers)
+        assert layers == 4 // part.pp
+        expected = _exchanges(layers, part.tp > 1, first, last, part.cp > 1, kept=False)
+        assert found.exchanges == _of_copies(expected, part, layers, first, last)
+        for name, shape in found.shapes.items():
+            count = math.prod(shape)
+            ranks = part.dp_shard * part.cp * (1 if name.endswith("norm.weight") else part.tp)
+            held += count * ranks
+    assert held == sum(weight.numel() for weight in Llama(SMALL).parameters())
+
+
+def _of_copies(expected: dict[str, int], part: ParallelPart, layers: int, first: bool, last: bool) -> dict[str, int]:
+    """With copies (dp_replicate) the gradients of every unit are summed over them, too; without shards that is all."""
+    if part.dp_replicate == 1:
+        return expected
+    units = layers + first + 2 * last
+    found = expected | {"sum": expected.get("sum", 0) + units}
+    if part.dp_shard * part.cp == 1:
+        found["gather"] -= units + layers + first + (first and last)
+        found["scatter"] -= units
+    return {kind: count for kind, count in found.items() if count}
 
 
 def test_every_parameter_is_somewhere_once() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -57,6 +58,16 @@ SLOW = [
     ("tied", {"pp": 2, "dp_shard": 2}),
     ("tied", {"pp": 2, "tp": 2}),
 ]
+THREE = [  # kinds at once, 8 ranks
+    ("tied", {"pp": 2, "dp_shard": 2, "tp": 2}),
+    ("llama4", {"dp_shard": 2, "cp": 2, "tp": 2, "experts": "number"}),
+    ("llama3", {"pp": 2, "cp": 2, "tp": 2}),
+    ("llama4", {"pp": 2, "dp_shard": 2, "tp": 2}),
+    ("llama3", {"pp": 2, "dp_shard": 2, "cp": 2}),
+    ("few", {"dp_replicate": 2, "dp_shard": 2, "tp": 2}),
+    ("tied", {"dp_replicate": 2, "pp": 2, "tp": 2}),
+    ("llama3", {"dp_shard": 2, "pp": 2, "tp": 2, "stages": 2, "schedule": "interleaved"}),
+]
 
 
 def _name(value: Any) -> str | None:
@@ -64,13 +75,15 @@ def _name(value: Any) -> str | None:
 
 
 @cache
-def _alone(model: str) -> list[tuple[float, float]]:
-    return cases.reference(model)
+def _alone(model: str, method: str = "full") -> list[tuple[float, float]]:
+    return cases.reference(model, method)
 
 
-@pytest.mark.parametrize(
-    ("model", "spread"), [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)], ids=_name
-)
+def _slow(cases: Sequence[tuple[Any, ...]]) -> list[Any]:
+    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+
+
+@pytest.mark.parametrize(("model", "spread"), [*FAST, *_slow(SLOW), *_slow(THREE)], ids=_name)
 def test_spread_runs_have_the_losses_of_one_process(ranks: Crew, model: str, spread: dict[str, Any]) -> None:
     part = ParallelPart(**spread)
     expected = _alone(model)

@@ -77,7 +77,7 @@ def run(
     routers = Routers(model, config.train.router_aux, config.train.router_z)
     objective = NextToken(config.train.loss_chunk, mesh.packed, routers or None)
     judge = config.train.evaluate
-    evaluation = Evaluation(objective, held_out, begun.tokenizer, form, judge.prompts, judge.max_tokens)
+    evaluation = Evaluation(objective, held_out, begun.tokenizer, form, judge.prompts, judge.max_tokens, spread)
     trainer = Trainer(
         model,
         objective,

@@ -1,0 +1,130 @@
+"""Adapters over ranks: ten steps have the losses and gradient norms of one process, whatever is cut and wherever layers are."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from herd.errors import ConfigError
+from herd.parallel.config import ParallelPart
+from herd.parallel.mesh import Mesh
+from herd.parallel.prepare import prepare
+from herd.quant.encode import encode
+from herd.quant.matrix import Matrix
+from herd.quant.nf4 import Nf4Matrix, encode_nf4
+from herd.quant.scheme import QuantTensor
+from tests.parallel import cases
+from tests.parallel.crew import Crew
+
+SAME = 1e-5
+"""Relative, fp32, as for whole models: sums are taken in another order."""
+LOUD = 1e-4
+"""The same of adapters that change the model much, whose gradients do, too: other dropped numbers are hundredths."""
+
+FAST = [
+    ("llama3", "dora", {"tp": 2}),
+    ("tied", "lora", {"pp": 2}),
+    ("wide", "qdora", {"tp": 2}),
+]
+SLOW = [
+    ("llama3", "lora", {"tp": 2}),
+    ("llama3", "dora", {"pp": 2}),
+    ("llama3", "inner", {"dp_shard": 2}),
+    ("llama3", "dora", {"cp": 2}),
+    ("llama3", "sparse", {"pp": 2}),
+    ("few", "dora", {"tp": 2}),
+    ("few", "dora", {"tp": 4}),
+    ("few", "prefix", {"tp": 2}),
+    ("llama4", "inner", {"tp": 2}),
+    ("llama4", "inner", {"pp": 2}),
+    ("wide", "qlora", {"pp": 2}),
+    ("wide", "qlora", {"tp": 2}),
+    ("wide", "qlora", {"dp_shard": 2, "tp": 2}),
+    ("llama3", "dora", {"dp_shard": 2, "tp": 2}),
+    ("tied", "dora", {"pp": 2, "tp": 2}),
+    ("tied", "lora", {"pp": 2, "dp_shard": 2}),
+    ("llama3", "dora", {"pp": 2, "dp_shard": 2, "tp": 2}),
+    ("llama3", "prefix", {"dp_shard": 2}),
+    ("llama3", "prefix", {"tp": 2}),
+    ("llama3", "prefix", {"cp": 2, "tp": 2}),
+    ("llama3", "prefix", {"dp_shard": 2, "tp": 2}),
+    ("llama3", "prompt", {"dp_shard": 2}),
+    ("llama3", "prompt", {"cp": 2}),
+]
+
+
+def _name(value: Any) -> str | None:
+    return ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else None
+
+
+@cache
+def _alone(model: str, method: str) -> list[tuple[float, float]]:
+    return cases.reference(model, method)
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "spread"), [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)], ids=_name
+)
+def test_adapters_have_the_losses_of_one_process(ranks: Crew, model: str, method: str, spread: dict[str, Any]) -> None:
+    part = ParallelPart(**spread)
+    expected = _alone(model, method)
+    for found in ranks.run("tests.parallel.cases:losses", part.world, model, part, method):
+        for step, (got, wanted) in enumerate(zip(found, expected, strict=True)):
+            assert got == pytest.approx(wanted, rel=SAME), f"step {step}: loss and gradient norm"
+    assert abs(expected[-1][0] - expected[0][0]) > 100 * SAME
+
+
+@pytest.mark.slow
+def test_dropout_leaves_what_one_process_leaves(ranks: Crew) -> None:
+    """Ranks that share rows draw the same numbers, and take their columns of them: not one dropped number is another."""
+    expected = cases.losses("llama3", ParallelPart(), "dropout")
+    assert abs(expected[-1][0] - cases.losses("llama3", ParallelPart(), "loud")[-1][0]) > 100 * SAME
+    for found in ranks.run("tests.parallel.cases:losses", 2, "llama3", ParallelPart(tp=2), "dropout"):
+        for got, wanted in zip(found, expected, strict=True):
+            assert got == pytest.approx(wanted, rel=LOUD)
+
+
+@pytest.mark.parametrize(("dim", "start", "count"), [(0, 3, 5), (1, 64, 128)])
+def test_parts_of_quantized_matrices_have_their_numbers(dim: int, start: int, count: int) -> None:
+    values = torch.randn(70, 320, generator=torch.Generator().manual_seed(0))  # 350 blocks: two groups of magnitudes
+    q8 = encode(values, "Q8_0")
+    assert isinstance(q8, QuantTensor)
+    for matrix in (Nf4Matrix(encode_nf4(values)), Matrix(q8)):
+        part = matrix.part(dim, start, count)
+        assert torch.equal(part.dequantize(), matrix.dequantize().narrow(dim, start, count))
+    with pytest.raises(ConfigError, match="no whole number of NF4's blocks of 64"):
+        Nf4Matrix(encode_nf4(values)).part(1, 32, 64)
+    with pytest.raises(ConfigError, match="no whole number of Q8_0's blocks of 32"):
+        Matrix(q8).part(1, 0, 48)
+
+
+def refused(name: str, method: str, part: ParallelPart) -> str:
+    try:
+        prepare(cases.fresh(name, method), Mesh.of(part))
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "part", "why"),
+    [
+        ("llama3", "prompt", {"tp": 2}, "parallel.tp cannot cut prompt"),
+        ("llama3", "prefix", {"pp": 2}, "parallel.pp cannot share prefix_keys"),
+        ("llama3", "prompt", {"pp": 2}, "parallel.pp cannot share prompt"),
+        ("llama3", "late", {"pp": 2}, "in layers 0 to 1, which are a stage, nothing trains"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused_before_the_first_step(
+    ranks: Crew, name: str, method: str, part: dict[str, int], why: str
+) -> None:
+    for said in ranks.run("tests.parallel.test_adapters:refused", 2, name, method, ParallelPart(**part)):
+        assert why in said
+
+
+def test_quantized_experts_are_refused(ranks: Crew) -> None:
+    for said in ranks.run("tests.parallel.test_adapters:refused", 2, "llama4", "quantized", ParallelPart(tp=2)):
+        assert "quantized experts of layers.1.feed_forward.experts" in said
