@@ -236,7 +236,8 @@ class ModelPart:
     rope_theta: float | None = None
     """Another base of the rotary frequencies (long contexts). null: the model's own."""
     rope_scaling: dict[str, Any] | None = None
-    """Llama 3.1's scaling of the rotary frequencies, for example {factor: 8.0, original_max_seq_len: 8192}. null: its own."""
+    """Llama 3.1's scaling of the rotary frequencies, for example {factor: 8.0, original_max_seq_len: 8192}; the latter is the
+    model's context when it is left out. null: its own."""
     max_seq_len: int | None = None
     """The longest context that is written into the result. null: the model's own (with `shape`: the length of a row)."""
     seed: int = 0
@@ -244,7 +245,10 @@ class ModelPart:
 
     def __post_init__(self) -> None:
         if self.source and self.shape is not None:
-            raise ConfigError("model: give source (an existing model) or shape (random weights), not both")
+            raise ConfigError(
+                "model: give source (an existing model) or shape (random weights), not both; model.shape=null model.tokenizer= "
+                "takes away what a recipe or file has"
+            )
         if self.shape is not None and not self.tokenizer:
             raise ConfigError(
                 "model.tokenizer: a model with random weights needs one: a folder, a file or a model's name"
