@@ -292,6 +292,10 @@ class LLM:
         """End a request, whatever it is doing. Unknown and finished ids are fine."""
         self._loop.abort(request_id)
 
+    def after_steps(self, call: Callable[[], None]) -> None:
+        """Have `call` called in the engine's thread after each step's events: what sinks gathered can go out together then."""
+        self._loop.after = call
+
     def compile(self, constraint: Constraint) -> None:
         """Raise ConfigError when replies cannot be held to `constraint`. Compiled ones are kept for requests to come."""
         assert self._engine.grammars is not None

@@ -43,6 +43,8 @@ class Loop:
         self._thread: threading.Thread | None = None
         self._closing = False
         self._broken: BaseException | None = None
+        self.after: Callable[[], None] = lambda: None
+        """Called in the engine's thread when the events of a step have been passed on."""
 
     def submit(self, request: Request, sink: Sink) -> None:
         """Queue a request. Raises what `Engine.add` raises, HerdError when the loop has ended."""
@@ -111,6 +113,7 @@ class Loop:
                     except Exception as error:
                         done.set_exception(error)
                 self._pass_on(self.engine.step())
+                self.after()
         except BaseException as error:
             with self._wake:
                 self._broken = error
@@ -119,6 +122,8 @@ class Loop:
             for sink, _ in sinks.values():
                 with contextlib.suppress(Exception):
                     sink.fail(error)
+            with contextlib.suppress(Exception):
+                self.after()
             for _, done in tasks:
                 done.set_exception(HerdError(f"the engine has stopped after an error: {error}"))
             if not isinstance(error, Exception):

@@ -16,6 +16,7 @@ from herd.checkpoint.part import PartStore
 from herd.checkpoint.placement import device_named, dtype_named
 from herd.checkpoint.resolve import resolve
 from herd.checkpoint.store import GenerationDefaults, TensorStore
+from herd.checkpoint.weights import is_quantized
 from herd.engine.budget import Budget, budget_for, free_on, memory_of
 from herd.engine.config import SMALL
 from herd.engine.draft_model import ModelDrafter, check_vocabularies
@@ -24,7 +25,7 @@ from herd.engine.ranks import Ranks
 from herd.engine.speculate import Drafter
 from herd.errors import ConfigError
 from herd.hub.created import find
-from herd.kernels import triton
+from herd.kernels import native, triton
 from herd.model.accounting import parameters
 from herd.model.llama import Llama
 from herd.parallel.part import Part
@@ -44,7 +45,8 @@ def opened(
     tick: Callable[[int, int], None] | None = None,
     ranks: Ranks | None = None,
 ) -> tuple[Llama, Tokenizer, GenerationDefaults]:
-    """The model, its tokenizer and its sampling defaults. An unsaid dtype is float32 for a small model on a CPU.
+    """The model, its tokenizer and its sampling defaults. An unsaid dtype is float32 for a small model on a CPU, unless its
+    weights are quantized and native kernels multiply with them as they are.
 
     `tick(done, total)` hears of the bytes read. With `ranks` this process gets its part, and they get theirs.
 
@@ -56,7 +58,8 @@ def opened(
         store = open_store(path)  # headers only: how large the model is decides how it is loaded
         if where.type == "cuda" and weights in (None, "auto") and dtype is None and _stays_packed(store):
             weights = "stored"
-        small = where.type == "cpu" and weights in (None, "auto") and parameters(store.config) <= SMALL
+        kept = is_quantized(store) and native.isa() is not None
+        small = where.type == "cpu" and weights in (None, "auto") and not kept and parameters(store.config) <= SMALL
         wanted = dtype_named(dtype, torch.float32 if small else None)
         model = read_checkpoint(
             path,

@@ -20,6 +20,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from math import isfinite
 from typing import Protocol
 
 import numpy as np
@@ -235,17 +236,18 @@ class Sampler:
 
     def _weights(self, values: NDArray[np.float32], row: RowState) -> Weights | int | str:
         """The distribution of a row, its best token when it is greedy, or what is wrong."""
-        if not np.isfinite(values.max()):
+        best = int(values.argmax())  # a NaN counts as the largest
+        if not isfinite(values[best]):
             return NOT_FINITE
         try:
             adjusted = row.adjust(values)
         except ConfigError as error:
             return str(error)
-        if adjusted is not values and not np.isfinite(adjusted.max()):
-            return NOTHING_LEFT
-        if row.params.temperature == 0:
-            return int(adjusted.argmax())
-        return weigh(adjusted, row.params)
+        if adjusted is not values:
+            best = int(adjusted.argmax())
+            if not isfinite(adjusted[best]):
+                return NOTHING_LEFT
+        return best if row.params.temperature == 0 else weigh(adjusted, row.params)
 
 
 def _masks(rows: Sequence[RowState]) -> tuple[list[NDArray[np.int32] | None], list[str | None]]:

@@ -135,6 +135,7 @@ class Metrics:
         """`events`, counted for `model`: the slot's own name, since every name costs memory here. `arrived` is by
         `time.monotonic`."""
         last: dict[int, float] = {}
+        between = self._between.labels(model)
         over = False
         try:
             async with contextlib.aclosing(events):
@@ -142,7 +143,7 @@ class Metrics:
                     if isinstance(event, Piece):
                         now = time.monotonic()
                         if event.index in last:
-                            self._between.labels(model).observe(now - last[event.index])
+                            between.observe(now - last[event.index])
                         elif not last:
                             self._first.labels(model).observe(now - arrived)
                         last[event.index] = now

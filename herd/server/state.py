@@ -93,7 +93,7 @@ class State:
                 try:
                     await asyncio.wait({asking, running.stopped}, return_when=asyncio.FIRST_COMPLETED)
                     if not asking.done():
-                        raise WorkerError(running.stopped.result(), kind="Stopped")
+                        running.check()
                     return asking.result()
                 finally:
                     if not asking.done():
@@ -145,31 +145,39 @@ class Running:
         self.name, self.id = name, id
         self.began = time.monotonic()
         self.stopped: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.waiting: asyncio.Timeout | None = None
+        """Around what is waited for now: it ends when the call is stopped."""
 
     def stop(self, why: str) -> None:
         """End it with an error."""
         if not self.stopped.done():
             self.stopped.set_result(why)
+            if self.waiting is not None:
+                self.waiting.reschedule(0)
+
+    def check(self) -> None:
+        """Raise WorkerError when it was stopped."""
+        if self.stopped.done():
+            raise WorkerError(self.stopped.result(), kind="Stopped")
 
 
 async def until_stopped(events: AsyncGenerator[T, None], running: Running) -> AsyncGenerator[T, None]:
-    """`events`, until the call is stopped from outside. Raises WorkerError then."""
-    iterator = events.__aiter__()
+    """`events`, until the call is stopped from outside. Raises WorkerError then.
+
+    There is no task for each event: making one takes longer than all else that is done with it.
+    """
     while True:
-        following = asyncio.ensure_future(anext(iterator))  # type: ignore[arg-type]
+        running.check()
         try:
-            await asyncio.wait({following, running.stopped}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            if not following.done():
-                following.cancel()
-                with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration, WorkerError):
-                    await following
-        if running.stopped.done() and following.cancelled():
-            raise WorkerError(running.stopped.result(), kind="Stopped")
-        try:
-            event = following.result()
+            async with asyncio.timeout(None) as running.waiting:
+                event = await anext(events)
         except StopAsyncIteration:
             return
+        except TimeoutError:
+            running.check()
+            raise
+        finally:
+            running.waiting = None
         yield event
 
 

@@ -1,14 +1,14 @@
 """The process of one model: `python -m herd.server.worker FD`, a socket that its parent made, and herd.LLM behind it.
 
-The main thread reads; rendering, tokenizing and questions run in a few threads; the engine's thread steps; one thread writes, all
-that there is at a time, so that the events of a step go out together. When the socket closes the process ends at once.
+The main thread reads; rendering, tokenizing and questions run in a few threads; the engine's thread steps, and writes the events
+of a step together when it has passed them on (`herd.server.outbox`). When the socket closes the process ends at once.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
-import queue
 import signal
 import socket
 import sys
@@ -29,10 +29,10 @@ from herd.engine.choices import ChoicesSink, ChoiceStep
 from herd.engine.completion import TokenLogprob
 from herd.errors import ConfigError, ContextFullError, HerdError
 from herd.server.asks import ASKS
+from herd.server.outbox import Outbox
 from herd.server.prepare import Prepared, Preparer
 from herd.server.protocol import (
     DOWN,
-    UP,
     Answer,
     Ask,
     Beat,
@@ -78,7 +78,7 @@ class Worker:
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
-        self._out: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._out = Outbox(connection, self._too_large, _unheard)
         self._work: dict[str, _Work] = {}
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="herd-call", initializer=_behind)
         self._llm: LLM | None = None
@@ -86,7 +86,7 @@ class Worker:
 
     def run(self) -> None:
         """Serve until the other side is gone."""
-        threading.Thread(target=self._write, name="herd-write", daemon=True).start()
+        self._out.start()
         with self._connection.makefile("rb") as file:
             while True:
                 head = file.read(HEADER)
@@ -101,20 +101,11 @@ class Worker:
     def send(self, message: Any) -> None:
         """Put a message on its way. From any thread."""
         self._out.put(message)
+        self._out.flush()
 
-    def _write(self) -> None:
-        while True:
-            messages = [self._out.get()]
-            while not self._out.empty():
-                messages.append(self._out.get())
-            try:
-                for data in UP.frames(messages, self._too_large):
-                    self._connection.sendall(data)
-            except OSError:
-                os._exit(0)  # nobody is there any more
-            except BaseException as error:
-                _note("the process ends, for nothing can be said any more", error)
-                os._exit(1)
+    def say(self, message: Any) -> None:
+        """Put a message on its way with the others of a step. In the engine's thread."""
+        self._out.put(message)
 
     def _too_large(self, message: Any, size: int) -> Failed:
         """What is said instead of `message`; its call ends."""
@@ -195,7 +186,11 @@ class Worker:
             self.send(Progress(f"loading adapter {name}"))
             llm.load_adapter(name, path)
         self._llm, self._preparer = llm, Preparer(llm)
-        return _ready(load, llm)
+        llm.after_steps(self._out.flush)
+        ready = _ready(load, llm)
+        gc.collect()
+        gc.freeze()  # what a model consists of stays: looking through it again and again stops all replies for a moment
+        return ready
 
     def _begin(self, reading: _Reading) -> None:
         """Prepare a call and hand it to the engine, unless it was cancelled meanwhile. In a thread of the pool."""
@@ -354,8 +349,8 @@ class _Reading(_Work):
         with self._lock:
             if self._early is not None:
                 self._early.append(message)
-            else:
-                self._send(message)
+            elif not self.cancelled:
+                self._worker.say(message)
 
     def _send(self, message: Any) -> None:
         if not self.cancelled:
@@ -369,6 +364,14 @@ class _Reading(_Work):
         assert self._tokenizer is not None
         data = self._tokenizer.bytes_of(token)
         return (data.decode("utf-8", "replace") if data else self._tokenizer.piece(token)), data
+
+
+def _unheard(error: BaseException) -> None:
+    """Nothing can be said any more: the process ends."""
+    if isinstance(error, OSError):
+        os._exit(0)  # nobody is there any more
+    _note("the process ends, for nothing can be said any more", error)
+    os._exit(1)
 
 
 def _behind() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 import signal
 import socket
 import threading
@@ -218,15 +219,41 @@ def test_a_worker_ends_with_its_server() -> None:
     asyncio.run(run())
 
 
+class Heard:
+    """What a worker says."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._messages: list[object] = []
+
+    def next(self) -> object:
+        """The next message, waited for."""
+        while not self._messages:
+            self._messages += UP.decode(self._read(wire.split_header(self._read(wire.HEADER))))
+        return self._messages.pop(0)
+
+    def _read(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            data += self._connection.recv(size - len(data))
+        return data
+
+    @property
+    def nothing(self) -> bool:
+        """Whether there is none now."""
+        return not self._messages and not select.select([self._connection], [], [], 0)[0]
+
+
 @contextlib.contextmanager
-def worker_here() -> Iterator[Worker]:
-    """A worker without a process or a model. What it says is in its queue."""
+def worker_here() -> Iterator[tuple[Worker, Heard]]:
+    """A worker without a process or a model."""
     ours, theirs = socket.socketpair()
+    ours.settimeout(SOON)
     with ours, theirs:
         worker = Worker(theirs)
         worker._llm = object()  # type: ignore[assignment]
         try:
-            yield worker
+            yield worker, Heard(ours)
         finally:
             worker._pool.shutdown()
 
@@ -244,7 +271,7 @@ def test_what_is_left_is_not_begun_and_counts_until_it_is_let_go(monkeypatch: py
             raise AssertionError("a call that was cancelled is prepared")
 
     monkeypatch.setitem(ASKS, "hold", hold)
-    with worker_here() as worker:
+    with worker_here() as (worker, heard):
         worker._preparer = Preparer()  # type: ignore[assignment]
         for number in range(THREADS):
             worker._take(Ask(f"a{number}", "hold", {"number": number}))
@@ -255,17 +282,17 @@ def test_what_is_left_is_not_begun_and_counts_until_it_is_let_go(monkeypatch: py
             time.sleep(0.01)
         for id in ("late", "call", "unknown"):
             worker._take(Cancel(id))
-            assert worker._out.get(timeout=SOON) == Gone(id), "nobody is at it"
+            assert heard.next() == Gone(id), "nobody is at it"
         worker._take(Cancel("a0"))
         time.sleep(0.05)
-        assert worker._out.empty(), "it is let go of at its end"
+        assert heard.nothing, "it is let go of at its end"
         go.set()
         worker._pool.shutdown()
-        said = [worker._out.get(timeout=SOON) for _ in range(THREADS)]
+        said = [heard.next() for _ in range(THREADS)]
         assert sorted(said, key=repr) == sorted(
             [Gone("a0"), *(Answer(f"a{n}", n) for n in range(1, THREADS))], key=repr
         )
-        assert worker._out.empty()
+        assert heard.nothing
         assert 99 not in began
 
 
@@ -279,9 +306,9 @@ def test_a_bug_leaves_its_frames_and_no_text_of_a_user(
             raise TypeError(f"because of {text}") from error
 
     monkeypatch.setitem(ASKS, "broken", broken)
-    with worker_here() as worker:
+    with worker_here() as (worker, heard):
         worker._take(Ask("a", "broken", {"text": "my secret"}))
-        failed = worker._out.get(timeout=SOON)
+        failed = heard.next()
     assert isinstance(failed, Failed)
     assert failed.kind == "Bug"
     told = capsys.readouterr().err
@@ -294,20 +321,16 @@ def test_a_bug_leaves_its_frames_and_no_text_of_a_user(
 def test_an_answer_that_is_too_large_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wire, "MAX_FRAME", 4000)
     got: list[object] = []
-    ours, theirs = socket.socketpair()
-    ours.settimeout(SOON)
-    with ours, theirs, ours.makefile("rb") as file:
-        worker = Worker(theirs)
+    with worker_here() as (worker, heard):
         for message in (
             Answer("a", 1),
             Answer("b", "x" * 9000),
             *(Piece("c", text="y" * 900) for _ in range(9)),
-            Gone("d"),
         ):
-            worker.send(message)
-        threading.Thread(target=worker._write, daemon=True).start()  # it waits for more until the tests end
+            worker.say(message)
+        worker.send(Gone("d"))
         while not got or got[-1] != Gone("d"):
-            got += UP.decode(file.read(wire.split_header(file.read(wire.HEADER))))
+            got.append(heard.next())
     assert [type(one).__name__ for one in got] == ["Answer", "Failed", *["Piece"] * 9, "Gone"]
     assert isinstance(got[1], Failed)
     assert (got[1].call, got[1].kind) == ("b", "ConfigError")

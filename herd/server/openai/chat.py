@@ -20,7 +20,7 @@ from herd.server.openai.sampling import JsonSchema, SamplingBody, check_sampling
 from herd.server.openai.seen import Seen, seen_of, shows, unseen
 from herd.server.protocol import Began, Call, Chat, Ended, Event, Finished, Piece, Usage
 from herd.server.providers.relay import relayed
-from herd.server.sse import DONE, EventStream, event, until_gone
+from herd.server.sse import DONE, EventStream, Template, event, until_gone
 from herd.server.state import State, begun, new_id, state_of
 
 __all__ = ["ChatBody", "call_of", "check_told", "check_work", "longest", "message_of", "note_of", "router", "size_of"]
@@ -419,6 +419,7 @@ class _Answer:
 
     async def stream(self, events: AsyncGenerator[Event, None]) -> AsyncIterator[bytes]:
         """The answer as server-sent events. An error on the way is an event, too."""
+        texts = [Template(lambda text, i=i: self._chunk(i, {"content": text})) for i in range(len(self.choices))]
         try:
             async with contextlib.aclosing(events):
                 for i in range(len(self.choices)):
@@ -428,7 +429,9 @@ class _Answer:
                     if isinstance(one, Piece):
                         if one.prompt:
                             yield event({**self.head, **_CHUNK, "choices": [], "prompt_logprobs": self.prompt})
-                        if one.text or one.tool is not None or one.tokens:
+                        if one.text and one.tool is None and not one.tokens:
+                            yield texts[one.index](one.text)
+                        elif one.text or one.tool is not None or one.tokens:
                             yield self._piece(one)
                     elif isinstance(one, Ended):
                         yield self._chunk(one.index, {}, one)

@@ -21,7 +21,7 @@ from herd.server.openai.replies import prompt_logprobs, timings, total, usage
 from herd.server.openai.sampling import SamplingBody, check_sampling, sampling_of
 from herd.server.protocol import Began, Call, Ended, Event, Finished, Ids, Piece, Text, TokenInfo, Usage
 from herd.server.providers.relay import relayed
-from herd.server.sse import DONE, EventStream, event, until_gone
+from herd.server.sse import DONE, EventStream, Template, event, until_gone
 from herd.server.state import State, begun, new_id, state_of
 
 __all__ = ["CompletionBody", "router"]
@@ -259,6 +259,8 @@ class _Answer:
         """The answer as server-sent events."""
         echoed = [bool(self.body.echo)] * len(self.choices)
         waits = self.body.echo and self.body.logprobs is not None
+        scored = self.body.logprobs is not None
+        texts = [Template(lambda text, i=i: self._chunk(i, text, ())) for i in range(len(self.choices))]
         try:
             async with contextlib.aclosing(_merged(runs)) as events:
                 if self.body.echo and not waits:
@@ -274,7 +276,8 @@ class _Answer:
                                 if self.body.prompt_logprobs is not None:
                                     yield self._chunk(i, "", (), prompt=one.prompt)
                         if one.text or one.tokens:
-                            yield self._chunk(number * self.n + one.index, one.text, one.tokens)
+                            index = number * self.n + one.index
+                            yield self._chunk(index, one.text, one.tokens) if scored else texts[index](one.text)
                     elif isinstance(one, Ended):
                         yield self._chunk(number * self.n + one.index, "", (), one)
             options = self.body.stream_options
