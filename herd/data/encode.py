@@ -129,7 +129,7 @@ def encode(record: Record, tokenizer: Tokenizer, format: ChatFormat | None) -> E
 
 def _conversation(record: ChatRecord, format: ChatFormat | None) -> Example:
     if format is None:
-        raise FormatError("a conversation needs a prompt format: name one with data.chat_format")
+        raise FormatError("a conversation needs a prompt format: name one with data.chat_format (herd data: --format)")
     rendered = format.render(record.messages, record.tools, generate=False)
     mask = rendered.loss_mask
     if record.given:

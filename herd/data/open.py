@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from herd.chat.base import BaseFormat
 from herd.chat.format import ChatFormat
 from herd.chat.formats import format_named
 from herd.data.arrange import Arranged, Arrangement, arrange
@@ -132,6 +133,8 @@ def open_data(
     """
     if config.chat_format is not None:
         format = format_named(config.chat_format, tokenizer)
+    if isinstance(format, BaseFormat):
+        format = None  # it writes no conversations: one among the rows is then no bad row, but asks for a format
     root = Path(config.shards).expanduser() if config.shards is not None else shards_folder()
     build = Build(
         root, Encoder(tokenizer, format), bad=config.bad_rows, processes=config.processes, tick=tick, tell=tell

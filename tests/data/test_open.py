@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from herd.chat.formats import format_named
 from herd.data.adapt import records
 from herd.data.config import DataPart, SourcePart, StagePart
 from herd.data.encode import IGNORE, encode
@@ -274,6 +275,13 @@ def test_what_cannot_be_opened_is_refused(folder, monkeypatch, change, error, me
     write(folder / "in/prefer.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
     with pytest.raises(error, match=message):
         open_data(part(folder, **change), tokenizer(), chat_format())
+
+
+@pytest.mark.parametrize("bad", ["stop", "skip"])
+def test_conversations_without_a_format_ask_for_one_and_are_not_skipped(folder, bad):
+    config = part(folder, sources=(SourcePart(path=str(folder / "in"), name="all"),), bad_rows=bad)
+    with pytest.raises(DataError, match=r"chats\.jsonl:1: a conversation needs a prompt format: .*data\.chat_format"):
+        open_data(config, tokenizer(), format_named("base", tokenizer()))
 
 
 def test_sources_may_be_folders_with_files_of_several_kinds(folder):
