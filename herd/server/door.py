@@ -46,10 +46,10 @@ class Door:
         """How many may be taken at once, and when that was so."""
         self._timer: asyncio.TimerHandle | None = None
         self._coming: set[asyncio.Task[None]] = set()
+        listening.setblocking(False)
 
     def open(self) -> None:
         """Begin."""
-        self._listening.setblocking(False)
         self._loop.add_reader(self._listening.fileno(), self._take)
 
     def close(self) -> None:

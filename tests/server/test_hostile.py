@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import json
 import os
 import random
@@ -397,84 +396,6 @@ def test_dropped_requests_leave_nothing(live: Live, count: int) -> None:
         assert (process.memory() or 0) < before * (1 + STEADY)
     with live.client() as client:
         assert client.post(URL, json={"model": "nano", "messages": [HI], "max_tokens": 2}).status_code == 200
-
-
-EXAMPLES = {"default": 2, "slow": 30}
-
-
-@pytest.mark.usefixtures("refusing")
-@pytest.mark.parametrize("size", ["default", pytest.param("slow", marks=pytest.mark.slow)])
-def test_requests_made_from_the_openapi_document(size: str) -> None:
-    """Schemathesis makes requests that fit the document and requests that do not: never 5xx, never a broken answer."""
-    schemathesis = pytest.importorskip("schemathesis")
-    import hypothesis
-
-    async def document() -> dict[str, Any]:
-        async with faked() as fake:
-            return (await fake.client.get("/openapi.json")).json()
-
-    schema = schemathesis.openapi.from_dict(asyncio.run(document()))
-    loop = asyncio.new_event_loop()
-    context = faked(lambda call: saying("Hello"), max_body=1 << 20)
-    fake = loop.run_until_complete(context.__aenter__())
-    seen = 0
-    skipped = {
-        "/api/pull",
-        "/api/delete",
-        "/api/create",
-        "/api/copy",
-    }  # these change what is on the machine that tests run on
-    try:
-        modes = [schemathesis.GenerationMode.POSITIVE]
-        if size == "slow":
-            modes.append(schemathesis.GenerationMode.NEGATIVE)
-        for result, mode in itertools.product(list(schema.get_all_operations()), modes):
-            operation = result.ok()
-            if operation.path in skipped:
-                continue
-
-            @hypothesis.settings(
-                max_examples=EXAMPLES[size],
-                deadline=None,
-                database=None,
-                derandomize=True,
-                suppress_health_check=list(hypothesis.HealthCheck),
-            )
-            @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
-            def ask(case: Any) -> None:
-                nonlocal seen
-                seen += 1
-                sent = case.as_transport_kwargs(base_url="http://localhost")
-                sent.pop("cookies", None)
-                headers = {k: v for k, v in dict(sent.pop("headers", None) or {}).items() if k.lower() != "host"}
-                content = sent.get("data")
-                if isinstance(sent.get("json"), dict) and "model" in sent["json"]:
-                    sent["json"]["model"] = "fake"  # so that it comes as far as it can
-                extra = (
-                    {"json": sent["json"]}
-                    if "json" in sent
-                    else {"content": content}
-                    if isinstance(content, bytes)
-                    else {}
-                )
-                try:
-                    request = fake.client.build_request(
-                        sent["method"], sent["url"], params=sent.get("params"), headers=headers, **extra
-                    )
-                except (httpx.InvalidURL, UnicodeError, ValueError):
-                    return  # what an HTTP client cannot send
-                reply = loop.run_until_complete(fake.client.send(request))
-                allowed = {501, 503, 502}
-                assert reply.status_code < 500 or reply.status_code in allowed, (case.method, case.path, reply.text)
-
-            try:
-                ask()
-            except hypothesis.errors.Unsatisfiable:
-                assert mode == schemathesis.GenerationMode.NEGATIVE  # nothing that could be said wrongly
-    finally:
-        loop.run_until_complete(context.__aexit__(None, None, None))
-        loop.close()
-    assert seen > 10
 
 
 def test_settings_that_make_no_sense() -> None:
