@@ -6,6 +6,7 @@
     worker.py      the process of one model; prepare.py: from a Call to a request of the engine
     process.py     the HTTP side of one worker; models.py: which models there are, and which are loaded
     batches.py     requests in a file: they are kept by batchstore.py, their lines read and written by batchlines.py
+    door.py        who is let in when; pictures.py and fetching.py: images of requests, and the addresses that they may come from
     downloads.py   models that clients want to have here
     providers/     models of other servers: requests that are handed on
     fields.py      strict request models; jsonbody.py: strict JSON; errors.py: HerdErrors and statuses; sse.py: event streams
