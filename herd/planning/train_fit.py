@@ -6,6 +6,7 @@ only (tokens a fixed multiple of parameters) the two terms cannot be told apart:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ __all__ = ["Law", "Point", "fit", "points_of"]
 
 DELTA = 1e-3
 """Where Huber's measure becomes linear, in log loss."""
+ALIKE = 0.1
+"""Spread of logarithms below which numbers of runs count as one and the same."""
 FEWEST = 5
 STEPS = 300
 
@@ -82,17 +85,22 @@ def fit(points: Sequence[Point]) -> Law:
     spread = None
     rest = sorted(points, key=lambda p: p.parameters * p.tokens)[:-2]
     if len(rest) >= FEWEST:
-        early = _fit(rest)
         last = [point for point in points if point not in rest]
-        spread = _relative(early, last)
+        with contextlib.suppress(ConfigError):  # the rest alone is of one size, or one number of tokens
+            spread = _relative(_fit(rest), last)
     return Law(**{**law.as_dict(), "spread": spread})
 
 
 def _fit(points: Sequence[Point]) -> Law:
     n, d, loss = (np.array([getattr(p, key) for p in points]) for key in ("parameters", "tokens", "loss"))
-    joint = float(np.std(np.log(d / n))) < 0.1
+    joint = float(np.std(np.log(d / n))) < ALIKE
     if len(set(n)) < 2:
         raise ConfigError("all runs have the same number of parameters: a law needs several sizes")
+    if float(np.std(np.log(d))) < ALIKE:
+        raise ConfigError(
+            "all runs read about the same number of tokens, so nothing says what more of them bring: add runs of other budgets, "
+            "or let tokens grow with parameters"
+        )
     middle_n, middle_d = math.exp(float(np.mean(np.log(n)))), math.exp(float(np.mean(np.log(d))))
     x, y, z = np.log(n / middle_n), np.log(d / middle_d), np.log(loss)
     best: tuple[float, np.ndarray] | None = None

@@ -81,6 +81,12 @@ def test_what_is_no_law() -> None:
         fit(_made(0)[:4])
     with pytest.raises(ConfigError, match="same number of parameters"):
         fit([Point(parameters=1e8, tokens=1e9 * i, loss=3 - i / 10) for i in range(1, 7)])
+    one_budget = [Point(parameters=1e8 * i, tokens=1e10 + i, loss=3 - i / 10) for i in range(1, 7)]
+    with pytest.raises(ConfigError, match="same number of tokens, so nothing says what more of them bring"):
+        fit(one_budget)
+    # Two larger budgets say it, but not without themselves: the law has no measured error then.
+    more = [Point(parameters=6e8, tokens=1e10 * 4**i, loss=2.2 - i / 10) for i in (1, 2)]
+    assert fit([*one_budget, *more]).spread is None
     with pytest.raises(ConfigError, match="positive numbers"):
         fit([*_made(0)[:6], Point(parameters=1e9, tokens=1e10, loss=float("nan"), name="bad")])
 
