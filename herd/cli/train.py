@@ -71,6 +71,7 @@ def command(
     result, which herd run and herd serve open. Ctrl-C saves and stops; the same command goes on.
     """
     config = configured(what, overrides)
+    place = _resumed(resume)
     if print_config:
         from herd.train.overrides import dump_config
 
@@ -95,12 +96,26 @@ def command(
         return None
     if verify_resume:
         return _verify(config)
-    figures = _train(
-        config, "auto" if resume == "auto" else "never" if resume == "never" else Path(resume), inexact, main
-    )
+    figures = _train(config, place, inexact, main)
     if as_json and main:
         click.echo(json.dumps({"out": config.out, "figures": figures}))
     return None
+
+
+def _resumed(text: str) -> Any:
+    """auto, never, or the checkpoint that --resume names. Raises ConfigError before anything is loaded."""
+    if text in ("auto", "never"):
+        return text
+    path = Path(text).expanduser()
+    if not path.is_dir():
+        raise ConfigError(
+            f"--resume {text}: there is no such checkpoint: auto goes on from the newest of the run's folder, never refuses one "
+            "that has any, a path is a folder such as runs/a/checkpoints/step-00000100"
+        )
+    inside = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    if found := sorted(inside.glob("step-*")):
+        raise ConfigError(f"--resume {text}: holds checkpoints and is none itself: name one, the newest is {found[-1]}")
+    return path
 
 
 def configured(what: str, overrides: Sequence[str]) -> RunConfig:

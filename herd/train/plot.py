@@ -254,7 +254,7 @@ def _number(value: float) -> str:
 def _lines(log: Path) -> Iterable[dict[str, Any]]:
     import json
 
-    with open(log, encoding="utf-8") as file:
+    with open(log, encoding="utf-8", errors="replace") as file:
         for text in file:
             try:
                 line = json.loads(text)

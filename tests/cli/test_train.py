@@ -183,6 +183,18 @@ def test_ranks_that_do_not_fit_are_not_started(
         (["none.yaml"], r"none\.yaml: there is no such file"),
         (["lora", "data.sources=x.jsonl", "lr=1"], r"herd calls it train\.optim\.lr"),
         (["lora", "data.sources=no-such-file.jsonl"], r"no-such-file\.jsonl"),
+        (
+            ["lora", "data.sources=x.jsonl", "--resume", "atuo"],
+            r"--resume atuo: there is no such checkpoint: auto goes on",
+        ),
+        (
+            ["lora", "data.sources=x.jsonl", "--resume", "a"],
+            r"--resume a: holds checkpoints .*newest is a/checkpoints/step-00000012",
+        ),
+        (
+            ["lora", "data.sources=x.jsonl", "--resume", "a/checkpoints"],
+            r"holds checkpoints .*a/checkpoints/step-00000012",
+        ),
         (["lora", "data.sources=x.jsonl", "report.to=wandb"], r'pip install "herd\[wandb\]"'),
         (["pretrain", "data.sources=x", "train.budget.minutes=1", "--verify-resume"], r"train\.budget\.minutes"),
     ],
@@ -191,6 +203,8 @@ def test_mistakes_are_one_line(
     args: list[str], said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    for name in ("step-00000004", "step-00000012"):
+        (tmp_path / "a" / "checkpoints" / name).mkdir(parents=True)
     if "wandb" in said:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert run(["train", *args]) == 1
