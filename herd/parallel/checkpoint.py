@@ -62,9 +62,11 @@ class Sharded:
 
     def read(self, folder: Path, targets: Mapping[str, Tensor]) -> None:
         """Fill `targets` in place from what any number of ranks wrote. Raises CheckpointError for what is missing or damaged."""
+        reader = _Reader(folder)
         try:
+            reader.read_metadata()  # torch up to 2.12 says no more of a table it cannot read than that there is none
             with _silence():
-                load(self.named(targets), storage_reader=_Reader(folder), no_dist=not dist.is_initialized())
+                load(self.named(targets), storage_reader=reader, no_dist=not dist.is_initialized())
         except (*_DAMAGE, CheckpointException) as error:
             raise CheckpointError(f"cannot be read: {_first_line(error)}", path=folder) from error
 

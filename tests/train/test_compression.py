@@ -94,7 +94,7 @@ def test_bad_input_is_refused(vocabulary: Path, tmp_path: Path) -> None:
     made = {"mine": load_tokenizer(vocabulary)}
     path = tmp_path / "a.txt"
     path.write_text(" \n")
-    with pytest.raises(DataError, match="no text"):
+    with pytest.raises(DataError, match="no row"):
         measure([str(path)], made, 100, report=RowReport())
     with pytest.raises(DataError, match="named twice"):
         measure([str(path), str(path)], made, 100, report=RowReport())
