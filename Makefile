@@ -15,7 +15,6 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 PROMPT ?=
 DATA   ?= ../shared/data
-MINUTES ?= 120
 
 export PYTHONWARNINGS ?=
 
@@ -70,7 +69,7 @@ gpu-bench: $(VENV)/.run
 	$(BIN)/python benchmarks/gpu.py
 
 nano: $(VENV)/.test
-	$(BIN)/python -m herd.train.recipes.nano --data $(DATA) --out runs/nano --minutes $(MINUTES)
+	$(BIN)/python -m herd.train.recipes.nano --data $(DATA) --out runs/nano
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

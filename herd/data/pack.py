@@ -23,9 +23,8 @@ from herd.data.config import PackKind
 from herd.data.encode import IGNORE, Example
 from herd.data.order import key_of, permuted
 from herd.data.shards import Documents
-from herd.errors import DataError
 
-__all__ = ["PackedRows", "Plan", "Rows", "concatenate", "pack_stream", "pack_whole", "plan"]
+__all__ = ["PackedRows", "Plan", "Rows", "pack_stream", "plan"]
 
 Ints = NDArray[np.int32]
 Longs = NDArray[np.int64]
@@ -254,18 +253,6 @@ class Rows:
         return f"row {index}"
 
 
-def concatenate(parts: Sequence[Rows]) -> Rows:
-    """One Rows of all `parts`, in order. Their row lengths must agree."""
-    lengths = {part.length for part in parts}
-    if len(lengths) != 1:
-        raise DataError(f"rows of different lengths cannot be joined: {sorted(lengths)}")
-    return Rows(
-        np.concatenate([part.tokens for part in parts]),
-        np.concatenate([part.labels for part in parts]),
-        np.concatenate([part.positions for part in parts]),
-    )
-
-
 def pack_stream(examples: Iterable[Example], length: int) -> Rows:
     """Examples back to back, cut wherever a row of `length` ends; the unfinished last row is left out.
 
@@ -291,27 +278,3 @@ def pack_stream(examples: Iterable[Example], length: int) -> Rows:
         np.array(labels[:total], dtype=np.int32).reshape(shape),
         positions.astype(np.int32).reshape(shape),
     )
-
-
-def pack_whole(examples: Sequence[Example], length: int, pad: int) -> tuple[Rows, list[int]]:
-    """Whole examples into rows by best fit, longest first; nothing is cut.
-
-    Returns the rows and the indices of examples longer than `length`, which were left out: the caller says so.
-    """
-    too_long = [i for i, example in enumerate(examples) if len(example) > length]
-    order = sorted((i for i, example in enumerate(examples) if len(example) <= length), key=lambda i: -len(examples[i]))
-    row_of = _best_fit([len(examples[i]) for i in order], length).tolist()
-    count = max(row_of, default=-1) + 1
-    tokens = np.full((count, length), pad, dtype=np.int32)
-    labels = np.full((count, length), IGNORE, dtype=np.int32)
-    positions = np.tile(np.arange(length, dtype=np.int32), (count, 1))
-    filled = [0] * count
-    for i, row in zip(order, row_of, strict=True):
-        at, end = filled[row], filled[row] + len(examples[i])
-        tokens[row, at:end] = examples[i].tokens
-        labels[row, at:end] = examples[i].labels
-        positions[row, at:] = np.arange(length - at)
-        filled[row] = end
-    for row, at in enumerate(filled):
-        positions[row, at:] = np.arange(length - at)
-    return Rows(tokens, labels, positions), too_long

@@ -26,10 +26,11 @@ FIRST_ALLOCATION = 256
 class Session:
     """Generates from prompts of one conversation; a prompt that continues the last one reuses its keys and values.
 
-    `max_len` (positions) defaults to the model's context. Memory grows with use, up to `max_len` positions.
+    `max_len` (positions) defaults to the model's context. Memory grows with use, up to `max_len` positions. `dtype` is what keys
+    and values come in, where that is not the dtype of the norms' weights.
     """
 
-    def __init__(self, model: Llama, *, max_len: int | None = None) -> None:
+    def __init__(self, model: Llama, *, max_len: int | None = None, dtype: torch.dtype | None = None) -> None:
         limit = model.config.max_seq_len
         if max_len is not None and max_len > limit:
             raise ConfigError(f"a context of {max_len} tokens was asked for, but this model was made for {limit}")
@@ -39,7 +40,7 @@ class Session:
         self.max_len = limit if max_len is None else max_len
         weight = model.norm.weight  # every model has it plain, in the dtype of its activations
         first = min(FIRST_ALLOCATION, self.max_len)
-        self.cache = StaticCache(model.config, max_len=first, dtype=weight.dtype, device=weight.device)
+        self.cache = StaticCache(model.config, max_len=first, dtype=dtype or weight.dtype, device=weight.device)
         self.tokens: list[int] = []
         """Ids whose keys and values are in the cache."""
         self._turn = 0

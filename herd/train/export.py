@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,8 @@ from herd.checkpoint.fill import fill
 from herd.checkpoint.open import open_store
 from herd.checkpoint.peft import read_peft, write_peft
 from herd.checkpoint.peft_virtual import read_virtual, write_virtual
-from herd.checkpoint.store import GenerationDefaults
 from herd.checkpoint.write.atomic import new_folder
 from herd.checkpoint.write.hf import write_hf
-from herd.checkpoint.write.hf_config import TokenIds
 from herd.checkpoint.write.model_store import ModelStore
 from herd.checkpoint.write.source import Source
 from herd.errors import CheckpointError
@@ -30,7 +27,7 @@ from herd.model.llama import Llama
 from herd.train.config import RunConfig
 from herd.train.start import Start, start
 
-__all__ = ["Exported", "export", "export_folder"]
+__all__ = ["Exported", "export"]
 
 LARGE = 1_500_000_000
 """Parameters above which the result is compared by its numbers alone: a second model beside the trained one costs too much."""
@@ -88,27 +85,6 @@ def export(model: Llama, begun: Start, config: RunConfig) -> Exported:
         again = fill(open_store(folder), torch.float32, device)
         drift = _compare(model, again, folder, exact=begun.stored == torch.float32 == model.norm.weight.dtype)
     return Exported(folder, "model", drift, tuple(notes))
-
-
-def export_folder(
-    model: Llama,
-    folder: Path,
-    dtype: torch.dtype,
-    *,
-    bos: int,
-    stop: Sequence[int],
-    pad: int,
-    sampling: Mapping[str, Any],
-) -> None:
-    """Write everything but the tokenizer files (`herd.train.vocabulary.write_tokenizer`) and the model card.
-
-    `sampling` are the defaults that go with the model, in the words of GenerationDefaults (temperature, top_p, ...). Raises
-    ConfigError for a model that config.json cannot describe.
-    """
-    ids = TokenIds(bos, frozenset(stop), pad)
-    source = Source(ModelStore(model), None, GenerationDefaults(ids.stop, **sampling), None)
-    write_hf(source, folder, dtype=dtype, ids=ids)
-    (folder / "chat_template.jinja").write_text(template_of("llama3") or "", encoding="utf-8")
 
 
 def _adapter(model: Llama, begun: Start, config: RunConfig, folder: Path, device: torch.device) -> Exported:

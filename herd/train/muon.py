@@ -26,16 +26,16 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration from the Muon reference: fast growth of small singular values, limit near 1."""
 
 
-def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
+def orthogonalise(g: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
     """The semi-orthogonal matrix nearest to each g [..., M, N], roughly: singular values end between 0.7 and 1.2.
 
-    Computed in g's dtype on a CPU and, as the reference does, in bfloat16 on a GPU.
+    Computed in `dtype`; without one in g's dtype on a CPU and, as the reference does, in bfloat16 on a GPU.
     """
     a, b, c = NEWTON_SCHULZ
     tall = g.shape[-2] > g.shape[-1]
     x = g.mT if tall else g  # the Gram matrix is then of the smaller side
-    if g.device.type == "cuda":
-        x = x.bfloat16()
+    if dtype is not None or g.device.type == "cuda":
+        x = x.to(dtype or torch.bfloat16)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
@@ -54,9 +54,15 @@ class Muon(Optimizer):
     """
 
     def __init__(
-        self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -66,11 +72,12 @@ class Muon(Optimizer):
                 if p.grad is None:
                     continue
                 if isinstance(p.data, DTensor):
-                    self._move(p, _sharded(self._momentum(p, group["momentum"])), group)
+                    self._move(p, _sharded(self._momentum(p, group["momentum"]), self.dtype), group)
                 else:
                     shapes[p.shape].append(p)
             for params in shapes.values():
-                moved = orthogonalise(torch.stack([self._momentum(p, group["momentum"]) for p in params]))
+                stacked = torch.stack([self._momentum(p, group["momentum"]) for p in params])
+                moved = orthogonalise(stacked, dtype=self.dtype)
                 for p, change in zip(params, moved, strict=True):
                     self._move(p, change, group)
 
@@ -87,9 +94,9 @@ class Muon(Optimizer):
         return p.grad.lerp(kept, momentum)
 
 
-def _sharded(momentum: Tensor) -> Tensor:
+def _sharded(momentum: Tensor, dtype: torch.dtype | None) -> Tensor:
     """A sharded momentum, gathered, orthogonalised and cut as it was."""
     assert isinstance(momentum, DTensor)
     mesh, placements = momentum.device_mesh, momentum.placements
-    whole = orthogonalise(momentum.full_tensor())
+    whole = orthogonalise(momentum.full_tensor(), dtype=dtype)
     return DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False).redistribute(mesh, placements)

@@ -63,7 +63,8 @@ def make_optimisers(model: nn.Module, config: OptimConfig) -> list[Optimizer]:
         fused = _fuses([p for group in groups for p in group["params"]])
         made.append(AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused))
     if by_muon:
-        made.append(Muon(by_muon, config.muon_lr, config.muon_momentum, config.weight_decay))
+        dtype = None if config.muon_dtype is None else getattr(torch, config.muon_dtype)
+        made.append(Muon(by_muon, config.muon_lr, config.muon_momentum, config.weight_decay, dtype))
     for optimiser in made:
         for group in optimiser.param_groups:
             group["peak"] = group["lr"]

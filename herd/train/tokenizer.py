@@ -4,8 +4,6 @@
 |---------------|----------|------------------------------------------------------------------------------------|
 | sentencepiece | Llama 1, 2 | `<unk>`, `<s>`, `</s>`, 256 byte pieces, what was learned by order of merging, letters |
 | tiktoken      | Llama 3, 4 | 256 bytes, what was learned by order of merging, the special tokens by Meta's names     |
-
-`herd.train.vocabulary` is the small vocabulary of herd-nano, made by the tokenizers package.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
-from itertools import pairwise
-
 import numpy as np
 import pytest
 
 from herd.data.encode import IGNORE, Example, encode_text, from_mask
-from herd.data.pack import concatenate, pack_stream, pack_whole, plan
+from herd.data.pack import pack_stream, plan
 from herd.errors import DataError
 
 
@@ -33,37 +31,6 @@ def test_stream_keeps_every_token_in_order():
     flat = [token for example in examples for token in example.tokens]
     assert rows.tokens.flatten().tolist() == flat[: rows.tokens.size]
     assert len(flat) - rows.tokens.size < 7
-
-
-def test_whole_examples_are_never_cut_and_padding_is_not_learned():
-    examples = documents(8, 1, 2, 20, 5, 3)
-    rows, too_long = pack_whole(examples, 10, pad=0)
-    assert too_long == [3]
-    found = []
-    for tokens, labels, positions in zip(rows.tokens, rows.labels, rows.positions, strict=True):
-        starts = [*np.flatnonzero(positions == 0), len(positions)]
-        for start, end in pairwise(starts):
-            if tokens[start] == 0:
-                assert (tokens[start:end] == 0).all()
-                assert (labels[start:end] == IGNORE).all()
-            else:
-                found.append(Example(tuple(tokens[start:end].tolist()), tuple(labels[start:end].tolist())))
-            assert positions[start:end].tolist() == list(range(end - start))
-    assert sorted(found, key=lambda e: e.tokens) == sorted(
-        (examples[i] for i in (0, 1, 2, 4, 5)), key=lambda e: e.tokens
-    )
-    assert rows.learned == sum(len(examples[i]) - 1 for i in (0, 1, 2, 4, 5))
-
-
-def test_best_fit_fills_rows():
-    rows, _ = pack_whole(documents(4, 4, 2, 2), 10, pad=0)  # 6 + 4 and 6 + 4
-    assert len(rows) == 2
-
-
-def test_rows_of_different_length_do_not_join():
-    with pytest.raises(DataError):
-        concatenate([pack_stream(documents(9), 4), pack_stream(documents(9), 5)])
-    assert len(concatenate([pack_stream(documents(9), 4), pack_stream(documents(9), 4)])) == 4
 
 
 def pieces_of(rows, r):

@@ -1,22 +1,13 @@
 """The texts and conversations that herd-nano learns from."""
 
-import json
 import random
 import re
 
-import pytest
-
-from herd.chat.llama3 import Llama3Format
-from herd.chat.messages import Message
-from herd.data.encode import IGNORE, encode_chat
-from herd.data.records import ChatRecord
 from herd.train.recipes.nano_questions import all_facts, held_out
 from herd.train.recipes.nano_stories import HEROES, THINGS, made_story
 from herd.train.recipes.nano_talk import small_talk
 from herd.train.recipes.nano_texts import clean, readability
 from herd.train.recipes.nano_wording import expand, vary, with_article
-
-pytest.importorskip("tokenizers")
 
 
 def test_every_answer_holds_a_key_and_no_braces():
@@ -72,29 +63,3 @@ def test_cleaning_drops_headings_and_numbers():
     assert readability("The cat sat. The dog ran.") < readability(
         "Considerable intellectual refinement characterised it."
     )
-
-
-def test_the_training_format_is_the_shipped_format(tmp_path):
-    from herd.tokenizer.files import load_tokenizer
-    from herd.train.recipes.nano_format import Headers
-    from herd.train.vocabulary import train_vocabulary, write_tokenizer
-
-    fast = train_vocabulary([f"user assistant system {i} hello there\n\n" * 3 for i in range(300)], 320)
-    write_tokenizer(fast, tmp_path, 512)
-    record = ChatRecord.pairs("Hello\n there ", "hi!", "bye <|eot_id|>", "bye")
-    ours = Headers(fast)
-    theirs = Llama3Format(load_tokenizer(tmp_path), dialect=None, strip_content=True)
-    rendered = theirs.render([Message(turn.role, turn.content) for turn in record.messages], generate=False)
-    assert (
-        ours(ChatRecord.pairs("Hello\n there ", "hi!")).tokens
-        == rendered.tokens[: len(ours(ChatRecord(record.messages[:2])).tokens)]
-    )
-    first = ChatRecord(record.messages[:2])
-    mask = theirs.render([Message(turn.role, turn.content) for turn in first.messages], generate=False).loss_mask
-    assert ours(first).loss_mask == mask
-    example = encode_chat(first, ours)
-    learned = [label for label in example.labels if label != IGNORE]
-    assert fast.decode(learned, skip_special_tokens=False) == "hi!<|eot_id|>"
-    prompt = theirs.render([Message("user", "Hello")], generate=True).tokens
-    assert ours.prompt(ChatRecord.pairs("Hello", "x").messages[:1]) == prompt
-    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["model_max_length"] == 512

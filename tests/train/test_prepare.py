@@ -12,6 +12,7 @@ from herd.train.config import Budget, TrainConfig
 from herd.train.float8 import Float8Linear, apply_float8, scaled
 from herd.train.losses import linear_cross_entropy
 from herd.train.prepare import prepare_model, unprepared
+from herd.train.samples import continuation
 from tests.train.memory import Held
 
 BF16 = 0.02
@@ -179,3 +180,11 @@ def test_compiled_blocks_agree_and_are_compiled_once(kind, precision, checkpoint
         for seed in (2, 3, 4):
             gradients(model, seed)
     assert model.state_dict().keys() == build(kind).state_dict().keys()
+
+
+def test_a_model_that_computes_in_bfloat16_writes_samples():
+    """Keys and values are then of 16 bits, the weights are not."""
+    plain_ids = list(continuation(build(), [1, 2, 3], frozenset(), 6))
+    model = prepare_model(build(), TrainConfig(budget=Budget(steps=1), precision="bfloat16"))
+    assert len(list(continuation(model, [1, 2, 3], frozenset(), 6))) == 6
+    assert list(continuation(unprepared(model), [1, 2, 3], frozenset(), 6)) == plain_ids

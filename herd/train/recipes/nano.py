@@ -1,253 +1,242 @@
 """Rebuild herd-nano, the small chat model that ships in the package, from the texts up.
 
-    python -m herd.train.recipes.nano --data ../shared/data --out runs/nano --minutes 115
+    python -m herd.train.recipes.nano --data ../shared/data --out runs/nano
 
-Stages, each skipped when its result is already in the folder given by --out:
+Nothing here trains in a way of its own: data are files, and the two runs are configurations that `herd train` takes, in folders
+that `herd train runs/nano/pretrain` goes on with and `herd plot` draws. What is done already is not done again:
 
-1. vocabulary  byte-level BPE in the Llama 3 scheme                      -> tokenizer/
-2. stable      constant learning rate on children's books                -> stable/checkpoints/
-3. anneal      rate falls to zero on the simplest texts, a third chat   -> anneal/checkpoints/
-4. chat        fine-tuning on conversations, loss on the replies only    -> chat/checkpoints/
-5. export      Hugging Face folder                                       -> export/
+1. data        texts and conversations, as rows                                  -> data/
+2. vocabulary  as `herd tokenizer train` learns it                               -> tokenizer/
+3. pretrain    texts; then, as the rate falls, simpler ones and a quarter chat   -> pretrain/
+4. chat        conversations, loss on the replies; a quarter stays text          -> chat/
+5. export      the folder that ships, asked and measured                         -> export/
 """
 
 from __future__ import annotations
 
 import argparse
-import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from tokenizers import Tokenizer as FastTokenizer
 
-from herd.checkpoint.load import fill
+from herd.chat.formats import detect
+from herd.chat.templates import template_of
+from herd.checkpoint.fill import fill
 from herd.checkpoint.open import open_store
-from herd.data.batch import Loader
-from herd.data.encode import Example, encode_chat, encode_text
-from herd.data.pack import Rows, concatenate, pack_stream, pack_whole
-from herd.data.read import RowReport
-from herd.data.records import ChatRecord
-from herd.model.config import ModelConfig, plain
-from herd.model.init import init_weights
-from herd.model.llama import Llama
-from herd.train.config import Budget, OptimConfig, SavePart, ScheduleConfig, TrainConfig
-from herd.train.export import export_folder
-from herd.train.measure import bits_per_byte
-from herd.train.objective import NextToken
-from herd.train.prepare import prepare_model
-from herd.train.recipes.nano_card import write_card, write_credits
-from herd.train.recipes.nano_chat import chat_rows
-from herd.train.recipes.nano_check import SAMPLING, check
-from herd.train.recipes.nano_format import Headers
-from herd.train.recipes.nano_stories import story_rows
-from herd.train.recipes.nano_texts import Text, anneal_texts, load_texts, stable_texts, validation_texts
-from herd.train.state import latest
-from herd.train.trainer import Trainer, load_weights
-from herd.train.vocabulary import special_ids, train_vocabulary, write_tokenizer
+from herd.checkpoint.store import GenerationDefaults
+from herd.checkpoint.vocabulary import tokenizer_of
+from herd.checkpoint.write.atomic import new_folder
+from herd.checkpoint.write.hf import write_hf
+from herd.checkpoint.write.source import Source
+from herd.files import read_json
+from herd.train.config import RunConfig
+from herd.train.overrides import load_config
+from herd.train.recipes.nano_card import CLOCK, write_card, write_credits
+from herd.train.recipes.nano_check import SAMPLING, check, held_out_bits
+from herd.train.recipes.nano_data import HELD_OUT, make_vocabulary, write_data
+from herd.train.run import run_recipe
 from herd.train.watch import Begin, Silent, StepReport
 
-SEED = 20
-VOCAB_SIZE = 4096
-DTYPE = torch.float16
+__all__ = ["chat", "main", "pretrain"]
+
+SHAPE = {
+    "dim": 256,
+    "n_layers": 6,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "head_dim": 64,
+    "hidden_dim": 704,
+    "norm_eps": 1e-5,
+    "rope_theta": 10_000.0,
+    "tie_embeddings": True,
+}
 CONTEXT = 512
-SHORT = 256
-"""Row length of the stable phase: half the context costs less and teaches the same words."""
-
-CONFIG = ModelConfig(
-    dim=256,
-    n_heads=4,
-    n_kv_heads=2,
-    head_dim=64,
-    hidden_dim=704,
-    vocab_size=VOCAB_SIZE,
-    layers=plain(6),
-    norm_eps=1e-5,
-    rope_theta=10_000.0,
-    max_seq_len=CONTEXT,
-    tie_embeddings=True,
-)
+TOKENS = 18_800_000
+"""Of both runs together: what the first herd-nano read in 110 minutes on one core. A budget of tokens gives the same weights
+again, whatever else the machine does meanwhile; one of minutes does not."""
+SHARE = {"pretrain": 0.83, "chat": 0.17}
+"""Of the tokens."""
+LAST = {"books": 0.41, "simple": 0.15, "pictures": 0.12, "news": 0.07, "stories": 0.08, "talk": 0.17}
+"""What is read while the rate falls: the texts as before, simpler ones more often, and a quarter of conversations."""
+DECAY = 0.35
+"""The share of pretraining in which the rate falls to zero."""
 
 
-def make_vocabulary(texts: list[Text], out: Path) -> FastTokenizer:
-    """Stage 1: train the vocabulary on what the model will read, or open the one that is there."""
-    path = out / "tokenizer"
-    if not (path / "tokenizer.json").exists():
-        read = [t.text for t in texts if t.grade <= 8] + 2 * [t.text for t in texts if t.kind == "picture"]
-        write_tokenizer(train_vocabulary(read, VOCAB_SIZE), path, CONTEXT)
-    return FastTokenizer.from_file(str(path / "tokenizer.json"))
+def pretrain(out: Path, tokens: int, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run that learns to write: constant rate on all texts, then falling rate on simpler ones, with conversations.
 
-
-def encode_texts(tokenizer: FastTokenizer, texts: list[Text]) -> list[Example]:
-    """Documents to examples, in order."""
-    special = special_ids(tokenizer)
-    bos, eos = special["<|begin_of_text|>"], special["<|end_of_text|>"]
-    encoded = tokenizer.encode_batch([t.text for t in texts], add_special_tokens=False)
-    return [encode_text(e.ids, bos=bos, eos=eos) for e in encoded]
-
-
-def make_evaluation(tokenizer: FastTokenizer, data: Path) -> Callable[[Llama], dict[str, float]]:
-    """Held-out bits per byte on the children's documents of eval/lm_valid."""
-    documents = [(tokenizer.encode(t, add_special_tokens=False).ids, len(t.encode())) for t in validation_texts(data)]
-    bos = special_ids(tokenizer)["<|begin_of_text|>"]
-    return lambda model: {"bits_per_byte": bits_per_byte(model, documents, bos, CONTEXT - 1)}
-
-
-def stable_rows(tokenizer: FastTokenizer, texts: list[Text]) -> Rows:
-    """One epoch of the stable phase in a shuffled order, packed."""
-    pool = stable_texts(texts)
-    random.Random(SEED).shuffle(pool)
-    return pack_stream(encode_texts(tokenizer, pool), SHORT)
-
-
-def chat_rows_packed(headers: Headers, records: Sequence[ChatRecord]) -> Rows:
-    """Conversations in whole rows; those longer than the context are counted and left out."""
-    examples = [encode_chat(record, headers) for record in records]
-    rows, too_long = pack_whole(examples, CONTEXT, headers.special["<|finetune_right_pad_id|>"])
-    print(
-        f"chat: {len(examples) - len(too_long)} conversations, {len(too_long)} too long, {len(rows)} rows", flush=True
+    The longer and the later the rate falls over what is wanted, the more of it stays; conversations come in here already, so
+    that the fine-tune has little to move.
+    """
+    stages = [
+        {"until": 1 - DECAY, "weights": {"books": 0.83, "pictures": 0.12, "news": 0.05}},
+        {"until": 1.0, "weights": LAST},
+    ]
+    sources = [{"path": str(out / "data" / f"{name}.jsonl"), "max_epochs": 8.0} for name in LAST]
+    return load_config(
+        {
+            "recipe": "pretrain",
+            "out": str(out / "pretrain"),
+            "model": {
+                "shape": SHAPE,
+                "tokenizer": str(out / "tokenizer"),
+                "save_dtype": "float32",
+                "seed": 20,
+            },
+            "data": {"sources": sources, "stages": stages, "seed": 20, "chat_format": "llama3", **_data(out)},
+            "train": {
+                "budget": {"tokens": round(tokens * SHARE["pretrain"])},
+                "schedule": {"kind": "wsd", "warmup_steps": 60, "decay_fraction": DECAY},
+                "optim": {"kind": "muon", "muon_lr": 0.015, "lr": 2.5e-3, "muon_dtype": "bfloat16"},
+                "accumulate": 2,
+                "evaluate": {
+                    "every_steps": 1000,
+                    "every_minutes": None,
+                    "prompts": ["Once upon a time there was a little dog"],
+                },
+                **_loop(),
+            },
+            "device": "cpu",
+        },
+        overrides,
     )
-    return rows
 
 
-def anneal_rows(tokenizer: FastTokenizer, texts: list[Text], data: Path) -> Rows:
-    """One epoch of the decay phase: the simplest texts and about a third of conversations."""
-    pool = anneal_texts(texts)
-    random.Random(SEED + 1).shuffle(pool)
-    headers = Headers(tokenizer)
-    records = story_rows(texts, SEED + 2, made=5000) + chat_rows(SEED + 2, data)
-    return concatenate([pack_stream(encode_texts(tokenizer, pool), CONTEXT), chat_rows_packed(headers, records)])
+def chat(out: Path, tokens: int, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run that learns to answer. A quarter of the rows stays text: without it the model forgets how books are written."""
+    weights = {"talk": 0.48, "stories": 0.27, "books": 0.13, "simple": 0.05, "pictures": 0.05, "news": 0.02}
+    sources = [
+        {"path": str(out / "data" / f"{name}.jsonl"), "weight": weight, "max_epochs": 8.0}
+        for name, weight in weights.items()
+    ]
+    return load_config(
+        {
+            "recipe": "sft",
+            "out": str(out / "chat"),
+            "model": {"source": str(out / "pretrain" / "model"), "save_dtype": "float16"},
+            "data": {"sources": sources, "seed": 21, "chat_format": "llama3", **_data(out)},
+            "train": {
+                "budget": {"tokens": round(tokens * SHARE["chat"])},
+                "schedule": {"kind": "linear", "warmup_steps": 30},
+                "optim": {"kind": "muon", "muon_lr": 0.01, "lr": 1.5e-3, "muon_dtype": "bfloat16"},
+                "accumulate": 2,
+                "evaluate": {
+                    "every_steps": 400,
+                    "every_minutes": None,
+                    "prompts": ["tell me a story about a dog", "what is 9 minus 4", "who are you"],
+                    "max_tokens": 300,
+                },
+                **_loop(),
+            },
+            "device": "cpu",
+        },
+        overrides,
+    )
 
 
-def tuning_rows(tokenizer: FastTokenizer, texts: list[Text], data: Path) -> Rows:
-    """One epoch of the fine-tune: stories and questions."""
-    records = story_rows(texts, SEED + 3, made=1600) + chat_rows(SEED + 3, data, repeat=3)
-    return chat_rows_packed(Headers(tokenizer), records)
+def _data(out: Path) -> dict[str, Any]:
+    return {
+        "length": CONTEXT,
+        "rows": 4,
+        "long_rows": "skip",
+        "held_out": str(out / "data" / HELD_OUT),
+        "shards": str(out / "shards"),
+    }
 
 
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """One phase of training: share of the minutes, rows of its data, and rates."""
+def _loop() -> dict[str, Any]:
+    """Products in bfloat16 over float32 weights: two thirds of the time where a processor multiplies them. Compiled blocks."""
+    return {"precision": "bfloat16", "compile": True, "save": {"every_minutes": 5.0}, "log_every": 20}
 
-    name: str
-    share: float
-    rows: Callable[[], Rows]
-    batch_rows: int
-    accumulate: int
-    warmup: int
-    decay: float
-    muon_lr: float
-    adam_lr: float
+
+def say(text: str) -> None:
+    """A line of the log, at once."""
+    print(text, flush=True)
 
 
 class Lines(Silent):
-    """A line now and then, and one for each evaluation."""
+    """A line now and then, and one for each evaluation; and the processor time of the run in `folder`, over all its parts."""
 
-    def __init__(self, every: int) -> None:
-        self.every, self.seconds, self.tokens = every, 0.0, 0
+    def __init__(self, folder: Path, every: int = 20) -> None:
+        self.clock, self.every = folder / CLOCK, every
+        self.seconds, self.tokens, self.used = 0.0, 0, 0.0
 
     def on_begin(self, info: Begin) -> None:
         self.seconds, self.tokens = info.seconds, info.tokens
+        before = read_json(self.clock)["cpu_seconds"] if info.resumed is not None and self.clock.exists() else 0.0
+        self.used = before - time.process_time()
         if info.resumed is not None:
-            print(f"continuing from {info.resumed}", flush=True)
+            say(f"continuing from {info.resumed}")
 
     def on_step(self, report: StepReport) -> None:
-        if report.step % self.every:
+        if report.step % self.every and report.progress < 1:
             return
+        used = self.used + time.process_time()
+        self.clock.write_text(json.dumps({"cpu_seconds": round(used, 1)}), encoding="utf-8")
         speed = (report.all_tokens - self.tokens) / max(1e-9, report.all_seconds - self.seconds)
         self.seconds, self.tokens = report.all_seconds, report.all_tokens
-        left = report.all_seconds * (1 - report.progress) / max(report.progress, 1e-9)
-        print(
+        say(
             f"step {report.step} loss {report.loss:.4f} norm {report.norm:.2f} rate {report.rate:.2e} "
-            f"tokens {report.all_tokens / 1e6:.2f}M {speed:.0f} tok/s {report.progress:.1%} eta {left / 60:.1f} min",
-            flush=True,
+            f"tokens {report.all_tokens / 1e6:.2f}M {speed:.0f} tok/s {report.progress:.1%} cpu {used / 60:.1f} min"
         )
 
     def on_evaluation(self, step: int, figures: Mapping[str, float]) -> None:
-        print(f"step {step} " + " ".join(f"{name} {value:.4f}" for name, value in figures.items()), flush=True)
+        say(f"step {step} " + " ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+
+    def on_text(self, step: int, prompt: str, reply: str) -> None:
+        say(f"step {step} {prompt} -> {reply}")
 
     def on_note(self, text: str) -> None:
-        print(text, flush=True)
+        say(text)
 
 
-def run_stages(
-    args: argparse.Namespace, stages: Sequence[Stage], evaluate: Callable[[Llama], dict[str, float]]
-) -> Llama:
-    """Run or continue each stage; a stage whose budget is used up is only loaded."""
-    model = init_weights(Llama(CONFIG))
-    before: Path | None = None
-    for stage in stages:
-        out = args.out / stage.name
-        config = TrainConfig(
-            budget=Budget(minutes=args.minutes * stage.share),
-            schedule=ScheduleConfig(warmup_steps=stage.warmup, decay_fraction=stage.decay),
-            optim=OptimConfig(kind="muon", muon_lr=stage.muon_lr, lr=stage.adam_lr),
-            accumulate=stage.accumulate,
-            compile=not args.eager,
-            save=SavePart(every_minutes=3.0),
-        )
-        if before is None:
-            prepare_model(model, config)
-        rows = stage.rows()
-        print(
-            f"{stage.name}: {rows.tokens.size / 1e6:.2f}M tokens an epoch, {rows.learned / 1e6:.2f}M learned",
-            flush=True,
-        )
-        loader = Loader(rows, stage.batch_rows, SEED)
-        lines = Lines(config.log_every)
-        trainer = Trainer(model, NextToken(), loader, config, out=out, evaluate=evaluate, watchers=[lines])
-        if before is not None and latest(out) is None:
-            trainer.adopt(before)
-        trainer.fit()
-        before = latest(out, lines.on_note)
-    return model
+def export(out: Path, collection: Path) -> None:
+    """The folder that ships: the chat run's model with the sampling that goes with it, and a card with its figures."""
+    folder, store = out / "export", open_store(out / "chat" / "model")
+    tokenizer = tokenizer_of(store)
+    defaults = replace(getattr(store, "generation", GenerationDefaults()), **SAMPLING)
+    shipped = fill(store, dtype=torch.float32)
+    base = fill(open_store(out / "pretrain" / "model"), dtype=torch.float32)
+    bits = [held_out_bits(model, tokenizer, collection) for model in (base, shipped)]
+    checked = check(shipped, tokenizer, detect(tokenizer))
+    with new_folder(folder, overwrite=True) as place:
+        write_hf(Source(store, tokenizer, defaults, template_of("llama3")), place)
+        write_credits(place, collection)
+        write_card(place, shipped, checked, (bits[0], bits[1]), out)
+    say(
+        f"{folder}: {bits[0]:.4f} bits per byte before the chat stage, {bits[1]:.4f} after it; {checked.right} of "
+        f"{checked.asked} questions, {checked.stopped} of {checked.asked + checked.stories} replies ended"
+    )
 
 
-def export(model: Llama, tokenizer: FastTokenizer, args: argparse.Namespace) -> None:
-    """Stage 5: the folder that ships, checked by asking it."""
-    folder = args.out / "export"
-    headers = Headers(tokenizer)
-    stop = [headers.special[name] for name in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")]
-    bos, pad = headers.special["<|begin_of_text|>"], headers.special["<|finetune_right_pad_id|>"]
-    export_folder(model, folder, DTYPE, bos=bos, stop=stop, pad=pad, sampling=SAMPLING)
-    write_tokenizer(tokenizer, folder, CONTEXT)
-    shipped = fill(open_store(folder), dtype=torch.float32)
-    write_credits(folder, args.data)
-    evaluate = make_evaluation(tokenizer, args.data)
-    base = Llama(CONFIG)
-    load_weights(args.out / "anneal", base)
-    bits = (evaluate(base)["bits_per_byte"], evaluate(shipped)["bits_per_byte"])
-    write_card(folder, shipped, check(shipped, headers), bits, args.out)
-
-
-def main() -> None:
-    """Run the stages that are still to be done."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Do what is still to be done."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the data collection")
     parser.add_argument("--out", type=Path, required=True, help="folder for everything that is made")
-    parser.add_argument("--minutes", type=float, default=115.0, help="training time of all stages together")
-    parser.add_argument("--threads", type=int, default=2, help="processor threads")
-    parser.add_argument("--eager", action="store_true", help="do not compile (slower steps, no start-up cost)")
-    parser.add_argument("--until", choices=("stable", "anneal", "chat", "export"), default="export")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(SEED)
-    args.out.mkdir(parents=True, exist_ok=True)
-    report = RowReport()
-    texts = load_texts(args.data, report)
-    report.check()
-    tokenizer = make_vocabulary(texts, args.out)
-    stages = [
-        Stage("stable", 0.56, lambda: stable_rows(tokenizer, texts), 16, 2, 60, 0.0, 0.02, 3e-3),
-        Stage("anneal", 0.22, lambda: anneal_rows(tokenizer, texts, args.data), 8, 2, 0, 1.0, 0.02, 3e-3),
-        Stage("chat", 0.22, lambda: tuning_rows(tokenizer, texts, args.data), 8, 1, 20, 1.0, 0.01, 1.5e-3),
-    ]
-    names = [stage.name for stage in stages]
-    wanted = stages if args.until == "export" else stages[: names.index(args.until) + 1]
-    model = run_stages(args, wanted, make_evaluation(tokenizer, args.data))
-    if args.until == "export":
-        export(model, tokenizer, args)
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="read by both runs together")
+    parser.add_argument("--threads", type=int, default=1, help="processor threads")
+    parser.add_argument("--until", choices=("data", "pretrain", "chat", "export"), default="export")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="keys of both runs, for example train.compile=false"
+    )
+    args = parser.parse_args(argv)
+    write_data(args.data, args.out / "data", say)
+    make_vocabulary(args.out / "data", args.out / "tokenizer", say)
+    for name, configured in (("pretrain", pretrain), ("chat", chat)):
+        if args.until == "data":
+            return
+        if not (args.out / name / "model" / "config.json").exists():
+            config = configured(args.out, args.tokens, [f"threads={args.threads}", *args.overrides])
+            run_recipe(config, watchers=[Lines(Path(config.out))], tell=say)
+        if args.until == name:
+            return
+    export(args.out, args.data)
 
 
 if __name__ == "__main__":

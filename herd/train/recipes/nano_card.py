@@ -3,15 +3,23 @@
 # ruff: noqa: E501  (tables and texts read better one entry to a line)
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from herd.data.read import read_rows
+from herd.errors import CheckpointError
+from herd.files import read_json
 from herd.model.llama import Llama
+from herd.train.config import RunConfig
+from herd.train.overrides import load_config
 from herd.train.recipes.nano_check import Checked
 from herd.train.state import latest, read_state
 
-__all__ = ["write_card", "write_credits"]
+__all__ = ["CLOCK", "write_card", "write_credits"]
+
+CLOCK = "cpu.json"
+"""Beside a run's log: the processor time that it took."""
 
 CARD = """\
 ---
@@ -45,16 +53,13 @@ numbers, days and words, says that it does not know the rest, and stops by itsel
 
 {stages}
 
-One process on one core of an AVX-512 server CPU (on two for some minutes of the first stage), float32, `torch.compile`. Muon for the matrices inside the layers (momentum 0.95),
-AdamW (0.9, 0.95) for embeddings and norms, weight decay 0.1, gradient clip 1.0, no dropout; warm-up, constant rate, then linear
-decay to zero over the simplest texts. Documents are packed with a document mask: they never see each other. In the chat stage, and for the
-conversations of the anneal stage, only the assistant's words are learned.
+One process on {threads}, {precision}, `torch.compile`, by `herd train`: two runs, whose whole configuration is `herd/train/recipes/nano.py`.
+Muon for the matrices inside the layers (momentum 0.95), AdamW (0.9, 0.95) for embeddings and norms, weight decay 0.1, gradient clip 1.0, no dropout.
+Rows of {context} tokens; documents in one row do not see each other; of conversations only the assistant's words are learned.
 
-| stage | rows of | tokens a step | peak rate Muon | peak rate AdamW |
+| run | tokens a step | peak rate Muon, AdamW | rate | rows of |
 |---|---|---|---|---|
-| stable | 256 | 8,192 | 0.02 | 0.003 |
-| anneal | 512 | 8,192 | 0.02 | 0.003 |
-| chat | 512 | 4,096 | 0.01 | 0.0015 |
+{runs}
 
 ## Data and licences
 
@@ -64,12 +69,12 @@ Since some of it is CC BY-SA 4.0, these weights are given under CC BY-SA 4.0 too
 
 | data | licence | used for |
 |---|---|---|
-| Children's books, school readers and animal stories of Project Gutenberg (Burgess, Bailey, Hope and others), readability index up to 8, and The Boxcar Children, The Secret Garden, The Adventures of Pinocchio, Anne of Avonlea | public domain in the USA | stable, anneal |
-| African Storybook (africanstorybook.org), by their named authors and illustrators, through global-asp/asp-source | CC BY 4.0 | all stages, upsampled |
-| Pratham Books StoryWeaver (storyweaver.org.in), by their named authors, through global-asp/pb-source | CC BY 4.0 | all stages, upsampled |
-| OneStopEnglish corpus (Vajjala and Lucic, 2018), elementary and intermediate level | CC BY-SA 4.0 | stable |
-| Questions (not answers) of databricks-dolly-15k, to practise saying "I do not know" | CC BY-SA 3.0 | anneal, chat |
-| Facts, small talk and story plots written for herd-nano: `herd/train/recipes/nano_*.py`, told in many wordings by rules | Apache-2.0 | anneal, chat |
+| Children's books, school readers and animal stories of Project Gutenberg (Burgess, Bailey, Hope and others), readability index up to 8 (those up to 6 twice as often while the rate falls), and The Boxcar Children, The Secret Garden, The Adventures of Pinocchio, Anne of Avonlea | public domain in the USA | both runs |
+| African Storybook (africanstorybook.org), by their named authors and illustrators, through global-asp/asp-source | CC BY 4.0 | both runs, upsampled |
+| Pratham Books StoryWeaver (storyweaver.org.in), by their named authors, through global-asp/pb-source | CC BY 4.0 | both runs, upsampled |
+| OneStopEnglish corpus (Vajjala and Lucic, 2018), elementary and intermediate level | CC BY-SA 4.0 | both runs |
+| Questions (not answers) of databricks-dolly-15k, to practise saying "I do not know" | CC BY-SA 3.0 | both runs, with the conversations |
+| Facts, small talk and story plots written for herd-nano: `herd/train/recipes/nano_*.py`, told in many wordings by rules | Apache-2.0 | both runs, from the fall of the rate on |
 
 Titles and authors of the openly licensed stories are in ATTRIBUTION.md. Changes: headings and credits removed, quotation marks unified, and, for chat, cut to
 complete short stories with a request in front.
@@ -105,43 +110,80 @@ Temperature 0.6, top-p 0.9, seeds 1, 2, 3 and so on in this order, first try.
 
 ## Rebuild
 
-    pip install "herd[train]" tokenizers
-    python -m herd.train.recipes.nano --data DATA --out runs/nano --minutes {minutes:.0f}
+    pip install "herd[train]"
+    python -m herd.train.recipes.nano --data DATA --out runs/nano --tokens {asked_tokens}
 
-The result is written to `runs/nano/export`. Stages that are finished are not repeated. A run limited by time sees more or less text depending on
-the machine, so the weights differ a little from these; the order of the data and the initial weights do not.
+The result is written to `runs/nano/export`. What is finished is not repeated, and what was stopped goes
+on. The budget is one of tokens: the same data on a machine of the same kind give the same weights.
 """
 
 
 def write_card(folder: Path, model: Llama, checked: Checked, bits: tuple[float, float], out: Path) -> None:
-    """Write README.md into `folder`. The stages' figures are read from their checkpoints in `out`; `bits` are bits per byte before and after chat."""
+    """Write README.md into `folder`. The runs' figures are read from their configurations and checkpoints in `out`; `bits` are bits per
+    byte before and after the chat stage. Raises CheckpointError for runs without a checkpoint.
+    """
     config = model.config
-    embedding = config.vocab_size * config.dim
-    lines, minutes = ["| stage | minutes | steps | tokens seen |", "|---|---|---|---|"], 0.0
-    total = 0
-    for stage in ("stable", "anneal", "chat"):
+    stages, runs = ["| run | minutes of a core | steps | tokens seen |", "|---|---|---|---|"], []
+    minutes, total, asked_tokens = 0.0, 0, 0
+    run: RunConfig | None = None
+    for stage in ("pretrain", "chat"):
         place = latest(out / stage)
-        if place is not None:
-            kept: dict[str, Any] = read_state(place)["counters"]
-            lines.append(f"| {stage} | {kept['seconds'] / 60:.0f} | {kept['step']:,} | {kept['tokens'] / 1e6:.1f} M |")
-            minutes += kept["seconds"] / 60
-            total += kept["tokens"]
-    lines.append(f"| together | {minutes:.0f} | | {total / 1e6:.1f} M |")
+        if place is None:
+            raise CheckpointError("there is no checkpoint of the run whose figures are wanted", path=out / stage)
+        kept: dict[str, Any] = read_state(place)["counters"]
+        used = read_json(out / stage / CLOCK)["cpu_seconds"] / 60
+        stages.append(f"| {stage} | {used:.0f} | {kept['step']:,} | {kept['tokens'] / 1e6:.1f} M |")
+        minutes += used
+        total += kept["tokens"]
+        run = load_config(out / stage / "config.yaml")
+        asked_tokens += run.train.budget.tokens or 0
+        runs.append(_run(stage, run))
+    assert run is not None
+    stages.append(f"| together | {minutes:.0f} | | {total / 1e6:.1f} M |")
     kinds = ", ".join(f"{kind} {hits}/{asked}" for kind, (hits, asked) in checked.by_kind.items())
     samples = "\n\n".join(
         f"**{text}**\n\n" + "\n".join(f"> {line}" for line in reply.split("\n")) for text, reply in checked.samples
     )
+    threads = {1: "one core", 2: "two cores"}.get(run.threads or 0, "all cores") + " of an AVX-512 server CPU"
     (folder / "README.md").write_text(
         CARD.format(
             parameters=sum(p.numel() for p in model.parameters()),
-            embedding=embedding, layers=len(config.layers), dim=config.dim, hidden=config.hidden_dim, heads=config.n_heads,
+            embedding=config.vocab_size * config.dim, layers=len(config.layers), dim=config.dim, hidden=config.hidden_dim, heads=config.n_heads,
             kv_heads=config.n_kv_heads, head_dim=config.head_dim, vocab=config.vocab_size, base=config.vocab_size - 32,
-            context=config.max_seq_len, dtype="float16", stages="\n".join(lines), base_bits=bits[0], bits=bits[1], right=checked.right, asked=checked.asked,
+            context=config.max_seq_len, dtype="float16", stages="\n".join(stages), runs="\n".join(runs), threads=threads,
+            precision=_PRECISION[run.train.precision], base_bits=bits[0], bits=bits[1], right=checked.right, asked=checked.asked,
             accuracy=checked.right / checked.asked, stopped=checked.stopped, replies=checked.asked + checked.stories,
-            on_topic=checked.on_topic, stories=checked.stories, kinds=kinds, samples=samples, minutes=minutes,
+            on_topic=checked.on_topic, stories=checked.stories, kinds=kinds, samples=samples, asked_tokens=asked_tokens,
         ),
         encoding="utf-8",
     )  # fmt: skip
+
+
+_PRECISION = {
+    "float32": "float32",
+    "bfloat16": "products in bfloat16 over float32 weights",
+    "float8": "products in float8",
+}
+
+
+def _run(name: str, config: RunConfig) -> str:
+    """A run as a line of the card."""
+    train, data = config.train, config.data
+    schedule, optim = train.schedule, train.optim
+    fall = (
+        f"constant, falling to 0 over the last {schedule.decay_fraction:.0%}"
+        if schedule.kind == "wsd"
+        else "falling to 0"
+    )
+    weights = data.stages[-1].weights if data.stages else {part.name: part.weight for part in data.sources}
+    first = f"{_mix(data.stages[0].weights)}; then " if data.stages else ""
+    tokens = data.rows * data.length * train.accumulate
+    return f"| {name} | {tokens:,} | {optim.muon_lr:g}, {optim.lr:g} | {fall} | {first}{_mix(weights)} |"
+
+
+def _mix(weights: Mapping[str, float]) -> str:
+    whole = sum(weights.values())
+    return ", ".join(f"{name} {weight / whole:.0%}" for name, weight in weights.items() if weight)
 
 
 SERIES = {

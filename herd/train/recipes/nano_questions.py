@@ -125,7 +125,8 @@ def _animals() -> Iterator[Fact]:
         yield _fact(
             "food", name,
             [f"what does {a} eat", f"what do {many} eat", f"what does the {name} like to eat", f"what is the food of {a}",
-             f"tell me what {many} eat", f"what do {many} like to eat", f"what can I feed {a}"],
+             f"tell me what {many} eat", f"what do {many} like to eat", f"what should I give {a} to eat", f"what is good food for {a}",
+             f"what can I feed {a}"],
             [f"{a} eats {about.food}.", f"{many} eat {about.food}."], about.food.split()[0], about.food.split()[-1],
         )  # fmt: skip
         legs = f"It has {count} legs" + (f" and says {about.sound}." if about.sound else ".")
@@ -206,6 +207,7 @@ def _numbers() -> Iterator[Fact]:
             if b <= 10 and 0 <= a - b <= 10:
                 yield _fact("minus", f"{a}-{b}",
                     [f"what is {a} minus {b}", f"what is {a} - {b}", f"how much is {a} minus {b}", f"{a} - {b}", f"what is {a} take away {b}",
+                     f"subtract {b} from {a}", f"take {b} away from {a}", f"what is left when {b} is taken away from {a}",
                      f"what do you get when you take {b} from {a}"],
                     [f"{a} minus {b} is {a - b}."], f"is {a - b}.")  # fmt: skip
             if 0 < a <= 5 and 0 < b <= 5:
@@ -253,7 +255,8 @@ def _words() -> Iterator[Fact]:
         for member in members:
             yield _fact("is a", f"{member} {kind}",
                 [f"is {with_article(member)} {with_article(kind)}" if kind not in ("colour", "sport", "meal", "drink") else f"is {member} {with_article(kind)}",
-                 f"what kind of thing is {with_article(member)}" if kind not in ("colour", "sport", "meal", "drink") else f"what kind of thing is {member}"],
+                 f"what kind of thing is {with_article(member)}" if kind not in ("colour", "sport", "meal", "drink") else f"what kind of thing is {member}",
+                 f"tell me what kind of thing {with_article(member)} is" if kind not in ("colour", "sport", "meal", "drink") else f"tell me what kind of thing {member} is"],
                 [f"Yes, {with_article(member) if kind not in ('colour', 'sport', 'meal', 'drink') else member} is {with_article(kind)}.",
                  f"{with_article(member) if kind not in ('colour', 'sport', 'meal', 'drink') else member} is {with_article(kind)}."], f"is {with_article(kind)}")  # fmt: skip
     for shape, text in SHAPES.items():
@@ -264,12 +267,14 @@ def _words() -> Iterator[Fact]:
 def _world() -> Iterator[Fact]:
     for deed, part in BODY.items():
         yield _fact("body", deed, [f"what do we {deed} with", f"what do you use to {deed}", f"with what do we {deed}", f"which part of the body do we {deed} with",
-            f"what do people {deed} with", f"what part of the body is used to {deed}"], [f"We {deed} with our {part}."], part)  # fmt: skip
+            f"what do people {deed} with", f"what do we need to {deed}", f"which part of the body do you need to {deed}",
+            f"what part of the body is used to {deed}"], [f"We {deed} with our {part}."], part)  # fmt: skip
     for thing, stuff in MADE_OF.items():
         yield _fact("made of", thing, [f"what is {thing} made of", f"what is {thing} made from", f"tell me what {thing} is made of", f"what do you need to make {thing}",
             f"do you know what {thing} is made of"], [f"{thing} is made of {stuff}."], stuff.split()[-1])  # fmt: skip
     for job, deed in JOBS.items():
-        yield _fact("job", job, [f"what does {job} do", f"what is {job}", f"what is the work of {job}", f"tell me what {job} does", f"what is the job of {job}"],
+        yield _fact("job", job, [f"what does {job} do", f"what is {job}", f"what is the work of {job}", f"tell me what {job} does", f"what kind of work does {job} do",
+            f"do you know what {job} does", f"what is the job of {job}"],
             [f"{job} {deed}."], " ".join(deed.split()[:2]))  # fmt: skip
     for deed, place in PLACES.items():
         yield _fact("place", deed, [f"where can I {deed}", f"where do we {deed}", f"where do people {deed}", f"where can you {deed}", f"tell me where I can {deed}"],

@@ -15,7 +15,7 @@ from typing import Any
 
 from herd.data.read import RowReport, read_rows
 
-__all__ = ["Text", "anneal_texts", "clean", "load_texts", "readability", "stable_texts", "validation_texts"]
+__all__ = ["Text", "clean", "load_texts", "readability", "validation_texts"]
 
 PICTURE = ("global-asp/asp-source", "global-asp/pb-source")
 EXTRA_BOOKS = ("The Boxcar Children", "The Secret Garden", "The Adventures of Pinocchio", "Anne of Avonlea")
@@ -81,20 +81,6 @@ def load_texts(data: Path, report: RowReport) -> list[Text]:
 def _text(row: Mapping[str, Any], kind: str) -> Text:
     text = clean(row["text"])
     return Text(text, row.get("title", ""), row.get("source", ""), kind, readability(text))
-
-
-def stable_texts(texts: list[Text], hardest: float = 8.0) -> list[Text]:
-    """One epoch of the constant-rate phase: everything up to `hardest`, in file order.
-
-    Picture stories appear twice: they are the best and the fewest.
-    """
-    return [t for t in texts if t.grade <= hardest] + [t for t in texts if t.kind == "picture"]
-
-
-def anneal_texts(texts: list[Text], hardest: float = 4.5) -> list[Text]:
-    """One epoch of the decay phase: books up to `hardest`, picture stories four times."""
-    books = [t for t in texts if t.kind == "book" and t.grade <= hardest]
-    return books + 4 * [t for t in texts if t.kind == "picture" and t.grade <= 7]
 
 
 def validation_texts(data: Path) -> list[str]:
