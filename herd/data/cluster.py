@@ -240,7 +240,9 @@ class _Crew:
         try:
             return self.ray.get(reference)
         except self.ray.exceptions.RayError as error:  # the process or its machine is gone, or herd is not there
-            return _Answer(why=" ".join(str(error).split())[:300], again=True)
+            cause = getattr(error, "cause", None)  # what the task itself raised
+            why = str(error) if cause is None else f"{type(cause).__name__}: {cause}"
+            return _Answer(why=" ".join(why.split())[:300], again=True)
 
     def _failed(self, number: int, answer: _Answer) -> None:
         if not answer.again:

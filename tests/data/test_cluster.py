@@ -159,11 +159,13 @@ def test_a_lost_part_is_begun_again_and_at_last_named(ray: Ray, tmp_path: Path, 
 
     def always(number: int) -> None:
         if number == 3:
-            raise RayError("its machine is gone")
+            error = RayError("ray::_part() a traceback of many lines")
+            error.cause = MemoryError("no\n room")  # type: ignore[attr-defined]
+            raise error
 
     ray.doom = [always]
     with pytest.raises(
-        DataError, match=r"part 3 of 4 failed 3 of 3 times: its machine is gone.*the same command goes on"
+        DataError, match=r"part 3 of 4 failed 3 of 3 times: MemoryError: no room. .*the same command goes on"
     ):
         build(tmp_path / "other", sources, processes=1)
     assert not ray.open
