@@ -293,8 +293,12 @@ class LLM:
         self._loop.abort(request_id)
 
     def after_steps(self, call: Callable[[], None]) -> None:
-        """Have `call` called in the engine's thread after each step's events: what sinks gathered can go out together then."""
+        """Have `call` called in the engine's thread after each step's events: what sinks gathered can go out together then.
+
+        The engine's thread begins here, with the priority of this one, and not with the first request.
+        """
         self._loop.after = call
+        self._loop.start()
 
     def compile(self, constraint: Constraint) -> None:
         """Raise ConfigError when replies cannot be held to `constraint`. Compiled ones are kept for requests to come."""

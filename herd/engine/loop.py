@@ -46,6 +46,12 @@ class Loop:
         self.after: Callable[[], None] = lambda: None
         """Called in the engine's thread when the events of a step have been passed on."""
 
+    def start(self) -> None:
+        """Begin the thread now, with the priority of the one that calls this: otherwise the first request's thread begins it."""
+        with self._wake:
+            self._check()
+            self._go()
+
     def submit(self, request: Request, sink: Sink) -> None:
         """Queue a request. Raises what `Engine.add` raises, HerdError when the loop has ended."""
         with self._wake:

@@ -8,9 +8,11 @@ import os
 import select
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -34,7 +36,7 @@ from herd.server.protocol import (
     Text,
 )
 from herd.server.settings import EngineOptions, ModelSpec
-from herd.server.worker import THREADS, Worker
+from herd.server.worker import NICE, THREADS, Worker
 from tests.server.conftest import faked
 
 LONG = {"ignore_stop_ids": True, "temperature": 1.0, "seed": 1}
@@ -73,7 +75,7 @@ def test_one_worker_through_all_of_it() -> None:
             assert (about.context, about.format, about.tools, about.infill) == (512, "llama3", False, False)
             assert about.parameters == 5_493_504 or about.parameters > 5_000_000
             assert (process.memory() or 0) > 50 << 20
-            for check in (whole, cancelled_at_every_stage, many_cancels, questions, refusals):
+            for check in (whole, priorities, cancelled_at_every_stage, many_cancels, questions, refusals):
                 await check(process)
                 assert process.error is None
 
@@ -90,6 +92,27 @@ async def whole(process: Process) -> None:
     assert "".join(event.text for event in events if isinstance(event, Piece)).strip()
     assert events[-1].usage.completion_tokens == 5
     assert events[-1].usage.prompt_seconds > 0
+
+
+async def priorities(process: Process) -> None:
+    """Threads that prepare calls let others go first, and the engine is one of those others, whoever brought the first call."""
+    if sys.platform != "linux":
+        return
+
+    def threads() -> dict[str, tuple[int, int]]:
+        """Of each thread: what it has computed, and by how much it is nicer than we are."""
+        stats = [(path / "stat").read_text() for path in Path(f"/proc/{process.pid}/task").iterdir()]
+        fields = {stat.split()[0]: stat.rsplit(")", 1)[1].split() for stat in stats}
+        own = os.getpriority(os.PRIO_PROCESS, 0)
+        return {id: (int(one[11]) + int(one[12]), int(one[16]) - own) for id, one in fields.items()}
+
+    before = threads()
+    async for _ in process.run(Call("p", Text("Once upon a time"), LONG | {"max_tokens": 400})):
+        pass
+    after = threads()
+    computed = {id: used - before.get(id, (0, 0))[0] for id, (used, _) in after.items()}
+    assert after[max(computed, key=lambda id: computed[id])][1] == 0, "the thread that computes is the engine's"
+    assert NICE in [nice for _, nice in after.values()], "no thread stands back"
 
 
 async def cancelled_at_every_stage(process: Process) -> None:
