@@ -98,12 +98,25 @@ def guard(llm: LLM) -> dict[str, Any]:
 
 @ask
 def load_adapter(llm: LLM, name: str, path: str) -> dict[str, Any]:
-    """Add a LoRA adapter."""
+    """Add an adapter. `rooms` are the contexts afterwards, see `rooms`."""
     loaded = llm.load_adapter(name, path)
-    return {"name": name, "rank": loaded.rank, "matrices": loaded.matrices, "change": loaded.change}
+    said = {
+        "name": name,
+        "kind": loaded.kind,
+        "rank": loaded.rank,
+        "matrices": loaded.matrices,
+        "change": loaded.change,
+    }
+    return said | {"virtual": loaded.virtual, "context": llm.max_len, "rooms": rooms(llm)}
 
 
 @ask
-def unload_adapter(llm: LLM, name: str) -> None:
+def unload_adapter(llm: LLM, name: str) -> dict[str, Any]:
     """Forget one."""
     llm.unload_adapter(name)
+    return {"context": llm.max_len, "rooms": rooms(llm)}
+
+
+def rooms(llm: LLM) -> dict[str, int]:
+    """The contexts of adapters whose virtual tokens take a part of it, in tokens of a request."""
+    return {one.name: llm.room(one.name) for one in llm.adapters if one.virtual}

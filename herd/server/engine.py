@@ -50,7 +50,7 @@ def _row(state: State, slot: Slot) -> dict[str, Any]:
         "requests": ages,
         "expires_in": round(max(0.0, (slot.keep_alive or 0.0) - (now - slot.used)), 3) if idle else None,
         "memory": None if process is None or slot.state == "failed" else process.memory(),
-        "context": None if about is None else about.context,
+        "context": slot.context(),
         "parameters": None if about is None else about.parameters,
         "kind": None if about is None else about.kind,
         "format": None if about is None else about.format,

@@ -230,6 +230,7 @@ class _Gauges(Collector):
             "herd_kv_blocks": "Blocks of the KV cache.",
             "herd_kv_blocks_used": "Those that replies hold.",
             "herd_kv_blocks_cached": "Those that remember what prompts began with, and may be taken.",
+            "herd_kv_blocks_pinned": "Those that hold the virtual tokens of adapters.",
         }
         counters = {
             "herd_prefix_cache_queries": "Prompt tokens that were looked up in the prefix cache.",
@@ -268,6 +269,7 @@ def _numbers(slot: Any) -> dict[str, float]:
         "herd_kv_blocks": total,
         "herd_kv_blocks_used": stats["blocks_used"],
         "herd_kv_blocks_cached": stats["blocks_cached"],
+        "herd_kv_blocks_pinned": stats.get("blocks_pinned", 0),
         "herd_prefix_cache_queries": stats["prompt_tokens"],
         "herd_prefix_cache_hits": stats["cached_tokens"],
         "herd_num_preemptions": stats["preemptions"],

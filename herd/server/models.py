@@ -83,6 +83,8 @@ class Slot:
     let_go: bool = False
     """Whether it was unloaded because nobody needs it now."""
     created: int = 0
+    changed: tuple[int, dict[str, int]] | None = None
+    """The contexts of the model and of its adapters (`Ready.context`, `Ready.rooms`) since adapters came or went."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
@@ -98,6 +100,13 @@ class Slot:
     def about(self) -> Ready | None:
         """Facts of the loaded model."""
         return self.process.about if self.process is not None and self.process.error is None else None
+
+    def context(self, adapter: str | None = None) -> int | None:
+        """The most tokens of a request with `adapter`; None while the model is not loaded."""
+        if (about := self.about) is None:
+            return None
+        whole, rooms = self.changed or (about.context, about.rooms)
+        return whole if adapter is None else rooms.get(adapter, whole)
 
 
 class Models:
@@ -275,7 +284,7 @@ class Models:
                     "memory": slot.process.memory(),
                     "device": None if about is None else about.device,
                     "device_memory": slot.process.stats.get("device_memory"),
-                    "context": None if about is None else about.context,
+                    "context": slot.context(),
                     "parameters": None if about is None else about.parameters,
                     "kind": None if about is None else about.kind,
                     "pid": slot.process.pid,
@@ -315,6 +324,7 @@ class Models:
             if process is None:
                 await self._make_room(slot)
                 process = slot.process = self._launch(slot.spec if not slot.adapters else _with_adapters(slot))
+                slot.changed = None
                 await process.start()
         try:
             await asyncio.wait_for(process.ready(), self.settings.load_seconds)

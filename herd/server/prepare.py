@@ -42,8 +42,7 @@ class Model(Protocol):
     @property
     def format(self) -> ChatFormat: ...
 
-    @property
-    def max_len(self) -> int: ...
+    def room(self, adapter: str | None = None) -> int: ...
 
     def params(self, **chosen: Any) -> SamplingParams: ...
 
@@ -104,7 +103,7 @@ class Preparer:
     def _prompt(self, call: Call) -> _Prompt:
         match call.prompt:
             case Chat():
-                return self._chat(call.prompt, call.sampling)
+                return self._chat(call.prompt, call.sampling, self._model.room(call.adapter))
             case Text(text, None):
                 return self._plain(self._base.complete(text).tokens)
             case Text(text, suffix):
@@ -117,7 +116,7 @@ class Preparer:
     def _plain(self, ids: Sequence[int]) -> _Prompt:
         return _Prompt(ids, self._base.stop_ids, self._base.parser, {})
 
-    def _chat(self, chat: Chat, sampling: Mapping[str, Any]) -> _Prompt:
+    def _chat(self, chat: Chat, sampling: Mapping[str, Any], context: int) -> _Prompt:
         format = self._model.format
         if chat.format_options:
             _check_options(format.name, chat.format_options)
@@ -127,7 +126,7 @@ class Preparer:
             if any(isinstance(part, Image) for part in message.parts):
                 raise PromptError(f"messages[{i}] holds an image, and this model reads text only")
         tools = () if chat.tool_choice == "none" else tools_from(chat.tools)
-        rendered_ids, notes, truncated = self._rendered(format, messages, tools, chat, sampling)
+        rendered_ids, notes, truncated = self._rendered(format, messages, tools, chat, sampling, context)
         rules = self._rules(format, tools, chat, sampling)
         form = chat.tool_choice == "auto" and any(sampling.get(name) for name in _FORMS)
         return _Prompt(
@@ -147,25 +146,26 @@ class Preparer:
         tools: tuple[ToolSpec, ...],
         chat: Chat,
         sampling: Mapping[str, Any],
+        context: int,
     ) -> tuple[list[int], tuple[str, ...], Truncated | None]:
-        """The prompt's ids; with `truncate`, of the newest messages that fit."""
+        """The prompt's ids; with `truncate`, of the newest messages that fit into `context`, prompt and reply together."""
         rendered = self._render(format, messages, tools, chat)
         whole = len(rendered.tokens)
-        if not chat.truncate or whole < self._model.max_len:
+        if not chat.truncate or whole < context:
             return rendered.tokens, rendered.notes, None
-        room = self._model.max_len - min(self._model.max_len // 4, sampling.get("max_tokens") or self._model.max_len)
+        room = context - min(context // 4, sampling.get("max_tokens") or context)
         kept, dropped = messages, 0
         for shorter in _shorter(messages):
             kept, dropped = shorter, len(messages) - len(shorter)
             rendered = self._render(format, kept, tools, chat)
             if len(rendered.tokens) <= room:
                 break
-        if len(rendered.tokens) >= self._model.max_len:
+        if len(rendered.tokens) >= context:
             raise ContextFullError(
                 f"without the {dropped} oldest of {len(messages)} messages the prompt still has {len(rendered.tokens):,} tokens, "
-                f"and the context holds {self._model.max_len:,}: system messages, tools and the last message are never left out",
+                f"and the context holds {context:,}: system messages, tools and the last message are never left out",
                 needed=len(rendered.tokens) + 1,
-                available=self._model.max_len,
+                available=context,
             )
         return rendered.tokens, rendered.notes, Truncated(dropped, whole - len(rendered.tokens))
 

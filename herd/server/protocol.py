@@ -248,7 +248,8 @@ class Progress:
 @dataclass(frozen=True, slots=True)
 class Ready:
     """The model is loaded. `format` is its prompt format, None for a base model; `budget` says what memory it got.
-    `defaults` are the checkpoint's own sampling defaults, those that pages show. `sees`: prompts may hold images."""
+    `defaults` are the checkpoint's own sampling defaults, those that pages show. `sees`: prompts may hold images. `rooms` are
+    the contexts of adapters that leave less of it (virtual tokens)."""
 
     source: str
     path: str
@@ -267,6 +268,7 @@ class Ready:
     device: str = "cpu"
     defaults: dict[str, Any] = field(default_factory=dict)
     sees: bool = False
+    rooms: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,8 +105,9 @@ class State:
 
     async def about(self, name: str) -> Ready:
         """Facts of a model, which is loaded for that. Raises as `run`."""
-        async with self.models.use(name) as (_, process, _):
-            return await process.ready()
+        async with self.models.use(name) as (slot, process, adapter):
+            about = await process.ready()
+            return replace(about, context=slot.context(adapter) or about.context)
 
     def stop_all(self, why: str) -> None:
         """End every call with an error: the server does not wait for them any more. Nothing begins after that."""

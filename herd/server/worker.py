@@ -28,7 +28,7 @@ from herd.checkpoint.resolve import resolve
 from herd.engine.choices import ChoicesSink, ChoiceStep
 from herd.engine.completion import TokenLogprob
 from herd.errors import ConfigError, ContextFullError, HerdError
-from herd.server.asks import ASKS
+from herd.server.asks import ASKS, rooms
 from herd.server.outbox import Outbox
 from herd.server.prepare import Prepared, Preparer
 from herd.server.protocol import (
@@ -456,6 +456,7 @@ def _ready(load: Load, llm: LLM) -> Ready:
         adapters=tuple(one.name for one in llm.adapters if not one.name.startswith("@")),
         device=str(weight.device),
         defaults={name: getattr(llm.params(), name) for name in SHOWN_DEFAULTS},
+        rooms=rooms(llm),
     )
 
 

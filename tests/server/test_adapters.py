@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import openai
 import pytest
+import torch
 
+from herd.adapters.prefix import Prefix
 from herd.checkpoint.load import load
 from herd.checkpoint.peft import write_peft
+from herd.checkpoint.peft_virtual import write_virtual
 from herd.server.settings import EngineOptions, ModelSpec, ServerSettings
 from tests.engine.test_adapters import adapter
 from tests.server.conftest import Live, serving
 
+TOLD = 600
+"""Looks at numbers that are told every second; a busy machine takes a while."""
 ASKED: Any = {"messages": [{"role": "user", "content": "A dog."}], "max_tokens": 12, "temperature": 0}
 
 
 @pytest.fixture(scope="module")
 def serving_adapters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    """nano with a folder of adapters: `tuned`, `nothing` (no adapter), `away` (a link out of it)."""
+    """nano with a folder of adapters: `tuned`, `soft` (a prefix of 20), `huge` (as long as the context), `nothing` (no adapter),
+    `away` (a link out of it)."""
     folder = tmp_path_factory.mktemp("adapters")
     model, _ = load("nano")
     for name, place in (("tuned", folder / "tuned"), ("outside", tmp_path_factory.mktemp("outside"))):
@@ -29,6 +37,11 @@ def serving_adapters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]
         if name == "outside":
             (folder / "away").symlink_to(place)
     (folder / "nothing").mkdir()
+    for name, count in (("soft", 20), ("huge", model.config.max_seq_len)):
+        shape = model.config.n_layers, count, model.config.n_kv_heads, model.config.head_dim
+        keys, values = 3 * torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+        (folder / name).mkdir()
+        write_virtual(Prefix(keys, values), folder / name, model.config, lambda _: None)
     models = (ModelSpec(source="nano", name="nano", options=EngineOptions(max_seqs=2, seed=0)),)
     settings = ServerSettings(models=models, port=0, lazy=True, drain_seconds=1, adapter_dir=str(folder))
     yield from serving(settings)
@@ -73,6 +86,47 @@ def test_an_adapter_comes_changes_replies_and_goes(serving_adapters: Live) -> No
         client.close()
 
 
+def test_virtual_tokens_are_a_model_with_less_room(serving_adapters: Live) -> None:
+    """A prefix chosen per request, as a model of its own: its replies, its counts, and the same after its process began anew."""
+    with serving_adapters.client() as http:
+
+        def ask(model: str, **more: Any) -> dict[str, Any]:
+            return http.post("/v1/chat/completions", json={"model": model} | ASKED | more).json()
+
+        def contexts() -> dict[str, int]:
+            return {row["id"]: row["max_model_len"] for row in http.get("/v1/models").json()["data"]}
+
+        plain = ask("nano")
+        whole = contexts()["nano"]
+        answer = http.post("/v1/load_lora_adapter", json={"lora_name": "gentle", "lora_path": "soft"})
+        assert answer.status_code == 200, answer.text
+        assert contexts() == {"nano": whole, "gentle": whole - 20}
+        soft = ask("gentle")
+        assert soft["choices"][0]["message"]["content"] != plain["choices"][0]["message"]["content"]
+        assert ask("nano@gentle")["choices"] == soft["choices"]
+        assert ask("nano")["choices"] == plain["choices"]
+        assert soft["usage"]["prompt_tokens"] == plain["usage"]["prompt_tokens"], "virtual tokens are no tokens"
+        prompt = {"prompt": [5] * (whole - 20), "max_tokens": 1}
+        assert http.post("/v1/completions", json=prompt | {"model": "nano"}).status_code == 200
+        full = http.post("/v1/completions", json=prompt | {"model": "gentle"})
+        assert full.status_code == 400
+        error = full.json()["error"]
+        assert error["code"] == "context_length_exceeded"
+        assert "beside the 20 virtual tokens of adapter 'gentle'" in error["message"]
+        asyncio.run_coroutine_threadsafe(serving_adapters.state.models.unload("nano"), serving_adapters.loop).result()
+        assert ask("gentle")["choices"][0]["message"] == soft["choices"][0]["message"]
+        assert contexts() == {"nano": whole, "gentle": whole - 20}
+        for wanted in ("2.0", "0.0"):
+            for _ in range(TOLD):  # a worker tells its numbers every second
+                if f'herd_kv_blocks_pinned{{model_name="nano"}} {wanted}' in (told := http.get("/metrics").text):
+                    break
+                time.sleep(0.05)
+            else:
+                raise AssertionError(told)
+            http.post("/v1/unload_lora_adapter", json={"lora_name": "gentle"})
+        assert contexts() == {"nano": whole}
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [
@@ -83,6 +137,7 @@ def test_an_adapter_comes_changes_replies_and_goes(serving_adapters: Live) -> No
         ({"lora_path": "missing"}, "lora_path"),
         ({"lora_path": "a\u0000b"}, "lora_path"),
         ({"lora_path": "nothing"}, "lora_path"),
+        ({"lora_path": "huge"}, "lora_path"),
         ({"lora_path": "tuned", "lora_name": "a@b"}, "lora_name"),
         ({"lora_path": "tuned", "lora_name": "nano"}, "lora_name"),
         ({"lora_path": "tuned", "lora_name": "a\nb"}, "lora_name"),

@@ -39,6 +39,9 @@ class Model:
     def format(self) -> ChatFormat:
         return format_named(self.name, self.tokenizer)
 
+    def room(self, adapter: str | None = None) -> int:
+        return self.max_len if adapter is None else self.max_len - 100
+
     def params(self, **chosen: Any) -> SamplingParams:
         return SamplingParams(**chosen)
 
@@ -84,6 +87,8 @@ def test_the_oldest_turns_are_left_out_when_asked() -> None:
     assert prepared.truncated.dropped_tokens == len(whole) - len(prepared.request.prompt)
     short = Preparer(model).prepared(Call("1", Chat(turns(2), truncate=True)))
     assert short.truncated is None, "what fits is left alone"
+    less = Preparer(model).prepared(Call("1", Chat(turns(20), truncate=True), {"max_tokens": 50}, adapter="virtual"))
+    assert len(less.request.prompt) + 50 <= model.max_len - 100, "an adapter's virtual tokens take their part"
 
 
 def test_what_can_never_be_left_out() -> None:

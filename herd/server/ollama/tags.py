@@ -99,12 +99,12 @@ async def show(request: Request) -> dict[str, Any]:
         raise ApiError(400, "model is missing", param="model", code="missing_required_parameter")
     models = state_of(request).models
     await models.meet(name)
-    slot, _ = models.find(name)
+    slot, adapter = models.find(name)
     made = await asyncio.to_thread(find, slot.spec.source)
     facts = await facts_of(slot.spec)
     about = slot.about
     format = (about.format if about is not None else None) or slot.spec.options.format or facts.format
-    context = about.context if about is not None else facts.context
+    context = facts.context if about is None else slot.context(adapter)
     info = {
         "general.architecture": "llama",
         "general.parameter_count": facts.parameters,

@@ -1,4 +1,7 @@
-"""LoRA adapters of a running server: vLLM's load_lora_adapter and unload_lora_adapter, llama.cpp's lora-adapters."""
+"""Adapters of a running server: vLLM's load_lora_adapter and unload_lora_adapter, llama.cpp's lora-adapters.
+
+The names are those of LoRA, and adapters of virtual tokens (prefix and prompt tuning) come and go through them as well.
+"""
 
 from __future__ import annotations
 
@@ -61,13 +64,14 @@ async def load(request: Request) -> PlainTextResponse:
             what = f"adapter {body.lora_name!a} is loaded already: unload it first, or choose another name"
             raise ApiError(400, what, param="lora_name", code="invalid_value")
         try:
-            await process.ask("load_adapter", name=body.lora_name, path=str(path))
+            said = await process.ask("load_adapter", name=body.lora_name, path=str(path))
         except WorkerError as error:
             if error.kind in ("CheckpointError", "ConfigError", "ConfigFileError"):
                 what = pathless(str(error).replace(f"{_folder(state)}{os.sep}", ""))
                 raise ApiError(400, what, param="lora_path", code="invalid_value") from None
             raise
         slot.adapters[body.lora_name] = str(path)
+        slot.changed = said["context"], said["rooms"]
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
@@ -85,11 +89,12 @@ async def unload(request: Request) -> PlainTextResponse:
     if slot.about is not None:
         async with state.models.use(name) as (_, process, _):
             try:
-                await process.ask("unload_adapter", name=body.lora_name)
+                said = await process.ask("unload_adapter", name=body.lora_name)
             except WorkerError as error:
                 if error.kind == "ConfigError":  # requests with it have not ended
                     raise ApiError(409, str(error), param="lora_name", code="adapter_in_use") from None
                 raise
+            slot.changed = said["context"], said["rooms"]
     slot.adapters.pop(body.lora_name, None)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 

@@ -328,9 +328,9 @@ def check_told(state: State, told: int, param: str) -> None:
 
 def longest(state: State, name: str) -> int:
     """Most tokens of a reply of the model that clients call `name`. Raises UnknownModelError."""
-    slot, _ = state.models.find(name)
-    if slot.about is not None:
-        return slot.about.context
+    slot, adapter = state.models.find(name)
+    if (context := slot.context(adapter)) is not None:
+        return context
     return slot.spec.options.max_len or UNKNOWN_CONTEXT
 
 

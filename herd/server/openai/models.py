@@ -67,7 +67,7 @@ def _row(name: str, slot: Slot, adapter: str | None) -> dict[str, Any]:
         "owned_by": "herd",
         "root": slot.spec.name if adapter is None else adapter,
         "parent": None if adapter is None else slot.spec.name,
-        "max_model_len": None if about is None else about.context,
+        "max_model_len": slot.context(adapter),
         "meta": {"state": slot.state}
         | ({} if about is None else {"n_params": about.parameters, "kind": about.kind, "format": about.format}),
     }
