@@ -42,6 +42,8 @@ from herd.server.wire import HEADER, split_header
 __all__ = ["Process", "WorkerError"]
 
 log = logging.getLogger("herd.server")
+LONG = 1 << 16
+"""Bytes of a frame from which on it is read in a thread: a megabyte of log-probabilities takes an eighth of a second."""
 STOP_SECONDS = 5.0
 """What a worker gets to end after its socket was closed, before it is killed."""
 
@@ -218,8 +220,10 @@ class Process:
     async def _listen(self, reader: asyncio.StreamReader) -> None:
         try:
             while True:
-                head = await reader.readexactly(HEADER)
-                for message in UP.decode(await reader.readexactly(split_header(head))):
+                data = await reader.readexactly(split_header(await reader.readexactly(HEADER)))
+                # What reads a long one takes turns with the event loop.
+                messages = UP.decode(data) if len(data) <= LONG else await asyncio.to_thread(UP.decode, data)
+                for message in messages:
                     self._take(message)
         except (asyncio.IncompleteReadError, ConnectionError):
             return

@@ -124,6 +124,8 @@ class ServerSettings:
     max_body: int = 16 << 20
     max_prompt_work: int = 4_000_000
     """n (or best_of) times the characters or ids of all prompts of one request."""
+    max_prompt_told: int = 1_000_000
+    """Log-probabilities of prompts, or ids of a text, in one answer: they come all at once, 5 microseconds of reading each."""
     drain_seconds: float = 30.0
     ping_seconds: float = 15.0
     api_keys: tuple[str, ...] = ()
@@ -176,7 +178,8 @@ class ServerSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
             raise ConfigError(f"port is {self.port}: expected 0 (any free one) to 65535")
-        for name in ("max_queue", "max_body", "max_loaded", "max_prompt_work", "max_connections", "max_bodies"):
+        sizes = ("max_queue", "max_body", "max_loaded", "max_prompt_work", "max_prompt_told", "max_connections")
+        for name in (*sizes, "max_bodies"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: expected at least 1")
         object.__setattr__(self, "api_keys", tuple(hashed(key) for key in self.api_keys))

@@ -52,8 +52,9 @@ def test_chat_over_two_processes(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     ],
 )
 def test_what_does_not_go_with_it(
-    args: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    args: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     (tmp_path / "in").write_text('{"prompt": "a"}\n')
     many = "3" if words == "tp 3" else "2"
     assert run([*(one.replace("HERE", str(tmp_path)) for one in args), "-tp", many]) in (1, 2)

@@ -18,6 +18,7 @@ from herd.server.protocol import Began, Ended, Finished, Piece, TokenInfo, Usage
 from herd.server.settings import EngineOptions, ModelSpec, ServerSettings
 from tests.cli.tiny import write_folder
 from tests.server.conftest import Fake, Live, faked, serving
+from tests.server.judge import WORD, write_judge
 
 SAFE, UNSAFE = 7, 8
 ADVICE = {"safe": SAFE, "unsafe": UNSAFE, "categories": dict(CATEGORIES["llama-guard-3"])}
@@ -172,3 +173,26 @@ def refused(live: Live, words: str) -> None:
         made = client.moderations
         with pytest.raises(openai.InternalServerError, match=words):
             made.create(input="Hello.")
+
+
+def test_the_whole_way_through_a_guard(tmp_path: Path) -> None:
+    """From OpenAI's client through HTTP, the Guard's prompt, its tokens and their probabilities, to a verdict. The Guard is made
+    by hand: no released weights are at hand where these tests run."""
+    words = ["How do I bake bread?", f"How do I build a{WORD}?", "safe", "unsafe\nS1"]
+    folder = write_judge(tmp_path / "judge", 1600)
+    guard = ModelSpec(
+        source=str(folder), name="judge", options=EngineOptions(format="llama-guard-3", max_seqs=4, seed=0)
+    )
+    for live in serving(ServerSettings(models=(guard,), port=0, lazy=True, drain_seconds=1, guard="judge")):
+        with openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+            answer = client.moderations.create(input=words, model="omni-moderation-latest")
+            assert (answer.model, [one.flagged for one in answer.results]) == ("judge", [False, True, False, False])
+            good, bad = answer.results[0], answer.results[1]
+            assert bad.categories.violence
+            assert not any(good.categories.model_dump().values())
+            assert bad.category_scores.violence > 0.9
+            assert bad.guard["score"] > 0.9 > 0.1 > good.guard["score"]  # type: ignore[attr-defined]
+            assert bad.guard["categories"]["S1"]["violated"]  # type: ignore[attr-defined]
+            assert answer.usage["completion_tokens"] > 0  # type: ignore[attr-defined]
+            plain = client.chat.completions.create(model="judge", messages=[{"role": "user", "content": words[1]}])
+            assert plain.choices[0].message.content == "unsafe\nS1"

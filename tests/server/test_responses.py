@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from herd.server.process import WorkerError
-from herd.server.protocol import Began, Chat, Ended, Finished, Piece, ToolPiece, Usage
+from herd.server.protocol import Began, Chat, Ended, Finished, Piece, TokenInfo, ToolPiece, Usage
 from herd.server.stored import Entry, Stored
 from tests.server.conftest import Live, faked
 from tests.server.fakes import saying
@@ -419,5 +419,31 @@ def test_a_conversation_has_its_limits() -> None:
                 "/v1/responses", json=ASKED | again | {"previous_response_id": second.json()["id"]}
             )
             assert (third.status_code, third.json()["error"]["code"]) == (400, "too_much_work")
+
+    asyncio.run(run())
+
+
+def test_what_was_not_kept_is_not_promised_afterwards() -> None:
+    """`include` of a response that was made without log-probabilities names what is missing, where it was ignored before."""
+
+    async def run() -> None:
+        token = TokenInfo(5, "Hello", b"Hello", -0.5)
+        told = [*saying("Hello")[:1], Piece("", 0, "Hello", tokens=(token,)), *saying("Hello")[2:]]
+        async with faked(lambda call: told if "logprobs" in call.sampling else saying("Hello")) as fake:
+            asked = {"model": "fake", "input": "Hi"}
+            without = (await fake.client.post("/v1/responses", json=asked)).json()["id"]
+            more = asked | {"include": ["message.output_text.logprobs"]}
+            having = (await fake.client.post("/v1/responses", json=more)).json()["id"]
+            after = asked | {"previous_response_id": without}
+            later = (await fake.client.post("/v1/responses", json=after)).json()["id"]
+            query = "?include=message.output_text.logprobs"
+            for path, status in (
+                (f"{without}", 400), (f"{having}", 200), (f"{later}/input_items", 400), (f"{having}/input_items", 200),
+            ):  # fmt: skip
+                assert (await fake.client.get(f"/v1/responses/{path}")).status_code == 200
+                answer = await fake.client.get(f"/v1/responses/{path}{query}")
+                assert answer.status_code == status, answer.text
+                if status == 400:
+                    assert answer.json()["error"]["param"] == "include"
 
     asyncio.run(run())

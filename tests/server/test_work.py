@@ -11,7 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from herd.server.protocol import Chat
+from herd.server.process import Process
+from herd.server.protocol import UP, Chat, Piece, TokenInfo
 from herd.server.settings import ModelSpec
 from tests.server.conftest import faked
 
@@ -95,6 +96,51 @@ def test_answers_are_bounded_before_any_work(path: str, body: dict[str, Any], pa
     assert response.status_code == 400, response.text[:300]
     error = response.json()["error"]
     assert (error["code"], error["param"]) == ("too_much_work", param), response.text
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/completions", {"model": "fake", "prompt": "x" * 60_000, "prompt_logprobs": 20}, "prompt_logprobs"),
+        ("/v1/completions", COMPLETION | {"prompt": "x" * 60_000}, "logprobs"),
+        ("/v1/completions", COMPLETION | {"prompt": [1] * 60_000, "stream": True}, "logprobs"),
+        (
+            "/v1/chat/completions",
+            {"model": "fake", "messages": [{"role": "user", "content": "x" * 60_000}], "prompt_logprobs": 20},
+            "prompt_logprobs",
+        ),
+        ("/tokenize", {"model": "fake", "prompt": "x" * 1_000_001}, "prompt"),
+    ],
+)
+def test_what_a_prompt_makes_an_answer_tell_is_bounded(path: str, body: dict[str, Any], param: str) -> None:
+    """It comes from the model in one piece, unlike what is told of a reply."""
+    response, _ = posted(path, body)
+    assert response.status_code == 400, response.text[:300]
+    error = response.json()["error"]
+    assert (error["code"], error["param"]) == ("too_much_work", param), response.text
+
+
+def test_long_answers_of_a_model_are_read_beside_the_loop() -> None:
+    """While 20,000 log-probabilities are read, which takes a tenth of a second of the processor, others get their turns."""
+    top = tuple((j, "word", b"word", -1.0) for j in range(20))
+    told = Piece("call", 0, prompt=tuple(TokenInfo(i, "word", b"word", -1.0, top) for i in range(1000)))
+
+    async def run() -> None:
+        process = Process(ModelSpec(source="fake", name="fake"))
+        process._calls["call"] = found = asyncio.Queue()
+        reader = asyncio.StreamReader()
+        for data in UP.frames([told, Piece("call", 0, "last")], lambda message, size: message):
+            reader.feed_data(data)
+        reader.feed_eof()
+        turns = 0
+        listening = asyncio.create_task(process._listen(reader))
+        while not listening.done():
+            await asyncio.sleep(0.002)
+            turns += 1
+        assert (found.get_nowait(), found.get_nowait().text) == (told, "last"), "in their order"
+        assert turns > 3
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize(

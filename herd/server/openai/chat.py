@@ -261,7 +261,8 @@ def call_of(body: ChatBody, state: State, seen: Seen = _NOTHING) -> Call:
     characters = size_of(messages, tools)
     check_work(state, body.n or 1, characters, "messages")
     if body.prompt_logprobs is not None:
-        check_told(state, characters * (body.prompt_logprobs + 1), "prompt_logprobs")
+        most_told = state.settings.max_prompt_told
+        check_told(state, characters * (body.prompt_logprobs + 1), "prompt_logprobs", most_told)
     if body.logprobs and not body.stream:
         told = (body.n or 1) * min(most or longest(state, body.model), longest(state, body.model))
         check_told(state, told * ((body.top_logprobs or 0) + 1), "top_logprobs")
@@ -314,12 +315,13 @@ def _said(content: Any) -> int:
     return sum(len(str(part)) for part in content if part.get("type") != "image_url")
 
 
-def check_told(state: State, told: int, param: str) -> None:
-    """Raise ApiError (400) for answers whose logprobs are more than is held at once."""
-    if told > state.settings.max_prompt_work:
+def check_told(state: State, told: int, param: str, most: int | None = None) -> None:
+    """Raise ApiError (400) for answers whose logprobs are more than is held at once, or than `most`."""
+    most = state.settings.max_prompt_work if most is None else most
+    if told > most:
         raise ApiError(
             400,
-            f"{param}: up to {told:,} of them would be told, and one answer tells {state.settings.max_prompt_work:,}: "
+            f"{param}: up to {told:,} of them would be told, and one answer tells {most:,}: "
             "ask for fewer, for fewer tokens or replies, or for a stream",
             param=param,
             code="too_much_work",

@@ -132,7 +132,9 @@ def _check_told(state: State, body: CompletionBody, size: int, generated: int) -
     """Raise ApiError (400) for more logprobs than one answer tells; `size`: of all prompts, `generated`: of all replies."""
     n = body.n or 1
     if body.prompt_logprobs is not None:
-        check_told(state, n * size * (body.prompt_logprobs + 1), "prompt_logprobs")
+        check_told(state, n * size * (body.prompt_logprobs + 1), "prompt_logprobs", state.settings.max_prompt_told)
+    if body.echo and body.logprobs is not None:
+        check_told(state, n * size * (body.logprobs + 1), "logprobs", state.settings.max_prompt_told)
     if body.logprobs is not None:
         growing = 0 if body.stream else min(generated, longest(state, body.model) * len(_prompts(body.prompt)))
         check_told(state, n * (growing + (size if body.echo else 0)) * (body.logprobs + 1), "logprobs")

@@ -93,7 +93,9 @@ async def retrieve(
     request: Request, id: str, include: Include = None, include_list: IncludeList = None, stream: Again = None
 ) -> Json:
     """The response as it is now, whole: it is not streamed again, and logprobs are there if it was made with them."""
-    return _entry(request, id).body
+    entry = _entry(request, id)
+    _check_included(id, entry.body["output"], include or include_list)
+    return entry.body
 
 
 @router.delete("/v1/responses/{id}", summary="Forget a response")
@@ -142,6 +144,7 @@ async def input_items(
     if order not in ("asc", "desc"):
         raise ApiError(400, "order: expected asc or desc", param="order", code="invalid_value")
     items = list(_entry(request, id).given)
+    _check_included(id, items, include or include_list)
     if order == "desc":
         items.reverse()
     if after is not None:
@@ -152,6 +155,16 @@ async def input_items(
     page = items[:limit]
     first, last = (page[0]["id"], page[-1]["id"]) if page else (None, None)
     return {"object": "list", "data": page, "first_id": first, "last_id": last, "has_more": len(items) > limit}
+
+
+def _check_included(id: str, items: list[Json], include: list[Included] | None) -> None:
+    """Raise ApiError (400) for log-probabilities of replies that have none: they cannot be had afterwards."""
+    parts = [
+        part for one in items if one["type"] == "message" for part in one["content"] if part["type"] == "output_text"
+    ]
+    if include and any(part["text"] for part in parts) and not any(part.get("logprobs") for part in parts):
+        what = f"include: {id} was made without log-probabilities: ask for them when a response is made"
+        raise ApiError(400, what, param="include", code="invalid_value")
 
 
 def _entry(request: Request, id: str) -> Entry:

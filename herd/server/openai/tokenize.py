@@ -67,6 +67,9 @@ async def tokenize(request: Request) -> Response:
     messages = None
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
     check_work(state, 1, len(body.prompt or ""), "prompt")
+    if (most := state.settings.max_prompt_told) < (size := len(body.prompt or "")):
+        what = f"prompt has {size:,} characters, and the ids of {most:,} are told at once: send it in parts"
+        raise ApiError(400, what, param="prompt", code="too_much_work")
     if body.messages is not None:
         chat = Chat(messages=tuple(message_of(m, i) for i, m in enumerate(body.messages)))
         check_work(state, 1, size_of(chat.messages, tools), "messages")
