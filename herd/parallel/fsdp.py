@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.torch_version import TorchVersion
 
+from herd.errors import ConfigError
 from herd.model.llama import Llama
 from herd.parallel.pipeline import Stage
 
@@ -22,12 +24,16 @@ if TYPE_CHECKING:
 
 __all__ = ["give_back", "only_last", "shard"]
 
+TIED_FROM = "2.13"
+"""The oldest torch whose FSDP was seen to train tied models with a loss in chunks; 2.11 fails in the first backward pass."""
+
 
 def shard(model: Llama, mesh: Mesh, *, dtype: torch.dtype | None = None, stages: Sequence[Stage] = ()) -> None:
     """Shard `model` in place over the ranks of dp_shard and cp, with copies over dp_replicate; in a pipeline its `stages`.
 
     With `dtype`, forward and backward compute in it from parameters that stay as they are, and gradients are reduced in fp32;
     without, everything is in the parameters' own type. Call the model through `embed`, `hidden`, `output` and itself only.
+    Raises ConfigError for tied models under a torch older than TIED_FROM.
     """
     devices = mesh.shards()
     policy = MixedPrecisionPolicy(
@@ -48,6 +54,7 @@ def shard(model: Llama, mesh: Mesh, *, dtype: torch.dtype | None = None, stages:
         # The output is used once for every chunk of the loss: it stays whole until its gradient is there.
         ends: list[nn.Module] = [end for end in (root.tok_embeddings, root.output) if end is not None and not twice]
         if model.config.tie_embeddings and len(ends) == 2:
+            _check_torch()
             one(ends, reshard=False)
         else:
             for end in ends:
@@ -60,6 +67,15 @@ def shard(model: Llama, mesh: Mesh, *, dtype: torch.dtype | None = None, stages:
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)  # a plain sum; gloo has no scaled one
+
+
+def _check_torch() -> None:
+    """Refuse what older releases of torch get wrong: a group of which one part is called again and again in one forward pass."""
+    if TorchVersion(torch.__version__) < TIED_FROM:
+        raise ConfigError(
+            f"this model's output is tied to its embedding, and FSDP of torch {torch.__version__} loses the matrix between two "
+            f"chunks of the loss: install torch {TIED_FROM} or newer, or share it by parallel.tp or parallel.pp alone"
+        )
 
 
 def only_last(model: nn.Module, last: bool) -> None:

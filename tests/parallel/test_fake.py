@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -11,6 +12,7 @@ from herd.errors import ConfigError
 from herd.model.config import ModelConfig, plain
 from herd.model.llama import Llama
 from herd.model.shapes import LLAMA_31_8B, LLAMA_31_70B, LLAMA_31_405B, SCOUT
+from herd.parallel import fsdp
 from herd.parallel.config import ParallelPart
 from herd.parallel.fake import Trial, pretend, trial
 from herd.parallel.mesh import Mesh
@@ -167,6 +169,15 @@ def test_ranks_of_the_largest_mesh() -> None:
 def test_what_cannot_be_shared(config: ModelConfig, part: ParallelPart, match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         trial(config, part, 0, step=False)
+
+
+def test_tied_models_need_a_torch_that_shares_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    tied = replace(LLAMA_31_8B, dim=64, hidden_dim=96, vocab_size=128, layers=plain(1), tie_embeddings=True)
+    assert trial(tied, ParallelPart(dp_shard=2), 0, step=False).held
+    monkeypatch.setattr(fsdp, "TIED_FROM", "99.0")
+    with pytest.raises(ConfigError, match=r"tied to its embedding.*install torch 99\.0 or newer"):
+        trial(tied, ParallelPart(dp_shard=2), 0, step=False)
+    assert trial(tied, ParallelPart(tp=1), 0, step=False).held
 
 
 @pytest.mark.parametrize(
