@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from herd.chat.base import BaseFormat
 from herd.chat.guard import GuardFormat
-from herd.chat.render import messages_from
 from herd.chat.toolspec import tools_from
 from herd.errors import ConfigError, TokenizerError
-from herd.server.prepare import Preparer
+from herd.server.prepare import Preparer, conversation
 from herd.server.protocol import Chat
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ def tokenize(
 ) -> dict[str, Any]:
     """Ids of a text (with BOS when `special`) or of a conversation; with `pieces` their printable names."""
     if messages is not None:
-        ids = llm.format.render(messages_from(messages), tools_from(tools), generate=generate).tokens
+        ids = llm.format.render(conversation(messages), tools_from(tools), generate=generate).tokens
     else:
         base = BaseFormat(llm.tokenizer)
         ids = base.complete(text or "").tokens if special else llm.tokenizer.encode(text or "")

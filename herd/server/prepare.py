@@ -31,7 +31,7 @@ from herd.errors import ConfigError, ContextFullError, PromptError
 from herd.server.protocol import Call, Chat, Ids, Text, Truncated
 from herd.tokenizer.tokenizer import Tokenizer
 
-__all__ = ["Model", "Prepared", "Preparer"]
+__all__ = ["Model", "Prepared", "Preparer", "conversation"]
 
 
 class Model(Protocol):
@@ -82,6 +82,9 @@ class Preparer:
         """Raises PromptError, ConfigError, TokenizerError or ContextFullError: what is wrong with the call."""
         found = self._prompt(call)
         chosen = _lists(call.sampling) | dict(found.sampling)
+        size = self._model.tokenizer.vocab_size
+        if (wrong := next((i for i in chosen.get("stop_ids", ()) if i >= size), None)) is not None:
+            raise ConfigError(f"stop_token_ids: {wrong:,} is no id of this model: ids are 0 to {size - 1:,}")
         if call.only_prompt:
             chosen["max_tokens"] = 1
         params = self._model.params(**chosen)
@@ -98,7 +101,7 @@ class Preparer:
     def count(self, chat: Chat) -> int:
         """Tokens of a conversation as a prompt. Raises as `prepared`."""
         tools = () if chat.tool_choice == "none" else tools_from(chat.tools)
-        return len(self._render(self._model.format, messages_from(chat.messages), tools, chat).tokens)
+        return len(self._render(self._model.format, conversation(chat.messages), tools, chat).tokens)
 
     def _prompt(self, call: Call) -> _Prompt:
         match call.prompt:
@@ -121,7 +124,7 @@ class Preparer:
         if chat.format_options:
             _check_options(format.name, chat.format_options)
             format = format_named(format.name, self._model.tokenizer, **chat.format_options)
-        messages = messages_from(chat.messages)
+        messages = conversation(chat.messages)
         for i, message in enumerate(messages):
             if any(isinstance(part, Image) for part in message.parts):
                 raise PromptError(f"messages[{i}] holds an image, and this model reads text only")
@@ -233,6 +236,31 @@ class Preparer:
                     self._model.compile(self._model.params(schema=schema).constraint)  # type: ignore[arg-type]
                 except ConfigError as error:
                     raise ConfigError(f"tool {tool.name!r}: parameters: {error}") from None
+
+
+def conversation(given: Sequence[Any]) -> tuple[Message, ...]:
+    """The messages of a conversation. What came of several calls stands in the order of the calls: clients tell by ids which is
+    which, and no prompt format of Llama has a place for these. Raises PromptError for an id that no call has."""
+    out = list(messages_from(given))
+    start = 0
+    calls: dict[str, int] = {}
+    while start < len(out):
+        before = calls if start and out[start - 1].role == "assistant" else {}  # one turn may be several messages
+        calls = before | {
+            call.id: len(before) + i for i, call in enumerate(out[start].tool_calls) if call.id is not None
+        }
+        end = start = start + 1
+        while end < len(out) and out[end].role == "tool":
+            end += 1
+        results = out[start:end]
+        if calls:
+            for one in results:
+                if one.tool_call_id is not None and one.tool_call_id not in calls:
+                    raise PromptError(f"tool_call_id: no call of the turn before has the id {one.tool_call_id[:60]!a}")
+            if all(one.tool_call_id is not None for one in results):
+                out[start:end] = sorted(results, key=lambda one, calls=calls: calls[one.tool_call_id])
+        start = end
+    return tuple(out)
 
 
 _FORMS = ("schema", "json_object", "regex", "choices", "grammar")

@@ -12,7 +12,7 @@ from herd.chat.format import ChatFormat
 from herd.chat.formats import format_named
 from herd.chat.params import Constraint, SamplingParams
 from herd.errors import ConfigError, ContextFullError, HerdError, PromptError
-from herd.server.prepare import Preparer
+from herd.server.prepare import Preparer, conversation
 from herd.server.protocol import Call, Chat, Ids, Text
 from herd.tokenizer.tokenizer import Tokenizer
 from tests.cli.tiny import infill_tokenizer, tokenizer
@@ -192,3 +192,50 @@ def test_images_and_empty_conversations_are_refused() -> None:
         Preparer(Model()).prepared(Call("1", Chat(({"role": "user", "content": [part]},))))
     with pytest.raises(PromptError):
         Preparer(Model()).prepared(Call("1", Chat(())))
+
+
+def called(*ids: str | None) -> dict[str, Any]:
+    function = {"name": "f", "arguments": "{}"}
+    calls = [{"type": "function", "function": function} | ({} if id is None else {"id": id}) for id in ids]
+    return {"role": "assistant", "content": "", "tool_calls": calls}
+
+
+def result(text: str, id: str | None = None) -> dict[str, Any]:
+    return {"role": "tool", "content": text} | ({} if id is None else {"tool_call_id": id})
+
+
+ASK = {"role": "user", "content": "Both, please."}
+
+
+def test_results_stand_in_the_order_of_their_calls() -> None:
+    """Formats have no place for ids: a result that came second would be read as that of the second call."""
+    straight = [ASK, called("a", "b", "c"), result("of a", "a"), result("of b", "b"), result("of c", "c"), ASK]
+    swapped = [*straight[:2], straight[4], straight[2], straight[3], ASK]
+    preparer = Preparer(Model())
+    prompts = [preparer.prepared(Call("x", Chat(tuple(one), TOOLS))).request.prompt for one in (straight, swapped)]
+    assert prompts[0] == prompts[1]
+    assert preparer.count(Chat(tuple(swapped), TOOLS)) == len(prompts[0])
+    said = [one.text for one in conversation([*swapped, called("a"), result("again", "a")])]
+    assert said[2:5] == ["of a", "of b", "of c"]
+    assert said[-1] == "again"
+    said = [one.text for one in conversation([ASK, called("a"), called("b"), result("of b", "b"), result("of a", "a")])]
+    assert said[3:] == ["of a", "of b"], "a turn of two messages"
+
+
+def test_a_result_of_no_call_is_refused() -> None:
+    for wrong in (
+        [ASK, called("a"), result("x", "b")],
+        [ASK, called("a"), result("x", "a"), ASK, called("b"), result("y", "a")],
+    ):
+        with pytest.raises(PromptError, match="tool_call_id: no call of the turn before"):
+            conversation(wrong)
+    for fine in ([ASK, called(None), result("x", "b")], [ASK, called("a", "b"), result("x"), result("y", "a")]):
+        assert [one.text for one in conversation(fine)][2] == "x"
+
+
+def test_stop_ids_that_no_token_has_are_refused() -> None:
+    preparer = Preparer(Model())
+    last = tokenizer().vocab_size - 1
+    assert last in preparer.prepared(Call("x", Text("Hi"), {"stop_ids": [5, last]})).request.params.stop_ids
+    with pytest.raises(ConfigError, match="stop_token_ids"):
+        preparer.prepared(Call("x", Text("Hi"), {"stop_ids": [5, last + 1]}))
