@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -33,6 +34,7 @@ from herd.checkpoint.vocabulary import tokenizer_of
 from herd.checkpoint.write.atomic import new_folder
 from herd.checkpoint.write.hf import write_hf
 from herd.checkpoint.write.source import Source
+from herd.errors import HerdError
 from herd.files import read_json
 from herd.train.config import RunConfig
 from herd.train.overrides import load_config
@@ -174,10 +176,10 @@ class Lines(Silent):
             say(f"continuing from {info.resumed}")
 
     def on_step(self, report: StepReport) -> None:
-        if report.step % self.every and report.progress < 1:
-            return
         used = self.used + time.process_time()
         self.clock.write_text(json.dumps({"cpu_seconds": round(used, 1)}), encoding="utf-8")
+        if report.step % self.every and report.progress < 1:
+            return
         speed = (report.all_tokens - self.tokens) / max(1e-9, report.all_seconds - self.seconds)
         self.seconds, self.tokens = report.all_seconds, report.all_tokens
         say(
@@ -240,4 +242,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except HerdError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(getattr(error, "exit_code", 1))
