@@ -20,7 +20,7 @@ from herd.checkpoint.mapped import slices
 from herd.checkpoint.names import shapes
 from herd.checkpoint.packed import PackedCopy, open_packed
 from herd.checkpoint.placement import device_named, dtype_named
-from herd.checkpoint.store import HoldsPacked, KeepsBlocks, ReadsInto, Releases, TensorStore, packed_of
+from herd.checkpoint.store import HoldsPacked, KeepsBlocks, ReadOften, ReadsInto, Releases, TensorStore, packed_of
 from herd.checkpoint.weights import FLOATS, Plan, meaningless, plan_weights, stored_dtype
 from herd.errors import CheckpointError
 from herd.model.llama import Llama
@@ -70,6 +70,8 @@ def fill(
         if tick is not None:
             tick(sum(sizes[name] for name in done), sum(sizes.values()))
 
+    if device.type == "cpu" and not plan.kinds and isinstance(store, ReadOften):
+        store.large_pages()  # weights stay where they are mapped, and every step reads them
     copy = open_packed(store, plan.kinds, one) if device.type == "cpu" else None
     for name in sizes:
         _fill_one(model, store, name, plan, device, copy)

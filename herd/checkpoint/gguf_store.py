@@ -98,6 +98,11 @@ class GGUFStore:
         file, foreign = self._home(name)
         file.release(foreign)
 
+    def large_pages(self) -> None:
+        """Ask for large pages for every part."""
+        for file in {id(file): file for file in self._files.values()}.values():
+            file.map.large_pages()
+
     def metadata(self) -> Mapping[str, Any]:
         """All GGUF keys, tokenizer included; arrays become lists when asked for."""
         return self._metadata

@@ -135,6 +135,11 @@ class HFStore:
         foreign, _ = self._home(name)
         self._files[foreign].release(foreign)
 
+    def large_pages(self) -> None:
+        """Ask for large pages for every file."""
+        for file in {id(file): file for file in self._files.values()}.values():
+            file.map.large_pages()
+
     def metadata(self) -> Mapping[str, Any]:
         """config.json as it is."""
         return self._data

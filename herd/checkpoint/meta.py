@@ -179,6 +179,11 @@ class MetaStore:
         for rank in self._ranks:
             rank.release(self._home(name).name)
 
+    def large_pages(self) -> None:
+        """Ask for large pages for every rank's file."""
+        for rank in self._ranks:
+            rank.map.large_pages()
+
     def metadata(self) -> Mapping[str, Any]:
         """params.json as it is."""
         return self._data

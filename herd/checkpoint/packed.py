@@ -195,12 +195,13 @@ def _make(
     tick: Callable[[str], None],
 ) -> None:
     from herd.checkpoint.write.atomic import new_file
+    from herd.checkpoint.write.large import LargeFile
     from herd.kernels import native
 
     path.parent.mkdir(parents=True, exist_ok=True)
     source = str(Path(store.path).resolve()).encode(errors="replace")[: HEADER - _FIXED.size]
     sums = []
-    with new_file(path, size=HEADER + size, overwrite=True) as growing, open(growing, "wb") as file:
+    with new_file(path, size=HEADER + size, overwrite=True) as growing, LargeFile(growing) as file:
         file.write(bytes(HEADER))
         for name, (offset, _) in places.items():
             file.write(bytes(HEADER + offset - file.tell()))
@@ -210,8 +211,8 @@ def _make(
             tick(name)
         file.write(bytes(HEADER + size - file.tell()))
         checksum = hashlib.blake2b(b"".join(sums), digest_size=16).digest()
-        file.seek(0)
-        file.write(_FIXED.pack(MAGIC, key, checksum, size, len(source)) + source)
+        file.sync()
+        file.overwrite(_FIXED.pack(MAGIC, key, checksum, size, len(source)) + source)
 
 
 def _packed(store: TensorStore, name: str, kind: BlockType) -> torch.Tensor:

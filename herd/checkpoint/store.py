@@ -27,6 +27,7 @@ __all__ = [
     "GenerationDefaults",
     "HoldsPacked",
     "KeepsBlocks",
+    "ReadOften",
     "ReadsInto",
     "ReadsParts",
     "Releases",
@@ -87,6 +88,15 @@ class Releases(Protocol):
 
     def release(self, name: str) -> None:
         """The file pages behind `name` may leave memory; reading it again is allowed."""
+        ...
+
+
+@runtime_checkable
+class ReadOften(Protocol):
+    """A store over mapped files whose weights are used where they are mapped."""
+
+    def large_pages(self) -> None:
+        """Ask for large pages: the files will be read from front to back, again and again."""
         ...
 
 

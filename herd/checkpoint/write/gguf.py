@@ -10,10 +10,11 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
+from herd.checkpoint.write.large import LargeFile
 from herd.checkpoint.write.pieces import pieces
 from herd.checkpoint.write.planned import Planned, Tick
 from herd.errors import CheckpointError
@@ -77,7 +78,7 @@ def write_gguf_file(
     if alignment != ALIGNMENT:
         keys["general.alignment"] = alignment
     _check_names(place, planned)
-    with open(place, "wb") as file:
+    with LargeFile(place) as file:
         file.write(struct.pack("<4sIQQ", b"GGUF", VERSION, len(planned), len(keys)))
         file.write(encoded_metadata(keys, place))
         offset = 0
@@ -89,8 +90,7 @@ def write_gguf_file(
             for piece in pieces(plan, plan.make()):
                 tick(file.write(piece))
             _pad(file, alignment)
-        file.flush()
-        os.fsync(file.fileno())
+        file.sync()
 
 
 def encoded_metadata(metadata: Mapping[str, Any], path: Path) -> bytes:
@@ -192,7 +192,7 @@ def _description(plan: Planned, offset: int) -> bytes:
     return _text(plan.name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind.id, offset)
 
 
-def _pad(file: BinaryIO, alignment: int) -> None:
+def _pad(file: LargeFile, alignment: int) -> None:
     file.write(bytes(-file.tell() % alignment))
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
+from herd.checkpoint.write.large import LargeFile
 from herd.checkpoint.write.pieces import pieces
 from herd.checkpoint.write.planned import Planned, Tick
 from herd.errors import CheckpointError
@@ -33,15 +34,14 @@ def write_safetensors(
     """
     ordered = sorted(planned, key=_narrowness)
     header = safetensors_header(path, ordered, metadata)
-    with open(path, "wb") as file:
+    with LargeFile(path) as file:
         file.write(header)
         for plan in ordered:
             _write(file, plan, tick)
-        file.flush()
-        os.fsync(file.fileno())
+        file.sync()
 
 
-def _write(file: BinaryIO, plan: Planned, tick: Tick) -> None:
+def _write(file: LargeFile, plan: Planned, tick: Tick) -> None:
     """One tensor; nothing of it is held when the next is made."""
     for piece in pieces(plan, plan.make()):
         tick(file.write(piece))
