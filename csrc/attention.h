@@ -114,8 +114,11 @@ template <int KIND> void attend(const Asked& a, float* scratch) {
         const bool all_see_all = from(a.rows - 1) <= begin && end <= a.first + 1;
         for (int64_t head = 0; head < a.heads; ++head) {
             const int64_t base = head * n;
-            fetch<KIND>(a.keys, a.head + head, begin, end, last, keys + (begin - tile) * dim);
-            fetch<KIND>(a.values, a.head + head, begin, end, last, values + (begin - tile) * dim);
+            // The next head's rows lie beside this one's; after the last head comes the next tile.
+            const bool more = head + 1 < a.heads;
+            const int64_t next = more ? a.head + head + 1 : a.head, from_next = more ? begin : tile + TILE, to_next = more ? end : end + TILE < last ? end + TILE : last;
+            fetch<KIND>(a.keys, a.head + head, begin, end, Later<KIND>(a.keys, next, from_next, to_next), keys + (begin - tile) * dim);
+            fetch<KIND>(a.values, a.head + head, begin, end, Later<KIND>(a.values, next, from_next, to_next), values + (begin - tile) * dim);
             for (int64_t r = 0; r < a.rows; ++r) {
                 const int64_t i = r * a.group, seen = a.first + r + 1;
                 const int64_t low = (begin > from(r) ? begin : from(r)) - tile, high = (end < seen ? end : seen) - tile;

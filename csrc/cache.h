@@ -34,21 +34,44 @@ struct Pages {                 // one sequence's keys or values of one layer
     int64_t block_size, heads, head_dim;
 };
 
-// Positions [begin, end) of one head -> to [end - begin, head_dim] float32. One head's rows lie far apart, where the processor
-// does not fetch ahead by itself: each row asks for its like some blocks on, up to position `last`.
-template <int KIND> inline void fetch(const Pages& c, int64_t head, int64_t begin, int64_t end, int64_t last, float* to) {
-    const int64_t ahead = c.block_size < 32 ? 32 / c.block_size : 1, blocks = (last + c.block_size - 1) / c.block_size;
-    constexpr int width = KIND == F32 ? 4 : KIND == I8 ? 1 : 2;
+template <int KIND> constexpr int width_of = KIND == F32 ? 4 : KIND == I8 ? 1 : 2;  // bytes of a number
+
+// What is fetched next. One head's rows lie far apart, where the processor does not fetch ahead by itself: while rows of one are
+// widened, those of the next are asked for one by one, into the second-level cache, which has room for more of them under way.
+template <int KIND> class Later {
+public:
+    Later(const Pages& c, int64_t head, int64_t begin, int64_t end) : c_(c), at_(begin), end_(end), head_(head * c.head_dim * width_of<KIND>) {}
+    void ask() {
+        if (at_ >= end_) return;
+        const int64_t bytes = c_.head_dim * width_of<KIND>, step = c_.heads * bytes;
+        if (!left_) {
+            const int64_t offset = at_ % c_.block_size;
+            left_ = c_.block_size - offset;
+            p_ = c_.data + (int64_t(c_.table[at_ / c_.block_size]) * c_.block_size + offset) * step + head_;
+        }
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p_ + i, 0, SECOND_LEVEL);
+        p_ += step;
+        --left_;
+        ++at_;
+    }
+
+private:
+    const Pages& c_;
+    int64_t at_, end_, head_, left_ = 0;
+    const uint8_t* p_ = nullptr;
+};
+
+// Positions [begin, end) of one head -> to [end - begin, head_dim] float32.
+template <int KIND> inline void fetch(const Pages& c, int64_t head, int64_t begin, int64_t end, Later<KIND> later, float* to) {
+    constexpr int width = width_of<KIND>;
     const int64_t dim = c.head_dim, step = c.heads * dim * width;
     for (int64_t j = begin; j < end;) {
         const int64_t offset = j % c.block_size, slot = int64_t(c.table[j / c.block_size]) * c.block_size + offset;
         const int64_t stop = j + c.block_size - offset < end ? j + c.block_size - offset : end;
         const uint8_t* p = c.data + slot * step + head * dim * width;
         const float* scale = c.scales + (KIND == I8 ? slot * c.heads + head : 0);
-        const int64_t later = j / c.block_size + ahead < blocks ? j / c.block_size + ahead : j / c.block_size;
-        const uint8_t* next = c.data + (int64_t(c.table[later]) * c.block_size + offset) * step + head * dim * width;
-        for (; j < stop; ++j, p += step, next += step, to += dim) {
-            for (int64_t i = 0; i < dim * width; i += 64) __builtin_prefetch(next + i);
+        for (; j < stop; ++j, p += step, to += dim) {
+            later.ask();
             if constexpr (KIND == I8) {
                 const F s = V::set(*scale);
                 for (int64_t d = 0; d < dim; d += L) V::store(to + d, V::mul(element<KIND>(p, d), s));

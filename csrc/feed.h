@@ -12,10 +12,9 @@ inline void gate_strip(const Matrix& w1, const Matrix& w3, Form form, int64_t i,
     const int64_t count = rows - first < size ? rows - first : size;
     const Inputs in = all.from(first);
     float *a = spare, *b = spare + count * ACT_GROUP;
-    for (int64_t j = 0; j < n; j += PANEL) {
-        product(w1, (begin + j) / PANEL, in, count, a + j, ACT_GROUP, nullptr);
-        product(w3, (begin + j) / PANEL, in, count, b + j, ACT_GROUP, nullptr);
-    }
+    // One matrix after the other: what is fetched ahead of a panel or a row is then what comes next.
+    for (int64_t j = 0; j < n; j += PANEL) product(w1, (begin + j) / PANEL, in, count, a + j, ACT_GROUP, nullptr);
+    for (int64_t j = 0; j < n; j += PANEL) product(w3, (begin + j) / PANEL, in, count, b + j, ACT_GROUP, nullptr);
     for (int64_t r = 0; r < count; ++r) gate(a + r * ACT_GROUP, b + r * ACT_GROUP, n);
     if (!turn.mine()) return;
     for (int64_t r = 0; r < count; ++r) {
