@@ -51,6 +51,7 @@ is whole), 4 a loss that is not finite, 75 stopped by SIGTERM or SIGUSR1 and 130
 @click.option("--verify-resume", is_flag=True, help="Prove on this machine that a run killed and resumed has the bytes of "
               "one that was not, and stop.")  # fmt: skip
 @click.option("--nproc", type=click.IntRange(min=1), metavar="N", help="Start N processes here (torchrun works, too).")
+@click.option("--until", type=click.IntRange(min=1), hidden=True)  # of --verify-resume: end after so many steps, saved
 @click.option("--json", "as_json", is_flag=True, help="Print the last figures as one JSON object.")
 @click.pass_context
 def command(
@@ -63,6 +64,7 @@ def command(
     dry_run: bool,
     verify_resume: bool,
     nproc: int | None,
+    until: int | None,
     as_json: bool,
 ) -> int | None:
     """Train a model as a YAML file, a recipe or the folder of an earlier run says; KEY=VALUE changes keys of it.
@@ -82,6 +84,8 @@ def command(
     check_trackers(config.report)
     if nproc is not None and nproc > 1 and "RANK" not in os.environ:
         _check_nproc(config, nproc)
+        if verify_resume and not dry_run:
+            return _verify(config, nproc)
         if not dry_run:
             from herd.parallel.launch import spawn
 
@@ -95,8 +99,12 @@ def command(
     if dry_run:
         return None
     if verify_resume:
+        if "RANK" in os.environ:
+            raise ConfigError(
+                "--verify-resume starts and ends its ranks itself: give it --nproc N, and no launcher around it"
+            )
         return _verify(config)
-    figures = _train(config, place, inexact, main)
+    figures = _train(config, place, inexact, main, until)
     if as_json and main:
         click.echo(json.dumps({"out": config.out, "figures": figures}))
     return None
@@ -152,7 +160,7 @@ def configured(what: str, overrides: Sequence[str]) -> RunConfig:
         raise
 
 
-def _train(config: RunConfig, resume: Any, inexact: bool, main: bool) -> dict[str, float]:
+def _train(config: RunConfig, resume: Any, inexact: bool, main: bool, until: int | None) -> dict[str, float]:
     from herd.cli.tokenizing import tokenizing
     from herd.cli.training import Screen
     from herd.train.run import run_recipe
@@ -169,10 +177,11 @@ def _train(config: RunConfig, resume: Any, inexact: bool, main: bool) -> dict[st
                 watchers=watchers,
                 tell=tell,
                 tick=tick if main else lambda made: None,
+                until=until,
             )
         finally:
             screen.close()
-    if main:
+    if main and until is None:
         _afterwards(config)
     return figures
 
@@ -188,11 +197,16 @@ def _afterwards(config: RunConfig) -> None:
     note(f"look at it: herd plot {out}")
 
 
-def _verify(config: RunConfig) -> int:
-    """Two short runs beside the run's folder, compared byte for byte; of a run in stages the first one."""
+def _verify(config: RunConfig, nproc: int = 1) -> int:
+    """Two short runs beside the run's folder, compared byte for byte; of a run in stages the first one.
+
+    Several ranks are started anew for each part: a process group that is left and joined again in one process may wait for ever.
+    """
     from dataclasses import replace
 
+    from herd.parallel.launch import spawn
     from herd.train.config import ReportPart
+    from herd.train.overrides import dump_config
     from herd.train.run import run_recipe
     from herd.train.verify_resume import verify_resume
 
@@ -209,11 +223,22 @@ def _verify(config: RunConfig) -> int:
         )
     steps = min(PROOF, budget.steps or PROOF)
 
-    def run(out: Path, until: int) -> None:
-        run_recipe(replace(config, out=str(out), report=ReportPart()), until=until, tell=_silent)
+    folder = Path(config.out).with_name(f"{Path(config.out).name}-verify")
 
-    out = Path(config.out)
-    proof = verify_resume(run, out.with_name(f"{out.name}-verify"), steps=steps, tell=note)
+    def run(out: Path, until: int) -> None:
+        this = replace(config, out=str(out), report=ReportPart())
+        if nproc == 1:
+            run_recipe(this, until=until, tell=_silent)
+            return
+        file = folder / "config.yaml"
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(dump_config(this), encoding="utf-8")
+        if status := spawn(["train", str(file), "--until", str(until)], nproc):
+            raise ConfigError(
+                f"--verify-resume: {nproc} ranks ended with status {status} before step {until}, see above"
+            )
+
+    proof = verify_resume(run, folder, steps=steps, tell=note)
     click.echo(str(proof))
     return 0 if proof.exact else 1
 

@@ -13,6 +13,9 @@ from herd.train.state import MANIFEST, STATE, damage
 
 __all__ = ["Proof", "verify_resume"]
 
+TABLE = ".metadata"
+"""torch's table of contents of several ranks' tensors: it names the folder and a random id of the save, and no value."""
+
 Run = Callable[[Path, int], object]
 """`run(out, until)`: build everything anew, go on from the newest checkpoint in `out` if there is one, and end after step `until`
 with a checkpoint."""
@@ -80,11 +83,13 @@ def verify_resume(
 
 
 def _differences(one: Path, other: Path) -> Iterator[str]:
-    """Files that differ; of the state everything but the seconds it took."""
+    """Files that differ; of the state everything but the seconds it took, of a table of contents only whether it is there."""
     straight, resumed = read_json(one / MANIFEST)["files"], read_json(other / MANIFEST)["files"]
     for name in sorted(straight.keys() | resumed.keys()):
         if name == STATE:
             yield from _values("", _timeless(one), _timeless(other))
+        elif name == TABLE and name in straight and name in resumed:
+            continue
         elif straight.get(name) != resumed.get(name):
             yield f"{name} is another file after the resume"
 

@@ -225,6 +225,41 @@ def test_a_proof_of_exact_resume(texts: Path, tmp_path: Path, capsys: pytest.Cap
     assert not (tmp_path / "runs" / "a").exists()
 
 
+@pytest.mark.slow
+def test_a_proof_of_exact_resume_of_two_ranks(texts: Path, tmp_path: Path) -> None:
+    """Each part in processes of its own: groups that one process leaves and joins again were seen to wait for ever."""
+    more = [
+        "parallel.dp_shard=-1",
+        "data.held_out=null",
+        "train.evaluate.prompts=[]",
+        "--nproc",
+        "2",
+        "--verify-resume",
+    ]
+    command = [sys.executable, "-m", "herd", *arguments(tmp_path, texts, *more, steps=4)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("exact: 4 steps")
+    assert not (tmp_path / "runs" / "a").exists()
+
+
+def test_a_proof_of_ranks_starts_them_itself(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[list[str]] = []
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr("herd.parallel.launch.spawn", lambda args, count: begun.append([*args, str(count)]) or 7)
+    args = arguments(tmp_path, texts, "parallel.dp_shard=-1", "--verify-resume", steps=4)
+    assert run([*args, "--nproc", "2"]) == 1
+    assert "2 ranks ended with status 7 before step 4" in capsys.readouterr().err
+    file = tmp_path / "runs" / "a-verify" / "config.yaml"
+    assert begun == [["train", str(file), "--until", "4", "2"]]
+    assert load_config(file).out == str(tmp_path / "runs" / "a-verify" / "straight")
+    monkeypatch.setenv("RANK", "0")
+    assert run(args) == 1
+    assert "--verify-resume starts and ends its ranks itself: give it --nproc N" in capsys.readouterr().err
+
+
 def test_a_proof_of_exact_resume_in_stages(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stages = ["recipe=extend", "stages=[{length: 32, share: 1}, {length: 64, share: 1}]"]
     assert run([*arguments(tmp_path, texts, *stages, steps=8), "--verify-resume"]) == 0

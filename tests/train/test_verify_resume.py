@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +49,36 @@ def test_what_a_checkpoint_does_not_hold_is_found(tmp_path: Path) -> None:
     proof = verify_resume(run, tmp_path, steps=4)
     assert not proof.exact
     assert "tensors.safetensors is another file after the resume" in str(proof)
+
+
+def test_tables_of_contents_are_told_apart_by_their_place_alone(tmp_path):
+    """What several ranks write: the table holds a random id of each save. Without one, or with other tensors, it is no proof."""
+
+    def run(spoil):
+        def make(out, until):
+            place = out / "checkpoints" / f"step-{until:08d}"
+            place.mkdir(parents=True)
+            files = {
+                "__0_0.distcp": b"values",
+                ".metadata": os.urandom(8),
+                "state.json": b'{"counters": {"seconds": 1}}',
+            }
+            if out.name == "resumed":
+                spoil(files)
+            for name, content in files.items():
+                (place / name).write_bytes(content)
+            facts = {n: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in files.items()}
+            (place / "manifest.json").write_text(json.dumps({"version": 1, "step": until, "world": 2, "files": facts}))
+
+        return make
+
+    assert verify_resume(run(lambda files: None), tmp_path / "a", steps=2).exact
+    for name, spoil in (
+        (".metadata", lambda files: files.pop(".metadata")),
+        ("__0_0.distcp", lambda files: files.update({"__0_0.distcp": b"valuEs"})),
+    ):
+        proof = verify_resume(run(spoil), tmp_path / name, steps=2)
+        assert proof.differences == (f"{name} is another file after the resume",)
 
 
 def test_a_loader_that_loses_its_place_is_found(tmp_path: Path) -> None:
