@@ -402,8 +402,8 @@ class Trainer:
             step=self.step,
             tokens=self.counters.tokens,
             seconds=self.counters.seconds,
-            parameters=sum(weight.numel() for weight in self.model.parameters()),
-            trained=sum(weight.numel() for weight in trained(self.model).values()),
+            parameters=self._numbers(dict(self.model.named_parameters())),
+            trained=self._numbers(trained(self.model)),
             config=self.config,
             out=self.out,
             resumed=place,
@@ -412,6 +412,15 @@ class Trainer:
         )
         for watcher in self.watchers:
             watcher.on_begin(info)
+
+    def _numbers(self, weights: Mapping[str, Tensor]) -> int:
+        """How many numbers all stages of a pipeline hold together; a tied matrix, which two of them have, once."""
+        pipeline = self.spread.pipeline
+        if pipeline is None:
+            return sum(weight.numel() for weight in weights.values())
+        tied = self.model.config.tie_embeddings
+        own = sum(w.numel() for name, w in weights.items() if not (tied and name.startswith("output.")))
+        return int(pipeline.whole(torch.tensor(own, device=self.mesh.device)))
 
 
 def _staged(spread: Spread, objective: Objective) -> list[Staged] | None:

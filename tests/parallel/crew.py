@@ -14,7 +14,11 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
-PATIENCE = 400  # seconds for one case: a neighbour may pause the whole machine
+PATIENCE = 1800  # seconds for one case: a neighbour may pause the whole machine
+
+SHARED = 4
+"""Ranks of cases that follow each other in the same processes. Of larger meshes DTensor remembers groups by names that another
+case gave to others, or to none."""
 
 
 class Crew:
@@ -38,6 +42,8 @@ class Crew:
             self.processes.append(process)
 
     def run(self, what: str, ranks: int, *args: Any) -> list[Any]:
+        if ranks > SHARED:
+            self.end()
         self.grow(ranks)
         self.cases += 1
         store = os.path.join(self.folder.name, f"store-{self.cases}")
@@ -53,10 +59,14 @@ class Crew:
                 raise AssertionError(f"rank {rank} of {what}:\n{value}")
         return [value for _, value in found]
 
-    def close(self) -> None:
+    def end(self) -> None:
         for process in self.processes:
             process.kill()  # they hold nothing that outlives them
             process.join()
+        self.ends, self.processes = [], []
+
+    def close(self) -> None:
+        self.end()
         self.folder.cleanup()
 
 

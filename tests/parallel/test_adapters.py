@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.optim import AdamW
 
 from herd.errors import ConfigError
 from herd.parallel.config import ParallelPart
@@ -16,6 +17,8 @@ from herd.quant.encode import encode
 from herd.quant.matrix import Matrix
 from herd.quant.nf4 import Nf4Matrix, encode_nf4
 from herd.quant.scheme import QuantTensor
+from herd.train.config import Budget, TrainConfig
+from herd.train.prepare import prepare_model
 from tests.parallel import cases
 from tests.parallel.crew import Crew
 
@@ -23,6 +26,8 @@ SAME = 1e-5
 """Relative, fp32, as for whole models: sums are taken in another order."""
 LOUD = 1e-4
 """The same of adapters that change the model much, whose gradients do, too: other dropped numbers are hundredths."""
+ROUNDED = 2e-3
+"""Of losses of some 5 nats whose products are of 16 bits, and added in another order."""
 
 FAST = [
     ("llama3", "dora", {"tp": 2}),
@@ -128,3 +133,22 @@ def test_what_cannot_be_shared_is_refused_before_the_first_step(
 def test_quantized_experts_are_refused(ranks: Crew) -> None:
     for said in ranks.run("tests.parallel.test_adapters:refused", 2, "llama4", "quantized", ParallelPart(tp=2)):
         assert "quantized experts of layers.1.feed_forward.experts" in said
+
+
+def prepared(part: ParallelPart, policy: str) -> tuple[str, list[float]]:
+    """What hidden states are held in, and losses of three steps, in bfloat16 with blocks that are made again."""
+    config = TrainConfig(budget=Budget(steps=1), precision="bfloat16", checkpointing=policy)
+    spread = prepare(cases.fresh("llama3"), Mesh.of(part), middle=lambda model: prepare_model(model, config))
+    tokens, _, positions = cases.rows(0, spread.model.config)
+    model = spread.model
+    state = model.hidden(model.embed(tokens), positions, spread.mesh.packed(model.config, positions))
+    optimiser = AdamW(list(spread.parameters()), lr=3e-3)
+    return str(state.dtype), [cases._step(spread, optimiser, *cases.rows(step, model.config))[0] for step in range(3)]
+
+
+@pytest.mark.parametrize("policy", ["attention", pytest.param("full", marks=pytest.mark.slow)])
+def test_bfloat16_and_checkpointing_under_tensor_parallelism(ranks: Crew, policy: str) -> None:
+    dtype, expected = prepared(ParallelPart(), policy)
+    for found, losses in ranks.run("tests.parallel.test_adapters:prepared", 2, ParallelPart(tp=2), policy):
+        assert found == dtype == "torch.bfloat16"
+        assert losses == pytest.approx(expected, rel=ROUNDED)
