@@ -63,6 +63,7 @@ __all__ = ["Worker", "main"]
 THREADS = 4
 """Calls that are prepared and questions that are answered at once."""
 NICE = 5
+"""By how much threads that prepare calls stand back."""
 BEAT_SECONDS = 1.0
 SAYING_SECONDS = 0.5
 """What the last message gets to be written."""
@@ -378,7 +379,8 @@ def _behind() -> None:
     """This thread, and those it starts, let others go first: the replies that grow are more urgent than prompts to come."""
     if sys.platform == "linux":  # where a thread has a priority of its own
         with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+            thread = threading.get_native_id()
+            os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + NICE)
 
 
 def _failure(call: str, error: BaseException) -> Failed:
