@@ -74,7 +74,7 @@ def verify_resume(
         why = damage(place, deep=True)
         if why is not None:
             raise ConfigError(f"{place} is not whole ({why}): is the budget shorter than {steps} steps?")
-    files = read_json(one / MANIFEST)["files"]
+    files = {name: facts for name, facts in read_json(one / MANIFEST)["files"].items() if name != TABLE}
     tensors = {name: facts for name, facts in files.items() if not name.endswith(".json")}
     digest = "".join(facts["sha256"] for facts in tensors.values())
     return Proof(

@@ -72,7 +72,9 @@ def test_tables_of_contents_are_told_apart_by_their_place_alone(tmp_path):
 
         return make
 
-    assert verify_resume(run(lambda files: None), tmp_path / "a", steps=2).exact
+    proof = verify_resume(run(lambda files: None), tmp_path / "a", steps=2)
+    assert proof.exact
+    assert (proof.files, proof.digest) == (2, hashlib.sha256(b"values").hexdigest())
     for name, spoil in (
         (".metadata", lambda files: files.pop(".metadata")),
         ("__0_0.distcp", lambda files: files.update({"__0_0.distcp": b"valuEs"})),
