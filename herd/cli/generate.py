@@ -20,6 +20,7 @@ from herd.cli.options import adapter_option, model_options, sampling, sampling_o
 from herd.cli.progress import busy, progress
 from herd.cli.sizes import duration
 from herd.errors import ConfigError, HerdError
+from herd.hub.created import find
 
 if TYPE_CHECKING:
     from herd.engine.llm import LLM, Pending
@@ -75,7 +76,7 @@ AHEAD = 3
 @click.option("--deterministic", is_flag=True, help="Answers do not depend on what runs beside them, to the last bit.")
 def command(model: str, source: Path, out: Path, resume: bool, overwrite: bool, **options: Any) -> int:
     """Answer every row of a batch FILE with MODEL, many at once."""
-    chosen = sampling(options)
+    chosen, options = sampling(options), _as_created(model, options)
     if options["tensor_parallel"] > 1 and options["adapter"] is not None:
         raise click.UsageError(
             "--adapter: adapters are not possible with --tensor-parallel-size: merge a LoRA first (herd merge)"
@@ -108,6 +109,20 @@ def command(model: str, source: Path, out: Path, resume: bool, overwrite: bool, 
             raise
     note(run.summary())
     return 1 if run.failed else 0
+
+
+def _as_created(model: str, options: dict[str, Any]) -> dict[str, Any]:
+    """`options`, and where they say nothing what `herd create` said of the model. Raises HerdError for what rows would miss."""
+    made = find(model)
+    if made is None:
+        return options
+    if made.system or made.messages:
+        raise HerdError(
+            f"{model} was made with a system prompt or turns before each conversation, and rows are answered as they are: write "
+            f"these into the rows and give {made.base}, or ask {model} through herd serve"
+        )
+    own = {"max_len": made.context, "format_name": made.format, "adapter": made.adapter}
+    return options | {name: value for name, value in own.items() if options[name] is None}
 
 
 def _ids(source: Path) -> set[str | int]:

@@ -14,6 +14,7 @@ from herd.checkpoint.peft import write_peft
 from herd.cli.batch import answered, read_rows
 from herd.cli.main import run
 from herd.errors import HerdError
+from herd.hub.created import Created, save
 from tests.engine.test_adapters import adapter
 
 CHAT = [{"role": "user", "content": "Hi"}]
@@ -198,3 +199,24 @@ def test_adapter_and_draft(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert run(wrong) == 1
     assert "nonesuch" in capsys.readouterr().err
     assert not (tmp_path / "x.jsonl").exists()
+
+
+def test_what_a_created_model_was_made_with_is_not_forgotten(
+    chat_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its adapter and context are used, as by herd run; a system prompt, which rows cannot be given, is refused by name."""
+    monkeypatch.setenv("HERD_HOME", str(tmp_path / "home"))
+    source = write(tmp_path / "in.jsonl", {"prompt": "abc", "temperature": 0}, {"prompt": "a" * 60})
+    model = load_model(chat_model, dtype="float32")
+    (tmp_path / "lora").mkdir()
+    write_peft(adapter(model), tmp_path / "lora", model.config, lambda _: None)
+    save(Created("mine", chat_model, context=40, adapter=str(tmp_path / "lora")))
+    status, rows = generate("mine", source, tmp_path / "out.jsonl")
+    assert status == 1
+    assert "40" in rows[2]["error"], "it does not fit the context that the model was made with"
+    _, given = generate(chat_model, source, tmp_path / "given.jsonl", "--adapter", str(tmp_path / "lora"))
+    _, plain = generate(chat_model, source, tmp_path / "plain.jsonl")
+    assert rows[1]["text"] == given[1]["text"] != plain[1]["text"]
+    save(Created("kind", chat_model, system="Be kind."))
+    assert run(["generate", "kind", "--batch-file", source, "--out", str(tmp_path / "kind.jsonl")]) == 1
+    assert "was made with a system prompt" in capsys.readouterr().err

@@ -168,6 +168,27 @@ def test_a_refusal_can_be_read_while_the_body_still_comes(patient: Live) -> None
         assert sent < 20 << 20, "the server takes bytes long after it refused them"
 
 
+def test_a_body_that_comes_after_its_refusal_leaves_no_connection_open_for_ever(patient: Live) -> None:
+    """It is thrown away, the connection may be used again, and is as idle as any other."""
+    form = POST.replace(b"application/json", b"text/html") + b"Content-Length: 4\r\n\r\n"
+
+    def told(connection: socket.socket, asked: bytes) -> bytes:
+        connection.sendall(asked)
+        got = b""
+        while not got.endswith(b"}"):
+            got += connection.recv(65536)
+        return got
+
+    with connected(patient) as connection:
+        assert told(connection, form).startswith(b"HTTP/1.1 415")
+        connection.sendall(b"late")
+        assert told(connection, b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n").startswith(b"HTTP/1.1 200")
+        assert told(connection, form).startswith(b"HTTP/1.1 415")
+        connection.sendall(b"late")
+        connection.settimeout(2 + SLACK)
+        assert rest(connection) == b"", "it is closed"
+
+
 def test_two_requests_in_one_packet(patient: Live) -> None:
     with connected(patient) as connection:
         connection.sendall(b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n" * 3)

@@ -79,7 +79,7 @@ def tried(live: Live, operation: Any, fits: bool, count: int) -> int:
     mode = schemathesis.GenerationMode.POSITIVE if fits else schemathesis.GenerationMode.NEGATIVE
     until = time.process_time() + SECONDS
     seen = 0
-    with live.client() as client:
+    with live.client(limits=httpx.Limits(max_keepalive_connections=0)) as client:  # none that the server finds idle
 
         @hypothesis.settings(
             max_examples=count,
