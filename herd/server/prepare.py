@@ -258,7 +258,7 @@ def conversation(given: Sequence[Any]) -> tuple[Message, ...]:
                 if one.tool_call_id is not None and one.tool_call_id not in calls:
                     raise PromptError(f"tool_call_id: no call of the turn before has the id {one.tool_call_id[:60]!a}")
             if all(one.tool_call_id is not None for one in results):
-                out[start:end] = sorted(results, key=lambda one, calls=calls: calls[one.tool_call_id])
+                out[start:end] = sorted(results, key=lambda one, calls=calls: calls[str(one.tool_call_id)])
         start = end
     return tuple(out)
 
