@@ -6,7 +6,7 @@
 
 namespace herd {
 
-constexpr int VERSION = 5;
+constexpr int VERSION = 6;
 
 struct Matrix {            // [rows, cols]; quantized formats in panels, F32 / F16 / BF16 row by row
     const uint8_t* data;
@@ -61,6 +61,47 @@ struct Step {
     float* const* k_scale; // per layer [n_blocks, block_size, n_kv_heads]; I8 only
     float* const* v_scale;
     int64_t first_layer, last_layer;
+};
+
+// One pass over rows of numbers, columns a multiple of 16: what it does, and of its operands those that it needs.
+enum What : int64_t { NORM = 0, NORM_BACK = 1, GATE = 2, GATE_BACK = 3, TURN = 4, LEARN = 5 };
+
+struct Pass {
+    int64_t what, kind;    // kind: F32 or BF16, of all bytes below
+    int64_t rows, columns;
+    int64_t heads;         // of a row that is turned; columns are those of a head, MAX_HEAD at most
+    double eps;            // of a norm; of a turn 1, or -1 for its gradient
+    const uint8_t* a;
+    const uint8_t* b;
+    const uint8_t* weight; // [columns]
+    uint8_t* out;
+    float* scales;         // [rows]: of a norm
+    const uint8_t* grad;
+    uint8_t* by_a;
+    uint8_t* by_b;
+    float* by_weight;      // [parts of PASS_ROWS rows, columns], or null
+    const float* cos;      // [rows, columns / 2]
+    const float* sin;
+    const int64_t* labels; // [rows], each a column
+    float* losses;         // [rows]
+};
+
+constexpr int64_t PASS_ROWS = 32, MAX_HEAD = 1024;
+
+struct Documents {         // attention of documents that lie back to back, and its gradients
+    int64_t kind;          // F32 or BF16: q, k, v, out, grad, by_k and by_v
+    int64_t heads, kv_heads, head_dim;
+    const int64_t* begins; // [n_documents + 1]: where each begins, and where the last one ends
+    int64_t n_documents;
+    const uint8_t* q;      // [rows, heads, head_dim]
+    const uint8_t* k;      // [rows, kv_heads, head_dim]
+    const uint8_t* v;
+    uint8_t* out;          // [rows, heads, head_dim]
+    float* sums;           // [rows, heads]: logarithm of the sum of exponentials
+    const uint8_t* grad;   // [rows, heads, head_dim]
+    float* by_q;           // likewise
+    uint8_t* by_k;         // [rows, kv_heads, head_dim]
+    uint8_t* by_v;
 };
 
 }  // namespace herd

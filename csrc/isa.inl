@@ -4,9 +4,11 @@
 namespace herd::HERD_ISA { inline int thread_number() { return omp_get_thread_num(); } }
 #include "forward.h"
 #include "matmul.h"
+#include "documents.h"
+#include "pass.h"
 #include "api.h"
 
 namespace herd::HERD_ISA {
 extern const Api api;
-const Api api = {&forward, &matmul, &head};
+const Api api = {&forward, &matmul, &head, &documents, &documents_backward, &pass_over};
 }

@@ -219,4 +219,27 @@ HERD_PUBLIC const char* herd_forward(const Model* m, const Step* s, int threads,
     return nullptr;
 }
 
+HERD_PUBLIC int64_t herd_documents_scratch(const Documents* d, int backward, int threads) {
+    DocumentBuffers b;
+    return lay_out(*d, backward, threads, nullptr, b);
+}
+
+// Attention of all documents (or its gradients), which `begins` says one after the other: the caller made it so.
+HERD_PUBLIC void herd_documents(const Documents* d, int backward, int threads, uint8_t* scratch) {
+    DocumentBuffers b;
+    lay_out(*d, backward, threads, scratch, b);
+    (backward ? chosen->documents_backward : chosen->documents)(*d, b);
+}
+
+HERD_PUBLIC int64_t herd_pass_scratch(int threads) {
+    Team team;
+    return lay_out(threads, nullptr, team);
+}
+
+HERD_PUBLIC void herd_pass(const Pass* p, int threads, uint8_t* scratch) {
+    Team team;
+    lay_out(threads, scratch, team);
+    chosen->pass_over(*p, team);
+}
+
 }

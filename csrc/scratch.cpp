@@ -108,4 +108,43 @@ int64_t lay_out(const Matrix& m, int64_t rows, int threads, uint8_t* base, Matmu
     return arena.used();
 }
 
+int64_t lay_out(const Documents& d, bool backward, int threads, uint8_t* base, DocumentBuffers& b) {
+    const int64_t rows = d.begins[d.n_documents], dim = d.head_dim;
+    int64_t places = 0;
+    b.n_passages = 0;
+    for (int64_t i = 0; i < d.n_documents; ++i) {
+        const int64_t n = d.begins[i + 1] - d.begins[i];
+        b.n_passages += (n + TILE - 1) / TILE;
+        places += n / TILE * TILE + whole_lines(n % TILE);
+    }
+    Arena arena(base);
+    b.team = take_team(arena, 2, threads);
+    b.passages = arena.take<Passage>(b.n_passages);
+    b.firsts = arena.take<int64_t>(d.n_documents + 1);
+    if (base) {
+        int64_t at = 0, place = 0;
+        for (int64_t i = 0; i < d.n_documents; ++i) {
+            b.firsts[i] = at;
+            for (int64_t row = d.begins[i]; row < d.begins[i + 1]; row += TILE) {
+                const int64_t n = std::min<int64_t>(TILE, d.begins[i + 1] - row);
+                b.passages[at++] = {row, n, b.firsts[i], place};
+                place += whole_lines(n);
+            }
+        }
+        b.firsts[d.n_documents] = at;
+    }
+    b.keys = arena.take<float>(backward ? 0 : places * d.kv_heads * dim);
+    b.values = arena.take<float>(backward ? 0 : places * d.kv_heads * dim);
+    b.delta = arena.take<float>(backward ? rows * d.heads : 0);
+    b.spare_floats = backward ? 7 * TILE * dim + 2 * TILE * TILE : 2 * TILE * dim + TILE * TILE;
+    b.spare = arena.take<float>(threads * b.spare_floats);
+    return arena.used();
+}
+
+int64_t lay_out(int threads, uint8_t* base, Team& team) {
+    Arena arena(base);
+    team = take_team(arena, 1, threads);
+    return arena.used();
+}
+
 }  // namespace herd

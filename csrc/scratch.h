@@ -65,8 +65,26 @@ struct MatmulBuffers {
     int64_t spare_floats;
 };
 
+struct Passage { int64_t row, rows, first, place; };  // a block of a document; its first block; its place among turned keys, in positions
+
+struct DocumentBuffers {
+    Team team;
+    int64_t n_passages;
+    Passage* passages;
+    int64_t* firsts;                   // [documents + 1]: the first passage of each
+    float *keys, *values;              // of all passages: per key head turned [head_dim, whole lines of rows], and as they are
+    float* delta;                      // [rows, heads]; of the gradients only
+    float* spare;
+    int64_t spare_floats;
+};
+
+// Rows of keys that lie side by side as columns: whole lines, and so whole vectors of every instruction set.
+static inline int64_t whole_lines(int64_t rows) { return (rows + 15) / 16 * 16; }
+
 // Lays the buffers out from `base` and returns how many bytes they take; with base == nullptr it only counts.
 int64_t lay_out(const Model& m, const Step& s, int threads, uint8_t* base, Buffers& b);
 int64_t lay_out(const Matrix& m, int64_t rows, int threads, uint8_t* base, MatmulBuffers& b, bool head = false);
+int64_t lay_out(const Documents& d, bool backward, int threads, uint8_t* base, DocumentBuffers& b);
+int64_t lay_out(int threads, uint8_t* base, Team& team);
 
 }  // namespace herd

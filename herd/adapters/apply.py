@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from herd.errors import ConfigError
 from herd.model.llama import Llama
 from herd.model.moe import Experts
 from herd.quant.linear import QuantEmbedding, QuantExperts, QuantLinear
-from herd.quant.matrix import frozen_product
+from herd.quant.matrix import Matrix, frozen_product
 
 __all__ = [
     "ATTENTION", "FEED_FORWARD", "LINEAR", "TARGETS",
@@ -133,7 +134,38 @@ class LowRankLinear(_LowRank):
         """W x."""
         return _product(self.base, x)
 
+    def at_once(self, x: Tensor) -> Tensor | None:
+        """W x + scale * B A x with its gradients in as few passes as there are products; None where more is asked for:
+        dropout, DoRA, a base that trains, is sharded or of another kind, factors of another dtype than x."""
+        if self.magnitude is not None or (self.training and self.dropout) or not torch.is_grad_enabled():
+            return None
+        a, b = self._factors(x)
+        weight, matrix = self._frozen(x)
+        if (weight is None and matrix is None) or a.dtype != x.dtype or not all(_plain(t) for t in (x, self.a, self.b)):
+            return None
+        return _Sum.apply(x, weight, matrix, a, b, self.scale)  # pyright: ignore[reportReturnType] (torch gives no types)
+
+    def _factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.a, self.b
+
+    def _frozen(self, x: Tensor) -> tuple[Tensor | None, Matrix | None]:
+        """The base's matrix as it is, or quantized."""
+        base = self.base
+        if base._forward_hooks or base._forward_pre_hooks:
+            return None, None
+        if type(base) is QuantLinear and not torch.compiler.is_compiling():
+            return None, base.matrix
+        if not isinstance(base, nn.Linear) or base.bias is not None or not getattr(base, "plain", True):
+            return None, None
+        weight = base.weight
+        known = type(base).forward is nn.Linear.forward or hasattr(type(base), "narrows")
+        usual = known and _plain(weight) and not weight.requires_grad
+        fits = weight.dtype == x.dtype or hasattr(type(base), "narrows")
+        return (weight, None) if usual and fits else (None, None)
+
     def forward(self, x: Tensor) -> Tensor:
+        if (together := self.at_once(x)) is not None:
+            return together
         y = self.base_product(x)
         dropped = self.dropped(x)
         change = linear(linear(dropped.to(self.a.dtype), self.a), self.b) * self.scale
@@ -143,6 +175,43 @@ class LowRankLinear(_LowRank):
         assert gain is not None
         turned = y if dropped is x else _product(self.base, dropped)
         return (y + (gain - 1) * turned + gain * change).to(y.dtype)
+
+
+def _plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter)
+
+
+class _Sum(torch.autograd.Function):
+    """x W^T + scale * (x A^T) B^T for a frozen W, added up in place, forward and backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, matrix: Matrix | None, a: Tensor, b: Tensor, scale: float
+    ) -> Tensor:
+        flat, ctx.matrix, ctx.scale = x.reshape(-1, x.shape[-1]), matrix, scale
+        inner = flat @ a.T
+        ctx.save_for_backward(flat, weight, inner, a, b)
+        out = flat @ _frozen(weight, matrix, x.dtype).T
+        return out.addmm_(inner, b.T, alpha=scale).view(*x.shape[:-1], len(b))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, weight, inner, a, b = ctx.saved_tensors
+        flat = grad.reshape(-1, grad.shape[-1])
+        by_inner = (flat @ b) * ctx.scale
+        by_a, by_b = by_inner.T @ x, (flat.T @ inner) * ctx.scale
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, by_a, by_b, None
+        by_x = flat @ _frozen(weight, ctx.matrix, x.dtype)
+        return by_x.addmm_(by_inner, a).view(*grad.shape[:-1], -1), None, None, by_a, by_b, None
+
+
+def _frozen(weight: Tensor | None, matrix: Matrix | None, dtype: torch.dtype) -> Tensor:
+    if weight is not None:
+        return weight.to(dtype)
+    assert matrix is not None
+    return matrix.dequantize(dtype)
 
 
 class LowRankEmbedding(_LowRank):

@@ -163,8 +163,13 @@ def configured(what: str, overrides: Sequence[str]) -> RunConfig:
 def _train(config: RunConfig, resume: Any, inexact: bool, main: bool, until: int | None) -> dict[str, float]:
     from herd.cli.tokenizing import tokenizing
     from herd.cli.training import Screen
+    from herd.kernels import native
     from herd.train.run import run_recipe
+    from herd.train.start import device_of
 
+    missing = native.missing() if device_of(config.device).type == "cpu" else None
+    if main and missing is not None and os.environ.get("HERD_ISA", "").lower() != "none":
+        note(f"[slower than it could be: {missing}]")
     screen = Screen(config)
     watchers = [screen] if main else []
     tell = screen.say if main else _silent

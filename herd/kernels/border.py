@@ -15,12 +15,12 @@ from pathlib import Path
 
 import herd.kernels
 
-__all__ = ["ISAS", "VERSION", "Head", "Layer", "Matrix", "Model", "Step", "library", "loaded"]
+__all__ = ["ISAS", "VERSION", "Documents", "Head", "Layer", "Matrix", "Model", "Pass", "Step", "library", "loaded"]
 
 ISAS = ("amx", "avx512bf16", "avx512", "avx2", "neon", "scalar")
 """Best first. `HERD_ISA` chooses one, or `none` for torch alone."""
 
-VERSION = 5
+VERSION = 6
 """Of the structures below; csrc/abi.h has the same number."""
 
 
@@ -67,6 +67,24 @@ class Step(Structure):
     )
 
 
+class Documents(Structure):
+    _fields_ = (
+        *((name, c_int64) for name in ("kind", "heads", "kv_heads", "head_dim")),
+        ("begins", c_void_p),
+        ("n_documents", c_int64),
+        *((name, c_void_p) for name in ("q", "k", "v", "out", "sums", "grad", "by_q", "by_k", "by_v")),
+    )
+
+
+class Pass(Structure):
+    _fields_ = (
+        *((name, c_int64) for name in ("what", "kind", "rows", "columns", "heads")),
+        ("eps", c_double),
+        *((name, c_void_p) for name in ("a", "b", "weight", "out", "scales", "grad", "by_a", "by_b", "by_weight")),
+        *((name, c_void_p) for name in ("cos", "sin", "labels", "losses")),
+    )
+
+
 _FUNCTIONS = (
     ("herd_use", c_int, (c_char_p,)),
     ("herd_packed_bytes", c_int64, (c_int, c_int64, c_int64)),
@@ -78,6 +96,10 @@ _FUNCTIONS = (
     ("herd_head_scratch", c_int64, (POINTER(Head), c_int64, c_int)),
     ("herd_head", None, (POINTER(Head), c_void_p, c_void_p, c_int64, c_void_p, c_int, c_void_p)),
     ("herd_forward_scratch", c_int64, (POINTER(Model), POINTER(Step), c_int)),
+    ("herd_documents_scratch", c_int64, (POINTER(Documents), c_int, c_int)),
+    ("herd_documents", None, (POINTER(Documents), c_int, c_int, c_void_p)),
+    ("herd_pass_scratch", c_int64, (c_int,)),
+    ("herd_pass", None, (POINTER(Pass), c_int, c_void_p)),
     ("herd_forward", c_char_p, (POINTER(Model), POINTER(Step), c_int, c_void_p)),
 )
 

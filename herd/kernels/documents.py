@@ -1,7 +1,8 @@
 """Causal attention inside each of many documents that lie back to back, on a CPU: no mask, and no work between documents.
 
-A mask of S x S costs its own memory and all products of the row, those between documents included. Here each document is one
-call of torch's fused kernel, or all are one call where they are equally long (a row each, in pretraining on long texts).
+A mask of S x S costs its own memory and all products of the row, those between documents included. The native library does all
+documents in one call (`herd.kernels.passages`: float32 and bfloat16, heads of whole 16s). Otherwise each document is one call of
+torch's fused kernel, or all are one call where they are equally long (a row each, in pretraining on long texts).
 
 Letters: T positions of all rows, H query heads, Hkv key/value heads, Dh head_dim.
 """
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from herd.kernels import passages
 from herd.kernels.ops import fake, gradient, operation
 
 __all__ = ["document_attention", "document_attention_plain"]
@@ -37,6 +39,8 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, first: Tensor) -> tuple[
     q [T, H, Dh], k and v [T, Hkv, Dh], one float dtype; `first` [T] bool: where a document begins, the first position included.
     Its shape does not depend on the documents, so compiled code meets one shape. Differentiable in q, k, v (not in the log-sums).
     """
+    if passages.takes(q):
+        return passages.attend(q, k, v, first)
     out, sums = torch.empty_like(q), q.new_zeros(q.shape[:2], dtype=_wide(q))
     for rows, shape in _spans(first):
         parts = [_heads_first(x[rows], shape) for x in (q, k, v)]
@@ -60,6 +64,8 @@ def document_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, first: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by q, k and v."""
+    if passages.takes(q):
+        return passages.attend_backward(grad, q, k, v, out, sums, first)
     by_q, by_k, by_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     for rows, shape in _spans(first):
         if shape[1] == 1:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from herd.kernels import onepass
 from herd.kernels.ops import fake, operation
 
 __all__ = ["linear_nll", "linear_nll_plain"]
@@ -43,22 +44,14 @@ def linear_nll(
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     by_rows = torch.empty_like(rows) if for_hidden else hidden.new_empty(0)
     by_weight = hidden.new_zeros(weight.shape, dtype=torch.float32) if for_weight else hidden.new_empty(0)
-    room = hidden.new_empty(chunk, len(weight), dtype=torch.float32)
-    narrow = room if wide else hidden.new_empty(chunk, len(weight))
+    narrow = hidden.new_empty(chunk, len(weight))
+    native = onepass.takes(narrow)
+    room = narrow if wide or native else hidden.new_empty(chunk, len(weight), dtype=torch.float32)
     for start in range(0, len(rows), max(1, chunk)):
-        part, wanted = rows[start : start + chunk], targets[start : start + chunk, None]
+        part, wanted = rows[start : start + chunk], targets[start : start + chunk]
         logits, small = room[: len(part)], narrow[: len(part)]
         torch.mm(part, matrix.T, out=small)
-        if not wide:
-            logits.copy_(small)
-        torch.log_softmax(logits, 1, out=logits)
-        total -= logits.gather(1, wanted).sum()
-        if not (for_hidden or for_weight):
-            continue
-        # Not torch.softmax: on a CPU its exponential is a fast one, and gradients would be ten times less exact.
-        logits.exp_().scatter_add_(1, wanted, logits.new_full((len(part), 1), -1.0))
-        if not wide:
-            small.copy_(logits)
+        total += (_learned_natively if native else _learned)(small, logits, wanted, for_hidden or for_weight)
         if for_hidden:
             torch.mm(small, matrix, out=by_rows[start : start + chunk])
         if for_weight and wide:
@@ -68,6 +61,27 @@ def linear_nll(
     if for_hidden and not every:
         by_rows = torch.zeros_like(hidden).index_copy_(0, kept, by_rows)
     return total, by_rows, by_weight if weight.dtype == torch.float32 else by_weight.to(weight.dtype)
+
+
+def _learned(small: Tensor, logits: Tensor, labels: Tensor, gradient: bool) -> Tensor:
+    """The sum of losses of the logits in `small` [C, V], which become their gradient if one is wanted.
+
+    `logits` is the same or, where that is of 16 bits, float32 of its shape to work in.
+    """
+    if logits is not small:
+        logits.copy_(small)
+    torch.log_softmax(logits, 1, out=logits)
+    total = -logits.gather(1, labels[:, None]).sum()
+    if gradient:
+        # Not torch.softmax: on a CPU its exponential is a fast one, and gradients would be ten times less exact.
+        logits.exp_().scatter_add_(1, labels[:, None], logits.new_full((len(labels), 1), -1.0))
+        if logits is not small:
+            small.copy_(logits)
+    return total
+
+
+def _learned_natively(small: Tensor, logits: Tensor, labels: Tensor, gradient: bool) -> Tensor:
+    return onepass.learn_rows(small, labels.contiguous(), gradient).sum()
 
 
 @fake(linear_nll)

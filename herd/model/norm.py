@@ -5,13 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["RMSNorm", "rms"]
+from herd.kernels import onepass
+
+__all__ = ["RMSNorm", "normed", "rms"]
 
 
 def rms(x: Tensor, eps: float) -> Tensor:
     """x / rms(x) over the last dim, computed in fp32, returned in x's dtype; no weight."""
     wide = x.float()
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).type_as(x)
+
+
+def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """rms(x) * weight, of one dtype: in one pass where gradients are wanted and the native library can."""
+    if onepass.fits(x, weight):
+        return onepass.rms_norm(x, weight, eps)
+    return rms(x, eps) * weight
 
 
 class RMSNorm(nn.Module):
@@ -27,4 +36,4 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms(x, self.eps) * self.weight
+        return normed(x, self.weight, self.eps)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from herd.kernels import onepass
 from herd.model.config import LayerSpec, ModelConfig, RopeScaling, Temper
 from herd.model.norm import rms
 
@@ -74,6 +75,8 @@ class Rope(nn.Module):
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Turn neighbouring pairs of x [..., S, H, Dh] by their angles; computed in fp32, returned in x's dtype."""
+    if onepass.fits(x) and (turned := onepass.rotate(x, rotary.cos, rotary.sin)) is not None:
+        return turned
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack((even * rotary.cos - odd * rotary.sin, even * rotary.sin + odd * rotary.cos), dim=-1)
     return turned.flatten(-2).type_as(x)

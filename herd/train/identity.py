@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from herd.adapters.apply import trained
+from herd.kernels import native
 from herd.model.llama import Llama
 from herd.parallel.mesh import Mesh
 from herd.quant.linear import QuantEmbedding, QuantExperts, QuantLinear
@@ -53,7 +54,7 @@ def identity(model: Llama, config: TrainConfig, mesh: Mesh, facts: Mapping[str, 
             "parallel": asdict(mesh.part),
             "world": mesh.world,
             "threads": torch.get_num_threads(),
-            "machine": {"torch": torch.__version__, "device": _device(mesh)},
+            "machine": {"torch": torch.__version__, "device": _device(mesh), "kernels": _kernels(mesh)},
             "facts": dict(facts),
         }
     )
@@ -146,6 +147,11 @@ def _sample(values: torch.Tensor) -> bytes:
     flat = values.reshape(-1)
     step = max(1, flat.numel() // SAMPLES)
     return flat[::step].float().cpu().numpy().tobytes()
+
+
+def _kernels(mesh: Mesh) -> str:
+    """Who computes the small steps and attention: sums have another order."""
+    return "torch" if mesh.device.type == "cuda" else native.isa() or "torch"
 
 
 def _device(mesh: Mesh) -> str:

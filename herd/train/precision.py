@@ -21,13 +21,15 @@ from herd.adapters.apply import LowRankLinear
 from herd.kernels.grouped import grouped_linear
 from herd.model.llama import Llama
 from herd.model.moe import Experts
-from herd.model.norm import RMSNorm, rms
+from herd.model.norm import RMSNorm, normed
 
 __all__ = ["compute_in", "compute_plainly", "computed_in"]
 
 
 class NarrowLinear(nn.Linear):
     """x W^T in x's dtype, whatever the weight's."""
+
+    narrows = True
 
     def forward(self, input: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(input.dtype)
@@ -45,7 +47,7 @@ class NarrowNorm(RMSNorm):
     """RMSNorm whose weight is rounded to x's dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms(x, self.eps) * self.weight.to(x.dtype)
+        return normed(x, self.weight.to(x.dtype), self.eps)
 
 
 class NarrowExperts(Experts):
@@ -60,11 +62,16 @@ class NarrowLowRank(LowRankLinear):
     """A LoRA layer whose factors multiply in x's dtype. DoRA's gain stays float32."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if (together := self.at_once(x)) is not None:
+            return together
         if self.magnitude is not None:
             return super().forward(x)
         base = self.base_product(x)
         inner = linear(self.dropped(x), self.a.to(x.dtype))
         return base.add(linear(inner, self.b.to(x.dtype)), alpha=self.scale)
+
+    def _factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.a.to(x.dtype), self.b.to(x.dtype)
 
 
 _NARROW: dict[type[nn.Module], type[nn.Module]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, linear
 
-from herd.adapters.apply import LINEAR, LoraConfig, adapter_of, apply_adapter, apply_lora, trained
+from herd.adapters.apply import LINEAR, LoraConfig, LowRankLinear, adapter_of, apply_adapter, apply_lora, trained
 from herd.adapters.lora import Factors, LoraAdapter
 from herd.checkpoint.peft import read_peft, write_peft
 from herd.data.batch import Loader
@@ -202,6 +203,45 @@ def test_gradients_through_a_quantized_base_are_those_of_its_plain_twin() -> Non
         one(ids).square().mean().backward()
     for (name, x), y in zip(trained(model).items(), trained(twin).values(), strict=True):
         torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+AT_ONCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-2}
+"""Of the largest number: other sums, and roundings of results only."""
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["inside", "first"])
+@pytest.mark.parametrize("dtype", AT_ONCE)
+def test_the_sum_at_once_and_its_gradients_are_those_of_the_definition(dtype: torch.dtype, first: bool) -> None:
+    """`first`: what nothing before it learns from."""
+    torch.manual_seed(0)
+    base = nn.Linear(24, 40, bias=False, dtype=dtype).requires_grad_(False)
+    layer = LowRankLinear("w", base, Factors(torch.randn(4, 24), torch.randn(40, 4), 8.0), 2.0, 0.0)
+    layer.a.data, layer.b.data = layer.a.data.to(dtype), layer.b.data.to(dtype)
+    x = torch.randn(2, 5, 24, dtype=dtype).requires_grad_(not first)
+    grad = torch.randn(2, 5, 40, dtype=dtype)
+    found = layer.at_once(x)
+    assert found is not None
+
+    exact = [t.detach().double().requires_grad_() for t in (x, layer.a, layer.b)]
+    wanted = linear(exact[0], base.weight.double()) + linear(linear(exact[0], exact[1]), exact[2]) * 2
+    start = 1 if first else 0
+    gradients = torch.autograd.grad(wanted, exact[start:], grad.double())
+    own = torch.autograd.grad(found, [x, layer.a, layer.b][start:], grad)
+    for a, b in zip((wanted, *gradients), (found, *own), strict=True):
+        assert (a - b).abs().max() <= AT_ONCE[dtype] * a.abs().max()
+
+
+def test_what_is_not_summed_at_once() -> None:
+    pair = Factors(torch.randn(4, 24), torch.randn(40, 4), 8.0)
+    base = nn.Linear(24, 40, bias=False).requires_grad_(False)
+    x = torch.randn(3, 24)
+    assert LowRankLinear("w", base, pair, 2.0, 0.0).at_once(x) is not None
+    assert LowRankLinear("w", base, pair, 2.0, 0.5).train().at_once(x) is None
+    assert LowRankLinear("w", base, replace(pair, magnitude=torch.ones(40)), 2.0, 0.0).at_once(x) is None
+    assert LowRankLinear("w", base.bfloat16(), pair, 2.0, 0.0).at_once(x.bfloat16()) is None
+    assert LowRankLinear("w", nn.Linear(24, 40), pair, 2.0, 0.0).at_once(x) is None
+    with torch.no_grad():
+        assert LowRankLinear("w", base.float(), pair, 2.0, 0.0).at_once(x) is None
 
 
 def test_an_nf4_base_takes_a_third_of_bfloat16(tmp_path: Path) -> None:

@@ -1,9 +1,13 @@
 import pytest
 import torch
 
+from herd.kernels import passages
 from herd.kernels.documents import document_attention, document_attention_plain
 from herd.model.attend import Packed, packed
 from herd.model.config import LayerSpec, ModelConfig
+from tests.kernels.native import isa
+
+__all__ = ["isa"]
 
 CLOSE = {torch.float32: 2e-6, torch.float64: 1e-12, torch.bfloat16: 2e-2}
 """Sums in another order; bfloat16 is rounded once more between the two products."""
@@ -32,6 +36,74 @@ def test_it_is_masked_attention_and_its_gradients(split, dtype, shared):
     )
     for a, b in pairs:
         torch.testing.assert_close(a, b, rtol=CLOSE[dtype], atol=CLOSE[dtype])
+
+
+LONG = {
+    "one": [200],
+    "rows": [128, 128],
+    "many": [70, 1, 64, 65, 3, 1, 130],
+    "ones": [1] * 5,
+    "short": [2, 17, 33, 48, 63],
+}
+NATIVE = {torch.float32: 4e-6, torch.bfloat16: 8e-3}
+"""Of the largest number, against float64: sums of up to 200 products, the exponential's 2e-7; bfloat16 is rounded once, at the end
+(half of 2^-7), from inputs that both have."""
+
+
+@pytest.mark.parametrize("split", LONG)
+@pytest.mark.parametrize("heads", [(4, 4, 16), (4, 2, 64), (6, 2, 80), (3, 1, 128)], ids=str)
+@pytest.mark.parametrize("dtype", NATIVE)
+def test_the_native_kernel_in_every_instruction_set_is_that_of_float64(isa, split, heads, dtype):
+    h, shared, dim = heads
+    torch.manual_seed(0)
+    lengths = LONG[split]
+    total = sum(lengths)
+    q, k, v, grad = (torch.randn(total, n, dim).mul_(2).to(dtype) for n in (h, shared, shared, h))
+    first = torch.cat([torch.arange(n) == 0 for n in lengths])
+    assert passages.takes(q)
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    expected = document_attention_plain(*exact, first)
+    wanted = [expected, *torch.autograd.grad(expected, exact, grad.double())]
+    own = [x.requires_grad_() for x in (q, k, v)]
+    out = document_attention(*own, first)[0]
+    largest = max(a.abs().max() for a in wanted)  # documents of one position give queries and keys no gradient at all
+    for a, b in zip(wanted, [out, *torch.autograd.grad(out, own, grad)], strict=True):
+        assert b.dtype == dtype
+        assert (a - b).abs().max() <= NATIVE[dtype] * (a.abs().max() or largest)
+
+
+def test_threads_and_neighbours_change_no_bit(isa):
+    torch.manual_seed(0)
+    lengths = [100, 7, 130]
+    q, k, v, grad = (torch.randn(sum(lengths), n, 32) for n in (4, 2, 2, 4))
+    first = torch.cat([torch.arange(n) == 0 for n in lengths])
+
+    def everything(rows=slice(None)):
+        own = [x[rows].clone().requires_grad_() for x in (q, k, v)]
+        out = document_attention(*own, first[rows])[0]
+        return [out, *torch.autograd.grad(out, own, grad[rows])]
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = everything()
+        torch.set_num_threads(3)
+        together = everything()
+    finally:
+        torch.set_num_threads(before)
+    for a, b in zip(alone, together, strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(alone, everything(slice(100, 107)), strict=True):
+        assert torch.equal(a[100:107], b)
+
+
+def test_what_the_library_does_not_take_goes_to_torch():
+    narrow = torch.zeros(4, 2, 8)
+    assert not passages.takes(narrow)
+    assert not passages.takes(torch.zeros(4, 2, 16, dtype=torch.float64))
+    q = torch.randn(4, 2, 16)
+    with pytest.raises(AssertionError):
+        document_attention(q, q, q, torch.tensor([False, True, False, False]))
 
 
 def test_it_keeps_its_promises_to_compilers():
