@@ -92,13 +92,17 @@ template <int KIND> float learn_row(const Pass& s, int64_t row) {
     F most[2] = {V::set(-__builtin_inff()), V::set(-__builtin_inff())};
     for (int64_t i = 0; i < n; i += L) most[i / L % 2] = V::max(most[i / L % 2], get<KIND>(s.a, at + i));
     const float top = V::top(V::max(most[0], most[1]));
-    F sum[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
-    for (int64_t i = 0; i < n; i += L)
-        sum[i / L % 4] = V::add(sum[i / L % 4], exponential(V::sub(get<KIND>(s.a, at + i), V::set(top))));
+    constexpr int64_t SHORT_SUM = 64;  // vectors: what float32 adds up without losing digits
+    double mass = 0;
+    for (int64_t begin = 0; begin < n; begin += SHORT_SUM * L) {
+        F sum = V::zero();
+        for (int64_t i = begin; i < begin + SHORT_SUM * L && i < n; i += L)
+            sum = V::add(sum, exponential(V::sub(get<KIND>(s.a, at + i), V::set(top))));
+        mass += V::sum(sum);
+    }
     // Not exp(x - log(mass)): a logarithm of size 10 has lost seven bits, and all numbers of a row would be off together.
-    const float mass = V::sum(V::add(V::add(sum[0], sum[1]), V::add(sum[2], sum[3])));
-    const float loss = __builtin_logf(mass) - (number<KIND>(s.a, at + label) - top);
-    const F part = V::set(1.0f / mass);
+    const float loss = float(__builtin_log(mass) - double(number<KIND>(s.a, at + label) - top));
+    const F part = V::set(float(1.0 / mass));
     if (!s.by_a) return loss;
     for (int64_t i = 0; i < n; i += L) {
         float p[L];

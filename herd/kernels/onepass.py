@@ -67,8 +67,10 @@ def learn_rows(logits: Tensor, labels: Tensor, gradient: bool) -> Tensor:
 
     With `gradient` the logits become that of the sum of losses, p - (1 at the label).
     """
-    assert logits.is_contiguous() and labels.is_contiguous()
-    assert labels.shape == logits.shape[:1] and labels.dtype == torch.int64
+    assert logits.is_contiguous()
+    assert labels.is_contiguous()
+    assert labels.shape == logits.shape[:1]
+    assert labels.dtype == torch.int64
     losses = torch.empty(len(labels))
     if len(labels) == 0:
         return losses
@@ -151,7 +153,8 @@ def _over(what: int, rows: Tensor, *, eps: float = 0.0, heads: int = 1, **operan
     count = rows.numel() // rows.shape[-1] // heads
     given = {name: t for name, t in operands.items() if t is not None}
     for tensor in given.values():
-        assert tensor.is_contiguous() and tensor.is_cpu
+        assert tensor.is_contiguous()
+        assert tensor.is_cpu
     pointers = {name: tensor.data_ptr() for name, tensor in given.items()}
     asked = Pass(what, _KINDS[rows.dtype], count, rows.shape[-1], heads, eps, **pointers)
     threads = torch.get_num_threads()

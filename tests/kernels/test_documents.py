@@ -46,8 +46,8 @@ LONG = {
     "short": [2, 17, 33, 48, 63],
 }
 NATIVE = {torch.float32: 4e-6, torch.bfloat16: 8e-3}
-"""Of the largest number, against float64: sums of up to 200 products, the exponential's 2e-7; bfloat16 is rounded once, at the end
-(half of 2^-7), from inputs that both have."""
+"""Of the largest number, against float64: sums of up to 200 products, the exponential's 2e-7; bfloat16 is rounded once, at the
+end (half of 2^-7), from inputs that both have."""
 
 
 @pytest.mark.parametrize("split", LONG)
