@@ -20,6 +20,7 @@ from torch.nn.functional import dropout, embedding, linear
 
 from herd.adapters.lora import EMBEDDING, Factors, LoraAdapter, lengths
 from herd.errors import ConfigError
+from herd.kernels.dense import product
 from herd.model.llama import Llama
 from herd.model.moe import Experts
 from herd.quant.linear import QuantEmbedding, QuantExperts, QuantLinear
@@ -158,8 +159,9 @@ class LowRankLinear(_LowRank):
         if not isinstance(base, nn.Linear) or base.bias is not None or not getattr(base, "plain", True):
             return None, None
         weight = base.weight
-        known = type(base).forward is nn.Linear.forward or hasattr(type(base), "narrows")
-        usual = known and _plain(weight) and not weight.requires_grad
+        usual = (
+            (type(base) is nn.Linear or hasattr(type(base), "known")) and _plain(weight) and not weight.requires_grad
+        )
         fits = weight.dtype == x.dtype or hasattr(type(base), "narrows")
         return (weight, None) if usual and fits else (None, None)
 
@@ -191,7 +193,7 @@ class _Sum(torch.autograd.Function):
         flat, ctx.matrix, ctx.scale = x.reshape(-1, x.shape[-1]), matrix, scale
         inner = flat @ a.T
         ctx.save_for_backward(flat, weight, inner, a, b)
-        out = flat @ _frozen(weight, matrix, x.dtype).T
+        out = product(flat, _frozen(weight, matrix, x.dtype))
         return out.addmm_(inner, b.T, alpha=scale).view(*x.shape[:-1], len(b))
 
     @staticmethod
@@ -203,7 +205,7 @@ class _Sum(torch.autograd.Function):
         by_a, by_b = by_inner.T @ x, (flat.T @ inner) * ctx.scale
         if not ctx.needs_input_grad[0]:
             return None, None, None, by_a, by_b, None
-        by_x = flat @ _frozen(weight, ctx.matrix, x.dtype)
+        by_x = product(flat, _frozen(weight, ctx.matrix, x.dtype).T)
         return by_x.addmm_(by_inner, a).view(*grad.shape[:-1], -1), None, None, by_a, by_b, None
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from herd.kernels import onepass
+from herd.kernels import dense, onepass
 from herd.kernels.ops import fake, operation
 
 __all__ = ["linear_nll", "linear_nll_plain"]
@@ -31,8 +31,8 @@ def linear_nll(
 
     hidden [T, D] and weight [V, D] of any float dtypes: products are made in hidden's, everything after them in float32, and the
     gradient of the weight is added up over chunks in float32. Rows whose label is `ignored` cost nothing. At once there are, of
-    logits, C x V in float32 (and, when hidden is of 16 bits, twice C x V of those); beside them V x D in hidden's dtype when the
-    weight has another, and V x D in float32 when the weight's gradient is wanted.
+    logits, C x V in hidden's dtype (of 16 bits without the native library: also C x V in float32); beside them V x D in hidden's
+    dtype when the weight has another, and V x D in float32 when the weight's gradient is wanted.
     """
     kept = (labels != ignored).nonzero().squeeze(1)
     every = len(kept) == len(labels)
@@ -44,20 +44,27 @@ def linear_nll(
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     by_rows = torch.empty_like(rows) if for_hidden else hidden.new_empty(0)
     by_weight = hidden.new_zeros(weight.shape, dtype=torch.float32) if for_weight else hidden.new_empty(0)
-    narrow = hidden.new_empty(chunk, len(weight))
-    native = onepass.takes(narrow)
+    fast = wide and hidden.is_cpu and dense.available()
+    native = onepass.takes(hidden.new_empty(1, len(weight)))
+    narrow = hidden.new_empty(0 if fast else chunk, len(weight))
     room = narrow if wide or native else hidden.new_empty(chunk, len(weight), dtype=torch.float32)
     for start in range(0, len(rows), max(1, chunk)):
         part, wanted = rows[start : start + chunk], targets[start : start + chunk]
-        logits, small = room[: len(part)], narrow[: len(part)]
-        torch.mm(part, matrix.T, out=small)
+        if fast:
+            small = logits = dense.product(part, matrix)
+        else:
+            small, logits = narrow[: len(part)], room[: len(part)]
+            torch.mm(part, matrix.T, out=small)
         total += (_learned_natively if native else _learned)(small, logits, wanted, for_hidden or for_weight)
-        if for_hidden:
+        if for_hidden and fast:
+            by_rows[start : start + chunk] = dense.product(small, matrix.T)
+        elif for_hidden:
             torch.mm(small, matrix, out=by_rows[start : start + chunk])
         if for_weight and wide:
             by_weight.addmm_(small.T, part)
         elif for_weight:
             by_weight += small.T @ part
+        del small, logits  # before the next ones are made
     if for_hidden and not every:
         by_rows = torch.zeros_like(hidden).index_copy_(0, kept, by_rows)
     return total, by_rows, by_weight if weight.dtype == torch.float32 else by_weight.to(weight.dtype)

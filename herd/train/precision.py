@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear, silu
 
 from herd.adapters.apply import LowRankLinear
+from herd.kernels import dense
 from herd.kernels.grouped import grouped_linear
 from herd.model.llama import Llama
 from herd.model.moe import Experts
@@ -29,11 +30,22 @@ __all__ = ["compute_in", "compute_plainly", "computed_in"]
 class NarrowLinear(nn.Linear):
     """x W^T in x's dtype, whatever the weight's."""
 
-    narrows = True
+    known = narrows = True
 
     def forward(self, input: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(input.dtype)
         return linear(input, self.weight.to(input.dtype), bias)
+
+
+class WideLinear(nn.Linear):
+    """x W^T in float32, by whichever of torch's libraries is faster (`herd.kernels.dense`)."""
+
+    known = True
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.bias is None and dense.fits(input, self.weight):
+            return dense.linear(input, self.weight)
+        return super().forward(input)
 
 
 class NarrowEmbedding(nn.Embedding):
@@ -81,7 +93,7 @@ _NARROW: dict[type[nn.Module], type[nn.Module]] = {
     Experts: NarrowExperts,
     LowRankLinear: NarrowLowRank,
 }
-_PLAIN = {narrow: plain for plain, narrow in _NARROW.items()}
+_PLAIN = {narrow: plain for plain, narrow in _NARROW.items()} | {WideLinear: nn.Linear}
 
 
 def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
@@ -93,6 +105,10 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
                 module.__class__ = _NARROW[type(module)]
             elif hasattr(type(module), "narrow"):  # what made the layer another kind knows how
                 module.narrow = True  # type: ignore[assignment]
+    elif dense.available():
+        for module in model.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = WideLinear
 
 
 def computed_in(model: Llama) -> torch.dtype:
