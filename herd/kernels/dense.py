@@ -1,8 +1,8 @@
 """Large float32 products x W^T while a model is trained, by oneDNN where that beats the library behind torch.mm.
 
 torch brings two: MKL, which torch.mm asks in float32, and oneDNN. On processors of AMD with AVX-512 oneDNN's products are 1.1 to
-1.2 x as fast on two threads (a whole step of full tuning 1.04 x, a model of 66 M). Who multiplies follows from the processor and the
-shapes alone, so that a run is the same bits every time.
+1.2 x as fast on two threads (a whole step of full tuning 1.04 x, a model of 66 M). Who multiplies follows from the processor and
+the shapes alone, so that a run is the same bits every time.
 
 Letters: T rows, K columns of x, N rows of W.
 """
