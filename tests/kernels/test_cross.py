@@ -32,7 +32,7 @@ FORMATS = 8
 def build(folder: Path, compiler: str, sources: dict[str, list[str]], *flags: str) -> Path:
     """The library and cross.cpp as one program; `sources` are what is compiled with flags of its own."""
     objects = []
-    for name in ("library", "pack", "scratch", "isa_scalar", *sources, "cross"):
+    for name in ("library", "pack", "scratch", "values", "isa_scalar", *sources, "cross"):
         source = (HERE if name == "cross" else SOURCES) / f"{name}.cpp"
         objects.append(str(folder / f"{name}.o"))
         arguments = [*FLAGS, *flags, *sources.get(name, []), f"-I{SOURCES}", "-c", str(source), "-o", objects[-1]]

@@ -126,7 +126,9 @@ def test_what_goes_wrong_in_the_source_is_raised() -> None:
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("text", ["", " word", '"\\\n\t\x00\x7f', "é😀\u2028", "</script>", "{}", "%s %b", sse.HOLE])
+@pytest.mark.parametrize(
+    "text", ["", " word", '"\\\n\t\x00\x7f', "é😀\u2028", "</script>", "{}", "%s %b", pytest.param(sse.HOLE, id="hole")]
+)
 def test_templates_make_the_events_that_they_stand_for(text: str) -> None:
     def make(said: str) -> bytes:
         return event({"id": "x", "n": 1.5, "choices": [{"text": said, "logprobs": None}], "model": "a%sb"}, "name")
