@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-__all__ = ["DONE", "EventStream", "Template", "event", "until_gone"]
+__all__ = ["DONE", "EventStream", "TextFrame", "event", "until_gone"]
 
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
@@ -29,7 +29,7 @@ def event(data: Any, name: str | None = None) -> bytes:
     return f"{head}data: {_json(data)}\n\n".encode()
 
 
-class Template:
+class TextFrame:
     """Events that differ in one string only: `event(make(text))`, where all that is the same was made once."""
 
     def __init__(self, make: Callable[[str], bytes]) -> None:

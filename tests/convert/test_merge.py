@@ -159,6 +159,6 @@ def test_refusals(tmp_path: Path) -> None:
             herd.merge(*args, **options)
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "PREFIX_TUNING"}))
-    with pytest.raises(ConfigError, match="neither served nor merged"):
+    with pytest.raises(ConfigError, match="cannot be merged or converted"):
         herd.merge(base, tmp_path / "lora", out)
     assert not out.exists()

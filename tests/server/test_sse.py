@@ -12,7 +12,7 @@ import pytest
 
 from herd.server import sse
 from herd.server.process import WorkerError
-from herd.server.sse import EventStream, Template, event
+from herd.server.sse import EventStream, TextFrame, event
 from herd.server.state import Running, until_stopped
 
 SOON = 20.0
@@ -133,7 +133,7 @@ def test_templates_make_the_events_that_they_stand_for(text: str) -> None:
     def make(said: str) -> bytes:
         return event({"id": "x", "n": 1.5, "choices": [{"text": said, "logprobs": None}], "model": "a%sb"}, "name")
 
-    made = Template(make)(text)
+    made = TextFrame(make)(text)
     assert made == make(text)
     assert json.loads(made.split(b"data: ")[1])["choices"][0]["text"] == text
 

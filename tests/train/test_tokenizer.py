@@ -240,7 +240,7 @@ def test_hostile_texts_are_refused_with_the_place(tmp_path: Path, capsys: pytest
     empty = tmp_path / "empty.txt"
     empty.write_bytes(b" \n\n")
     assert run(["tokenizer", "train", str(empty), *args]) == 1
-    assert "no text" in capsys.readouterr().err
+    assert "no row" in capsys.readouterr().err
     assert run(["tokenizer", "train", str(bad), str(bad), *args]) == 1
     assert "named twice" in capsys.readouterr().err
     assert run(["tokenizer", "train", str(bad), "--bad", "skip", *args]) == 1

@@ -20,7 +20,7 @@ from herd.server.openai.sampling import JsonSchema, SamplingBody, check_sampling
 from herd.server.openai.seen import Seen, seen_of, shows, unseen
 from herd.server.protocol import Began, Call, Chat, Ended, Event, Finished, Piece, Usage
 from herd.server.providers.relay import relayed
-from herd.server.sse import DONE, EventStream, Template, event, until_gone
+from herd.server.sse import DONE, EventStream, TextFrame, event, until_gone
 from herd.server.state import State, begun, new_id, state_of
 
 __all__ = ["ChatBody", "call_of", "check_told", "check_work", "longest", "message_of", "note_of", "router", "size_of"]
@@ -421,7 +421,7 @@ class _Answer:
 
     async def stream(self, events: AsyncGenerator[Event, None]) -> AsyncIterator[bytes]:
         """The answer as server-sent events. An error on the way is an event, too."""
-        texts = [Template(lambda text, i=i: self._chunk(i, {"content": text})) for i in range(len(self.choices))]
+        texts = [TextFrame(lambda text, i=i: self._chunk(i, {"content": text})) for i in range(len(self.choices))]
         try:
             async with contextlib.aclosing(events):
                 for i in range(len(self.choices)):

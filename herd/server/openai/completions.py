@@ -21,7 +21,7 @@ from herd.server.openai.replies import prompt_logprobs, timings, total, usage
 from herd.server.openai.sampling import SamplingBody, check_sampling, sampling_of
 from herd.server.protocol import Began, Call, Ended, Event, Finished, Ids, Piece, Text, TokenInfo, Usage
 from herd.server.providers.relay import relayed
-from herd.server.sse import DONE, EventStream, Template, event, until_gone
+from herd.server.sse import DONE, EventStream, TextFrame, event, until_gone
 from herd.server.state import State, begun, new_id, state_of
 
 __all__ = ["CompletionBody", "router"]
@@ -262,7 +262,7 @@ class _Answer:
         echoed = [bool(self.body.echo)] * len(self.choices)
         waits = self.body.echo and self.body.logprobs is not None
         scored = self.body.logprobs is not None
-        texts = [Template(lambda text, i=i: self._chunk(i, text, ())) for i in range(len(self.choices))]
+        texts = [TextFrame(lambda text, i=i: self._chunk(i, text, ())) for i in range(len(self.choices))]
         try:
             async with contextlib.aclosing(_merged(runs)) as events:
                 if self.body.echo and not waits:
