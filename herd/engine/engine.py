@@ -260,11 +260,11 @@ class Engine:
                 continue
             request_id, index = what, detail
             if index is None:
-                events += [_ended(sequence) for sequence in self.scheduler.abort(request_id)]
+                events += [TokenEvent.end(sequence) for sequence in self.scheduler.abort(request_id)]
             else:
                 for sequence in self.scheduler.sequences(request_id):
                     if sequence.index == index and self.scheduler.finish(sequence, "stop"):
-                        events.append(_ended(sequence))
+                        events.append(TokenEvent.end(sequence))
             self._forget(request_id)
         return events
 
@@ -463,7 +463,7 @@ class Engine:
                 self.pool.forget(block)
             sequence.children = []
             self.scheduler.finish(sequence, "error")
-            events.append(_ended(sequence, said, type(error).__name__))
+            events.append(TokenEvent.end(sequence, said, type(error).__name__))
         self._stats.errors += bool(events)
         self._forget(request_id)
         return events
@@ -487,17 +487,6 @@ class Engine:
 
 def _sampling(sequence: Sequence) -> RowState:
     return row_of(sequence).sampling
-
-
-def _ended(sequence: Sequence, error: str | None = None, kind: str | None = None) -> TokenEvent:
-    return TokenEvent(
-        sequence.request.id,
-        sequence.index,
-        finish=sequence.finish,
-        error=error,
-        cached_tokens=sequence.cached_tokens or 0,
-        kind=kind,
-    )
 
 
 def _said(error: Exception) -> str:

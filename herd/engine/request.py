@@ -164,3 +164,11 @@ class TokenEvent:
     prompt_logprobs: list[tuple[int, float, dict[int, float]]] | None = None
     logits: Any = None
     kind: str | None = None
+
+    @classmethod
+    def end(cls, sequence: Sequence, error: str | None = None, kind: str | None = None) -> TokenEvent:
+        """The last word of a continuation that has ended without another token."""
+        cached = sequence.cached_tokens or 0
+        return cls(
+            sequence.request.id, sequence.index, finish=sequence.finish, error=error, cached_tokens=cached, kind=kind
+        )
