@@ -22,7 +22,8 @@ class LargeFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115  closed by __exit__
-        self._held = bytearray()
+        self._held = memoryview(bytearray(PAGE))
+        self._filled = 0
         self._written = 0
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
@@ -30,31 +31,30 @@ class LargeFile:
         rest = memoryview(data).cast("B")
         taken = len(rest)
         while len(rest):
-            if not self._held and len(rest) >= PAGE:
+            if not self._filled and len(rest) >= PAGE:
                 self._put(rest[:PAGE])
                 rest = rest[PAGE:]
                 continue
-            room = PAGE - len(self._held)
-            self._held += rest[:room]
-            rest = rest[room:]
-            if len(self._held) == PAGE:
-                self._put(memoryview(self._held))
-                self._held = bytearray()
+            piece = rest[: PAGE - self._filled]
+            self._held[self._filled : self._filled + len(piece)] = piece
+            self._filled += len(piece)
+            rest = rest[len(piece) :]
+            if self._filled == PAGE:
+                self._flush()
         return taken
 
     def tell(self) -> int:
         """Bytes taken so far."""
-        return self._written + len(self._held)
+        return self._written + self._filled
 
     def sync(self) -> None:
         """Everything onto the disk. Nothing is written after it but by `overwrite`."""
-        self._put(memoryview(self._held))
-        self._held = bytearray()
+        self._flush()
         os.fsync(self._file.fileno())
 
     def overwrite(self, data: bytes) -> None:
         """Replaces the beginning of a file that was synced."""
-        assert not self._held
+        assert not self._filled
         self._file.seek(0)
         self._put(memoryview(data))
         os.fsync(self._file.fileno())
@@ -66,6 +66,10 @@ class LargeFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+
+    def _flush(self) -> None:
+        self._put(self._held[: self._filled])
+        self._filled = 0
 
     def _put(self, data: memoryview) -> None:
         self._written += len(data)

@@ -20,9 +20,8 @@ Measured = Callable[[str, str, float], None]
 
 LARGEST = max(t.numel() * t.itemsize for t in state().values())
 
-TENSORS = 5.0
-"""The tensor as read (file pages), rearranged, and one being let go: of the largest (8 MB), with the small change of a process:
-pieces of 2 MB on their way into the file, and what the allocator keeps of them (seen: 2.6 to 4.1)."""
+TENSORS = 3.5
+"""The tensor as read (file pages), rearranged, and one being let go: of the largest, with the small change of a process."""
 
 CHILD = """
 import sys
