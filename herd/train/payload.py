@@ -54,13 +54,7 @@ class OneFile:
             raise CheckpointError(f"lacks {len(missing)} tensors, {missing[0]} among them", path=file.path)
         with torch.no_grad():
             for name, target in targets.items():
-                kept = file.tensor(name)
-                if target.dtype not in _STORED and kept.dtype == torch.int8:
-                    kept = kept.view(target.dtype)
-                if kept.dtype != target.dtype or kept.shape != target.shape:
-                    why = f"is {kept.dtype} {list(kept.shape)}, and {target.dtype} {list(target.shape)} is wanted"
-                    raise CheckpointError(why, path=file.path, tensor=name)
-                target.copy_(kept)
+                target.copy_(_kept(file, name, target))
                 file.release(name)
 
 
@@ -89,21 +83,25 @@ class Ranks:
             for name, target in self.sharded.named(targets).items():
                 if name not in file.names():
                     raise CheckpointError("is missing", path=file.path, tensor=name)
-                kept = file.tensor(name)
-                if target.dtype not in _STORED and kept.dtype == torch.int8:
-                    kept = kept.view(target.dtype)
-                if kept.dtype != target.dtype or kept.shape != target.shape:
-                    why = f"is {kept.dtype} {list(kept.shape)}, and {target.dtype} {list(target.shape)} is wanted"
-                    raise CheckpointError(why, path=file.path, tensor=name)
-                local(target).copy_(own_part(kept, target))
+                local(target).copy_(own_part(_kept(file, name, target), target))
                 file.release(name)
+
+
+def _kept(file: SafetensorsFile, name: str, target: Tensor) -> Tensor:
+    """The tensor of a file, mapped. Raises CheckpointError when it is not of the (whole) target's dtype and shape."""
+    kept = file.tensor(name)
+    if target.dtype not in _STORED and kept.dtype == torch.int8:
+        kept = kept.view(target.dtype)
+    if kept.dtype != target.dtype or kept.shape != target.shape:
+        why = f"is {kept.dtype} {list(kept.shape)}, and {target.dtype} {list(target.shape)} is wanted"
+        raise CheckpointError(why, path=file.path, tensor=name)
+    return kept
 
 
 def _planned(name: str, tensor: Tensor) -> Planned:
     stored = _STORED.get(tensor.dtype)
     if stored is not None:
         return Planned(name, tuple(tensor.shape), stored, lambda: tensor.detach().cpu())
-    assert tensor.element_size() == 1, (
-        tensor.dtype
-    )  # bytes, booleans, 8-bit floats: the writer knows one type of one byte
+    # Bytes, booleans, 8-bit floats: the writer knows one type of one byte.
+    assert tensor.element_size() == 1, tensor.dtype
     return Planned(name, tuple(tensor.shape), "I8", lambda: tensor.detach().cpu().contiguous().view(torch.int8))

@@ -7,9 +7,11 @@ at once: every step checks all slots of its sequences.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
-from herd.engine.request import Request
+from herd.chat.params import SamplingParams
+from herd.engine.blocks import BlockPool
+from herd.engine.request import Request, Sequence
 from herd.engine.scheduler import Chunk, Progress, Scheduler, StepPlan
 
 VOCAB = 7
@@ -107,7 +109,7 @@ class FakeModel:
         return states
 
 
-def _sample(chunk: Chunk, states: Sequence[int]) -> list[int]:
+def _sample(chunk: Chunk, states: list[int]) -> list[int]:
     """One token, or with drafts as many as were right and the next."""
     index, guesses = chunk.sequence.index, chunk.drafts
     out = []
@@ -116,3 +118,31 @@ def _sample(chunk: Chunk, states: Sequence[int]) -> list[int]:
         if i == len(guesses) or guesses[i] != out[-1]:
             break
     return out
+
+
+def scheduler(blocks: int = 32, size: int = 4, **limits: int) -> Scheduler:
+    """A scheduler over so many blocks of `size` positions."""
+    limits = {"max_seqs": 4, "max_tokens": 16, "max_len": 64, **limits}
+    return Scheduler(BlockPool(blocks, size), **limits)
+
+
+def request(name: str, prompt: list[int], max_tokens: int | None = 8, **more: object) -> Request:
+    """A request; `more` are stop ids, adapter, salt, and sampling parameters."""
+    own = {k: more.pop(k) for k in ("stop_ids", "adapter", "salt") if k in more}
+    return Request(name, tuple(prompt), SamplingParams(max_tokens=max_tokens, **more), **own)  # type: ignore[arg-type]
+
+
+def finish_all(s: Scheduler, model: FakeModel, steps: int = 1000) -> dict[tuple[str, int], Sequence]:
+    """Run until idle; every sequence that ended on the way."""
+    ended = {}
+    for _ in range(steps):
+        if s.idle:
+            break
+        for progress in model.step():
+            if progress.finish:
+                ended[progress.sequence.request.id, progress.sequence.index] = progress.sequence
+        s.check()
+    assert s.idle
+    counts = s.pool.counts
+    assert counts["free"] + counts["cached"] == counts["total"]
+    return ended

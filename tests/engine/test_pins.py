@@ -9,8 +9,7 @@ import pytest
 from herd.engine.blocks import VIRTUAL, BlockPool
 from herd.engine.request import Sequence
 from herd.errors import ConfigError, ContextFullError
-from tests.engine.fake_model import VOCAB, FakeModel, expected
-from tests.engine.test_scheduler import request, scheduler
+from tests.engine.fake_model import VOCAB, FakeModel, expected, request, scheduler
 
 SIZE = 4
 

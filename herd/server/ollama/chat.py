@@ -13,7 +13,8 @@ from herd.server.errors import ApiError
 from herd.server.fields import LIMITS, Body, body_of
 from herd.server.ollama.fields import ReplyBody, check_context, keep, lasting, read, sampling_of
 from herd.server.ollama.lines import Answer, Begun, answered, moment
-from herd.server.openai.chat import FunctionName, check_work, size_of
+from herd.server.openai.chat import check_work, size_of
+from herd.server.openai.chat_body import FunctionName
 from herd.server.protocol import Call, Chat
 from herd.server.sse import until_gone
 from herd.server.state import State, begun, new_id, state_of

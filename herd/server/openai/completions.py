@@ -16,7 +16,8 @@ from herd.chat.params import MAX_INT, MAX_N
 from herd.errors import HerdError
 from herd.server.errors import error_body, told
 from herd.server.fields import LIMITS, body_of, checked, content_of
-from herd.server.openai.chat import ResponseFormat, check_told, check_work, longest
+from herd.server.openai.chat import check_told, check_work, longest
+from herd.server.openai.chat_body import ResponseFormat
 from herd.server.openai.replies import prompt_logprobs, timings, total, usage
 from herd.server.openai.sampling import SamplingBody, check_sampling, sampling_of
 from herd.server.protocol import Began, Call, Ended, Event, Finished, Ids, Piece, Text, TokenInfo, Usage

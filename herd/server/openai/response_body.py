@@ -9,7 +9,7 @@ from pydantic import Field, StringConstraints, model_validator
 from herd.chat.params import MAX_INT
 from herd.server.errors import ApiError
 from herd.server.fields import LIMITS, Body
-from herd.server.openai.chat import FunctionName
+from herd.server.openai.chat_body import FunctionName
 from herd.server.openai.sampling import SamplingBody
 
 __all__ = ["LOGPROBS", "FunctionTool", "ResponseBody", "TextFormat"]

@@ -9,7 +9,7 @@ from pydantic import StringConstraints, model_validator
 
 from herd.server.errors import ApiError
 from herd.server.fields import Body, checked
-from herd.server.openai.chat import FunctionName
+from herd.server.openai.chat_body import FunctionName
 from herd.server.state import new_id
 
 __all__ = ["items_from", "messages_from_items"]

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from herd.server.caller import caller
 from herd.server.errors import ApiError
+from herd.server.openai.chat_body import ChatMessage
 from herd.server.pictures import MOST_BYTES, pictures
 from herd.server.state import State
-
-if TYPE_CHECKING:
-    from herd.server.openai.chat import ChatMessage
 
 __all__ = ["Seen", "seen_of", "shows", "unseen"]
 

@@ -11,7 +11,8 @@ from pydantic import Field, model_validator
 from herd.chat.params import MAX_INT
 from herd.server.errors import ApiError
 from herd.server.fields import LIMITS, Body, body_of, parse
-from herd.server.openai.chat import ChatMessage, Tool, check_work, message_of, size_of
+from herd.server.openai.chat import check_work, message_of, size_of
+from herd.server.openai.chat_body import ChatMessage, Tool
 from herd.server.protocol import Chat
 from herd.server.sse import until_gone
 from herd.server.state import State, state_of
