@@ -17,6 +17,10 @@ from tests.train.memory import Held
 
 BF16 = 0.02
 """Relative error of a gradient whose products are made from numbers of 8 bits."""
+BESIDE_PLAIN = 1.25
+"""Of the error of the same model wholly in bfloat16, which torch's own layers compute. How much a model makes of roundings
+depends on the numbers it was drawn with (other versions of torch draw others): 0.008 to 0.04 with LoRA, over a dozen seeds of
+2.11 and 2.13, and each time within a tenth of what plain bfloat16 makes of them."""
 FLOAT8 = 0.12
 """The same of numbers of 4 bits (e4m3), gradients of 3 (e5m2)."""
 SHAPE = {"dim": 32, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "hidden_dim": 48, "vocab_size": 40}
@@ -54,6 +58,11 @@ def gradients(model, seed=1):
     loss = linear_cross_entropy(hidden, labels, model.output)
     loss.backward()
     return loss.detach(), {n: p.grad.clone() for n, p in trained(model).items()}
+
+
+def of_plain_bfloat16(exact, *built):
+    """How far the gradients of that model are from `exact` with every weight in bfloat16, in torch's own layers."""
+    return distance(exact, gradients(build(*built).bfloat16())[1])
 
 
 def distance(one, other):
@@ -103,7 +112,8 @@ def test_bfloat16_products_over_float32_weights(kind, lora):
     assert model.hidden(model.embed(torch.tensor([1, 2]))).dtype == torch.bfloat16
     _, narrow = gradients(model)
     assert all(g.dtype == torch.float32 for g in narrow.values())
-    assert 0 < distance(exact, narrow) < BF16
+    assert 0 < distance(exact, narrow) < BESIDE_PLAIN * of_plain_bfloat16(exact, kind, lora)
+    assert lora or distance(exact, narrow) < BF16
     unprepared(model)
     assert distance(exact, gradients(model)[1]) == 0
 
@@ -115,7 +125,7 @@ def test_a_frozen_base_of_sixteen_bits_with_factors_of_float32():
         if not p.requires_grad:
             p.data = p.data.bfloat16()
     _, found = gradients(prepare_model(model, told(precision="bfloat16")))
-    assert distance(exact, found) < BF16
+    assert 0 < distance(exact, found) < BESIDE_PLAIN * of_plain_bfloat16(exact, "plain", True)
 
 
 def test_float8_is_refused_where_it_cannot_be_multiplied():
