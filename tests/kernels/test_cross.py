@@ -26,38 +26,58 @@ FLAGS = (
 """As in CMakeLists.txt, but -O1, and no warnings."""
 CLOSE = 1e-6
 """Of the largest result: both add 512 products in float32, plain weights in another order."""
+PROGRAMS = ("cross", "cross_train")
 FORMATS = 8
+STEPS, ROUNDED = 16, 2.0**-8
+"""What cross_train.cpp prints for each way of storing numbers; where it is bfloat16, one place of eight bits at a border."""
 
 
 def build(folder: Path, compiler: str, sources: dict[str, list[str]], *flags: str) -> Path:
-    """The library and cross.cpp as one program; `sources` are what is compiled with flags of its own."""
+    """The library with cross.cpp, and with cross_train.cpp, in a folder; `sources` are what is compiled with flags of its own."""
     objects = []
-    for name in ("library", "pack", "scratch", "values", "isa_scalar", *sources, "cross"):
-        source = (HERE if name == "cross" else SOURCES) / f"{name}.cpp"
+    for name in ("library", "pack", "scratch", "values", "isa_scalar", *sources, *PROGRAMS):
+        source = (HERE if name in PROGRAMS else SOURCES) / f"{name}.cpp"
         objects.append(str(folder / f"{name}.o"))
         arguments = [*FLAGS, *flags, *sources.get(name, []), f"-I{SOURCES}", "-c", str(source), "-o", objects[-1]]
         subprocess.run([compiler, *arguments], check=True)
-    subprocess.run([compiler, *FLAGS, *flags, *objects, "-o", str(folder / "cross")], check=True)
-    return folder / "cross"
+    shared = objects[: -len(PROGRAMS)]
+    for name in PROGRAMS:
+        linked = [*shared, str(folder / f"{name}.o"), "-o", str(folder / name)]
+        subprocess.run([compiler, *FLAGS, *flags, *linked], check=True)
+    return folder
 
 
-def differences(*command: str) -> list[float]:
-    """The largest of each format."""
+def said(*command: str) -> list[list[str]]:
+    """The words of each line."""
     ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    worst = [float(line.split()[1]) for line in ran.stdout.splitlines()]
-    assert len(worst) == FORMATS
-    return worst
+    return [line.split() for line in ran.stdout.splitlines()]
+
+
+def differences(
+    folder: Path, *names: str, emulator: tuple[str, ...] = ()
+) -> tuple[list[float], dict[str, list[float]]]:
+    """The largest of each format, and of each step of training by how numbers are stored."""
+    products = [float(words[1]) for words in said(*emulator, str(folder / "cross"), *names)]
+    assert len(products) == FORMATS
+    steps: dict[str, list[float]] = {"float32": [], "bfloat16": []}
+    for _, kind, worst in said(*emulator, str(folder / "cross_train"), *names):
+        steps[kind].append(float(worst))
+    assert [len(found) for found in steps.values()] == [STEPS, STEPS]
+    return products, steps
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(CROSS is None, reason="no aarch64-linux-gnu-g++")
-def test_neon_multiplies_as_the_plain_code_does(tmp_path: Path) -> None:
+def test_neon_multiplies_and_trains_as_the_plain_code_does(tmp_path: Path) -> None:
     assert CROSS is not None
-    program = build(tmp_path, CROSS, {"isa_neon": ["-march=armv8.2-a+dotprod"]}, "-static")
+    build(tmp_path, CROSS, {"isa_neon": ["-march=armv8.2-a+dotprod"]}, "-static")
     if QEMU is None:
         pytest.skip("compiled; no qemu-aarch64 to run it")
-    assert max(differences(QEMU, str(program), "neon", "scalar")) <= CLOSE
+    products, steps = differences(tmp_path, "neon", "scalar", emulator=(QEMU,))
+    assert max(products) <= CLOSE
+    assert max(steps["float32"]) <= CLOSE
+    assert max(steps["bfloat16"]) <= ROUNDED
 
 
 @pytest.mark.slow
@@ -90,7 +110,9 @@ def test_tiles_give_the_bits_of_vectors(tmp_path: Path) -> None:
         "isa_avx512bf16": vectors,
         "isa_amx": vectors,
     }
-    program = build(tmp_path, "g++", sources, "-DHERD_AMX", "-DHERD_TILES_EMULATED")
+    build(tmp_path, "g++", sources, "-DHERD_AMX", "-DHERD_TILES_EMULATED")
     if "avx512_bf16" not in Path("/proc/cpuinfo").read_text():
         pytest.skip("compiled; this processor cannot run it")
-    assert differences(str(program), "amx", "avx512bf16") == [0.0] * FORMATS
+    products, steps = differences(tmp_path, "amx", "avx512bf16")
+    assert products == [0.0] * FORMATS
+    assert max(max(found) for found in steps.values()) == 0, "training has no tiles of its own"
