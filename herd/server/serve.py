@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import math
 import socket
@@ -32,9 +33,8 @@ BACKLOG = 4096
 def bound(settings: ServerSettings) -> socket.socket:
     """A listening socket. Raises ConfigError when the address cannot be had."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    made = socket.socket(
-        family, socket.SOCK_STREAM, socket.IPPROTO_TCP
-    )  # asyncio sends at once only where the protocol is said
+    # asyncio sends at once only where the protocol is said.
+    made = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind((settings.host, settings.port))
@@ -95,6 +95,12 @@ class Server(uvicorn.Server):
         self.servers = doors  # type: ignore[assignment]  # closed and waited for, and nothing else
         for door in doors:
             door.open()
+        gc.freeze()  # all that is loaded stays: looking through it would hold everybody up for as long as twenty requests
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's."""
+        await super().shutdown(sockets)
+        gc.unfreeze()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """As uvicorn's, which calls it from a signal handler."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import socket
 import ssl
@@ -290,6 +291,13 @@ def worst(taken: list[float]) -> float:
     return statistics.quantiles(taken, n=100, method="inclusive")[98]
 
 
+def test_what_a_server_is_made_of_is_not_collected_while_it_runs() -> None:
+    """Python's collector stops everybody: over all that is loaded it takes as long as twenty requests and more."""
+    for _ in serving(patience(), launch=launch):
+        assert gc.get_freeze_count() > 10 * len(gc.get_objects())
+    assert gc.get_freeze_count() == 0, "the process may go on with other things"
+
+
 @pytest.mark.parametrize(
     ("each", "slower"), [(20, 1.0), pytest.param(200, 8.0, marks=pytest.mark.slow)], ids=["few", "many"]
 )
@@ -297,28 +305,23 @@ def test_a_crowd_of_slow_clients(each: int, slower: float) -> None:
     """All are ended on time while an honest client hardly notices.
 
     Its first token costs the event loop no more than twice what it does alone, at the 99th percentile, from before the crowd
-    comes until it has gone: in the best of three crowds, since one request in a hundred is one that anything may disturb.
+    comes until it has gone.
     """
-    costs: list[float] = []
+    ended: list[tuple[list[float], list[float]]] = []
     for live in serving(patience(slower), launch=launch):
         first_bytes(live, 5)
         idle = worst(first_bytes(live, 100))
-        while len(costs) < 3 and (not costs or min(costs) >= 2 * idle + CROWD_SECONDS):
-            ended: list[tuple[list[float], list[float]]] = []
-            thread = threading.Thread(
-                target=lambda live=live, ended=ended: ended.append(crowd(live, each, each, slower))
-            )
-            thread.start()
-            busy: list[float] = []
-            while thread.is_alive():
-                busy += first_bytes(live, 5)
-            thread.join()
-            costs.append(worst(busy))
-            heads, bodies = ended[0]
-            assert (len(heads), len(bodies)) == (each, each)
-            assert max(heads) < slower * HEAD + SLACK
-            assert max(bodies) < slower * BODY + SLACK
-        assert min(costs) < 2 * idle + CROWD_SECONDS
+        thread = threading.Thread(target=lambda live=live: ended.append(crowd(live, each, each, slower)))
+        thread.start()
+        busy: list[float] = []
+        while thread.is_alive():
+            busy += first_bytes(live, 5)
+        thread.join()
+    heads, bodies = ended[0]
+    assert (len(heads), len(bodies)) == (each, each)
+    assert max(heads) < slower * HEAD + SLACK
+    assert max(bodies) < slower * BODY + SLACK
+    assert worst(busy) < 2 * idle + CROWD_SECONDS
 
 
 TOGETHER = 10

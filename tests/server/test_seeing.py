@@ -200,20 +200,17 @@ def test_health_answers_beside_images_of_20_megapixels() -> None:
             threads = [threading.Thread(target=work) for _ in range(2)]
             for thread in threads:
                 thread.start()
-            slowest, clock = [], live.clock()
+            taken, clock = [], live.clock()
             try:
                 with live.client() as client:
-                    while len(slowest) < 3 and (not slowest or min(slowest) >= HEALTH_SECONDS):
-                        taken, before = [], len(statuses)
-                        while len(taken) < ASKED or len(statuses) < before + 4:
-                            began = clock()
-                            assert client.get("/health").status_code in (200, 503)
-                            taken.append(clock() - began)
-                            time.sleep(0.01)
-                        slowest.append(statistics.quantiles(taken, n=100, method="inclusive")[98])
+                    while len(taken) < ASKED or len(statuses) < 4:
+                        began = clock()
+                        assert client.get("/health").status_code in (200, 503)
+                        taken.append(clock() - began)
+                        time.sleep(0.01)
             finally:
                 done.set()
                 for thread in threads:
                     thread.join()
     assert set(statuses) == {200}
-    assert min(slowest) < HEALTH_SECONDS  # of three rounds: one question in sixty is one that anything may disturb
+    assert statistics.quantiles(taken, n=100)[98] < HEALTH_SECONDS
