@@ -2,7 +2,7 @@
 
 `apply_lora` puts them in as children, freezes everything else and gives back what trains; `adapter_of` takes them out as data,
 which `herd.checkpoint.peft` writes as PEFT does. Start, scaling, dropout and numbers are PEFT's: factors are float32, A is drawn
-uniformly and B is zero, so that training starts from the base model itself.
+uniformly and B is zero, so that training starts from the base model itself. Routed experts are in `herd.adapters.experts`.
 
 Letters: T tokens, D dim, V vocabulary, r rank.
 """
@@ -10,7 +10,7 @@ Letters: T tokens, D dim, V vocabulary, r rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, embedding, linear
 
+from herd.adapters.experts import PARTS, LowRankExperts, expert_shapes, fused, homes_of, start_experts, taken_apart
 from herd.adapters.lora import EMBEDDING, Factors, LoraAdapter, lengths
 from herd.errors import ConfigError
 from herd.kernels.dense import product
@@ -27,7 +28,7 @@ from herd.quant.linear import QuantEmbedding, QuantExperts, QuantLinear
 from herd.quant.matrix import Matrix, frozen_product
 
 __all__ = [
-    "ATTENTION", "FEED_FORWARD", "LINEAR", "TARGETS",
+    "ATTENTION", "EXPERTS", "FEED_FORWARD", "LINEAR", "TARGETS",
     "LoraConfig", "LowRankEmbedding", "LowRankLinear",
     "adapter_of", "apply_adapter", "apply_lora", "trained",
 ]  # fmt: skip
@@ -36,7 +37,9 @@ ATTENTION = ("wq", "wk", "wv", "wo")
 FEED_FORWARD = ("w1", "w2", "w3")
 LINEAR = (*ATTENTION, *FEED_FORWARD)
 """The seven matrices of a dense layer; of a layer with experts w1, w2, w3 are those of the shared expert."""
-TARGETS = (*LINEAR, "tok_embeddings", "output")
+EXPERTS = ("experts", *(f"experts.{part}" for part in PARTS))
+"""Those of routed experts: all of them, gate with up (they share the factor that reads x, as in PEFT), down."""
+TARGETS = (*LINEAR, "tok_embeddings", "output", *EXPERTS)
 """Kinds of matrices that can be adapted."""
 
 
@@ -44,8 +47,9 @@ TARGETS = (*LINEAR, "tok_embeddings", "output")
 class LoraConfig:
     """What is trained: factors of `rank`, scaled by alpha / rank (with `use_rslora` alpha / sqrt(rank)).
 
-    `targets` are kinds of matrices (TARGETS), or single ones by name ("layers.3.attention.wq"). `dropout` falls on what goes
-    into the factors, while training. `use_dora` trains lengths of outputs beside their directions. Raises ConfigError.
+    `targets` are kinds of matrices (TARGETS), or single ones by name ("layers.3.attention.wq"). `dropout` falls on what goes into
+    the factors, while training. `use_dora` trains lengths of outputs beside their directions. Routed experts have neither, as in
+    PEFT. Raises ConfigError.
     """
 
     rank: int = 16
@@ -64,11 +68,6 @@ class LoraConfig:
             raise ConfigError(f"lora: dropout {self.dropout!r}: give a share from 0 to below 1")
         if isinstance(self.targets, str) or not self.targets:
             raise ConfigError(f"lora: targets {self.targets!r}: give some of {', '.join(TARGETS)}")
-
-    @property
-    def scale(self) -> float:
-        """What B A is multiplied with."""
-        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
 class _LowRank(nn.Module):
@@ -232,10 +231,13 @@ def apply_lora(model: Llama, config: LoraConfig) -> list[nn.Parameter]:
 
     Drawn from the global random state. With tied embeddings, factors of the embedding change looking up alone, as in PEFT.
     Raises ConfigError, with the model as it was: targets that are not there, a rank that is no smaller than the matrix,
-    a model that has an adapter already.
+    dropout or DoRA on routed experts, a model that has an adapter already.
     """
-    chosen = _chosen(model, config)
+    chosen, experts = _chosen(model, config)
+    _refuse_on_experts(experts, config.dropout, dora=config.use_dora)
     pairs = {name: _start(name, module, config) for name, module in chosen.items()}
+    for (home, part), module in experts.items():
+        pairs |= taken_apart(home, part, start_experts(module, part, config.rank, config.alpha))
     return _put(model, LoraAdapter(pairs, config.rank, config.alpha, config.use_rslora), config.dropout)
 
 
@@ -247,7 +249,9 @@ def apply_adapter(model: Llama, adapter: LoraAdapter, *, dropout: float = 0.0) -
     """
     _refuse_second(model)
     every = _matrices(model)
-    replace(adapter, whole={}).check({name: _size(module) for name, module in every.items()})
+    known: dict[str, tuple[int, ...]] = {name: _size(module) for name, module in every.items()}
+    replace(adapter, whole={}).check(known | _expert_shapes(model))
+    _refuse_on_experts(homes_of(adapter.factors), dropout)
     replaced = [name for name, whole in adapter.whole.items() if name not in every or not _same(every[name], whole)]
     if replaced:
         raise ConfigError(
@@ -262,17 +266,22 @@ def adapter_of(model: Llama, base: str | None = None) -> LoraAdapter:
 
     Raises ConfigError when there is none.
     """
-    found = {module.name: module for module in _layers(model)}
-    if not found:
+    pairs: dict[str, Factors] = {}
+    scales: list[tuple[Factors, float]] = []
+    for m in _layers(model):
+        if isinstance(m, LowRankExperts):
+            for part, pair in m.factors().items():
+                pairs |= taken_apart(m.name, part, pair)
+                scales.append((pair, m.scales[part]))
+        else:
+            magnitude = None if m.magnitude is None else m.magnitude.detach()
+            pairs[m.name] = Factors(m.a.detach(), m.b.detach(), m.alpha, magnitude)
+            scales.append((pairs[m.name], m.scale))
+    if not scales:
         raise ConfigError("the model has no LoRA layers: put them in with apply_lora")
-    pairs = {
-        name: Factors(m.a.detach(), m.b.detach(), m.alpha, None if m.magnitude is None else m.magnitude.detach())
-        for name, m in found.items()
-    }
-    first = next(iter(found.values()))
-    rank = len(first.a)
-    rslora = rank > 1 and math.isclose(first.scale, first.alpha / math.sqrt(rank), rel_tol=1e-9)
-    return LoraAdapter(pairs, rank, first.alpha, rslora, base=base)
+    first, _ = scales[0]
+    rslora = any(p.rank > 1 and math.isclose(by, p.alpha / math.sqrt(p.rank), rel_tol=1e-9) for p, by in scales)
+    return LoraAdapter(pairs, first.rank, first.alpha, rslora, base=base)
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
@@ -283,44 +292,80 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
 def _put(model: Llama, adapter: LoraAdapter, share: float) -> list[nn.Parameter]:
     model.requires_grad_(False)
     made: list[nn.Parameter] = []
+    experts = homes_of(adapter.factors)
     for name, pair in adapter.factors.items():
         home = name.removesuffix(".weight")
+        if home.rpartition(".")[0] in experts:
+            continue
         kind = LowRankEmbedding if name == EMBEDDING else LowRankLinear
         layer = kind(name, model.get_submodule(home), pair, adapter.scale(name), share).train(model.training)
         model.set_submodule(home, layer)
         made += layer.parameters(recurse=False)
+    for home in experts:
+        pairs = fused(adapter, home)
+        scales = {part: adapter.scale_of(pair) for part, pair in pairs.items()}
+        several = LowRankExperts(home, model.get_submodule(home), pairs, scales).train(model.training)
+        model.set_submodule(home, several)
+        made += several.parameters(recurse=False)
     return made
 
 
-def _chosen(model: Llama, config: LoraConfig) -> Mapping[str, nn.Module]:
-    """The matrices that are adapted, in the model's order."""
+def _chosen(
+    model: Llama, config: LoraConfig
+) -> tuple[Mapping[str, nn.Module], Mapping[tuple[str, str], Experts | QuantExperts]]:
+    """The matrices that are adapted, and the experts with a part of PARTS, in the model's order."""
     _refuse_second(model)
-    every = _matrices(model)
+    every, routed = _matrices(model), _experts(model)
     wanted: set[str] = set()
+    parts: set[tuple[str, str]] = set()
     for target in config.targets:
-        hits = [n for n in every if target in (n.removesuffix(".weight"), n.removesuffix(".weight").rpartition(".")[2])]
-        if not hits:
+        hits = {n for n in every if target in (n.removesuffix(".weight"), n.removesuffix(".weight").rpartition(".")[2])}
+        several = {
+            (home, part)
+            for home in routed
+            for part in PARTS
+            if target in ("experts", home, f"experts.{part}", f"{home}.{part}")
+        }
+        if not hits and not several:
             raise ConfigError(_why_not(model, target))
-        wanted.update(hits)
-    for name in wanted:
-        rows, columns = _size(every[name])
+        wanted |= hits
+        parts |= several
+    sizes = {name: _size(every[name]) for name in wanted} | {
+        home: expert_shapes(routed[home])["w1"] for home, _ in parts
+    }
+    for name, (rows, columns) in sizes.items():
         if config.rank >= min(rows, columns):
             raise ConfigError(
                 f"lora: rank {config.rank} is not thin for {name} [{rows}, {columns}]: give less than {min(rows, columns)}"
             )
-    return {name: module for name, module in every.items() if name in wanted}
+    experts = {(home, part): routed[home] for home in routed for part in PARTS if (home, part) in parts}
+    return {name: module for name, module in every.items() if name in wanted}, experts
 
 
 def _why_not(model: Llama, target: str) -> str:
     if target == "output":
         return "lora: the output of this model is its embedding (tied): choose tok_embeddings, which changes look-ups alone"
-    if "experts" in target:
+    if target.startswith("experts") and not _experts(model):
+        return f"lora: this model has no routed experts, and {target[:80]!r} means theirs: leave it out"
+    if target.rpartition(".")[0].endswith("experts") and target.endswith((".w1", ".w3")):
         return (
-            "lora: matrices of routed experts cannot be adapted (three-dimensional parameters): choose attention and the "
-            "shared expert, which w1, w2, w3 mean"
+            f"lora: {target[:80]!r}: gate and up of routed experts share a factor, as in PEFT: choose experts.w13, both"
         )
     known = [t for t in TARGETS if t != "output" or not model.config.tie_embeddings]
+    known = [t for t in known if t not in EXPERTS or model.config.moe is not None]
     return f"lora: no matrix of this model is called {target[:80]!r}: choose some of {', '.join(known)}"
+
+
+def _refuse_on_experts(chosen: Iterable[object], dropout: float, *, dora: bool = False) -> None:
+    """What PEFT cannot do with parameters of routed experts either."""
+    if not list(chosen):
+        return
+    if dora:
+        raise ConfigError("lora: DoRA is not possible on routed experts: leave experts out of targets, or train a LoRA")
+    if dropout:
+        raise ConfigError(
+            f"lora: dropout {dropout:g} is not possible on routed experts: set it to 0, or leave experts out of targets"
+        )
 
 
 def _refuse_second(model: Llama) -> None:
@@ -328,8 +373,22 @@ def _refuse_second(model: Llama) -> None:
         raise ConfigError("the model has LoRA layers already: merge them, or load the model anew")
 
 
-def _layers(model: nn.Module) -> Iterator[_LowRank]:
-    return (module for module in model.modules() if isinstance(module, _LowRank))
+def _layers(model: nn.Module) -> Iterator[_LowRank | LowRankExperts]:
+    return (module for module in model.modules() if isinstance(module, _LowRank | LowRankExperts))
+
+
+def _experts(model: nn.Module) -> dict[str, Experts | QuantExperts]:
+    """The routed experts of every layer that has some, by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, Experts | QuantExperts)}
+
+
+def _expert_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Canonical name -> shape of every parameter of routed experts."""
+    found: dict[str, tuple[int, ...]] = {}
+    for home, module in _experts(model).items():
+        for key, shape in expert_shapes(module).items():
+            found[f"{home}.{key}"] = (len(module.w1), *shape)
+    return found
 
 
 def _matrices(model: Llama) -> dict[str, nn.Module]:

@@ -27,8 +27,10 @@ EMBEDDING = "tok_embeddings.weight"
 class Factors:
     """The change of one matrix [out, in]: `a` [r, in], `b` [out, r], any float dtype; the scale follows from `alpha`.
 
+    Of a layer's E routed experts, whose matrices are one parameter [E, out, in], each has its own: `a` [E, r, in],
+    `b` [E, out, r].
     `magnitude` makes it DoRA: the length that every output of the changed matrix gets, [out]; [in] for an embedding, whose
-    outputs are columns.
+    outputs are columns. Experts have none.
     """
 
     a: Tensor
@@ -39,7 +41,12 @@ class Factors:
     @property
     def rank(self) -> int:
         """r."""
-        return self.a.shape[0]
+        return self.a.shape[-2]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the parameter they change."""
+        return (*self.b.shape[:-1], self.a.shape[-1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +70,13 @@ class LoraAdapter:
     def __post_init__(self) -> None:
         for name, pair in self.factors.items():
             shapes = tuple(pair.a.shape), tuple(pair.b.shape)
-            if pair.a.ndim != 2 or pair.b.ndim != 2 or pair.a.shape[0] != pair.b.shape[1] or pair.rank == 0:
+            alike = pair.a.ndim == pair.b.ndim in (2, 3) and pair.a.shape[:-2] == pair.b.shape[:-2]
+            if not alike or pair.rank != pair.b.shape[-1] or pair.rank == 0:
                 raise CheckpointError(f"its factors {shapes[0]} and {shapes[1]} do not fit together", tensor=name)
             if not math.isfinite(pair.alpha):
                 raise CheckpointError(f"alpha is {pair.alpha}", tensor=name)
             outputs = pair.a.shape[1] if name == EMBEDDING else pair.b.shape[0]
-            if pair.magnitude is not None and tuple(pair.magnitude.shape) != (outputs,):
+            if pair.magnitude is not None and (pair.a.ndim == 3 or tuple(pair.magnitude.shape) != (outputs,)):
                 found = tuple(pair.magnitude.shape)
                 raise CheckpointError(f"has a magnitude of shape {found} for {outputs} outputs", tensor=name)
         bare = [name for name, pair in self.factors.items() if pair.magnitude is None]
@@ -82,16 +90,19 @@ class LoraAdapter:
 
     def scale(self, name: str) -> float:
         """What B A is multiplied with."""
-        pair = self.factors[name]
+        return self.scale_of(self.factors[name])
+
+    def scale_of(self, pair: Factors) -> float:
+        """The same of factors that have the adapter's way of scaling."""
         return pair.alpha / (math.sqrt(pair.rank) if self.rslora else pair.rank)
 
     def delta(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """scale * B A for the parameter `name` [out, in], computed in `dtype`: LoRA's whole change, the first part of DoRA's."""
+        """scale * B A for the parameter `name`, in its shape and in `dtype`: LoRA's whole change, the first part of DoRA's."""
         pair = self.factors[name]
         return (pair.b.to(dtype) @ pair.a.to(dtype)) * self.scale(name)
 
     def merged(self, name: str, weight: Tensor) -> Tensor:
-        """What the parameter `name` [out, in] becomes, float32: `weight` changed, or the tensor that replaces it."""
+        """What the parameter `name` becomes, in its shape, float32: `weight` changed, or the tensor that replaces it."""
         if name not in self.factors:
             return self.whole[name].float() if name in self.whole else weight.float()
         start = self.whole.get(name, weight)
@@ -106,10 +117,9 @@ class LoraAdapter:
             shape = shapes.get(name)
             if shape is None:
                 raise CheckpointError("the base model has no such parameter", path=path, tensor=name)
-            found = (pair.b.shape[0], pair.a.shape[1])
-            if shape != found:
+            if shape != pair.shape:
                 raise CheckpointError(
-                    f"changes a matrix of shape {found}, the base model has {shape}", path=path, tensor=name
+                    f"changes a matrix of shape {pair.shape}, the base model has {shape}", path=path, tensor=name
                 )
         for name, tensor in self.whole.items():
             if shapes.get(name) != tuple(tensor.shape):
@@ -119,6 +129,11 @@ class LoraAdapter:
 
 def changed(name: str, weight: Tensor, pair: Factors, scale: float) -> Tensor:
     """W + scale * B A in float32, with DoRA's magnitude put on its outputs. `name` tells an embedding from other matrices."""
+    if weight.ndim == 3:  # one expert at a time: the whole is large
+        total = weight.to(torch.float32, copy=True)
+        for one, b, a in zip(total, pair.b, pair.a, strict=True):
+            one.addmm_(b.float(), a.float(), alpha=scale)
+        return total
     total = torch.addmm(weight.float(), pair.b.float(), pair.a.float(), alpha=scale)
     if pair.magnitude is None:
         return total

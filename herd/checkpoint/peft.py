@@ -2,7 +2,8 @@
 
 Names go through the one name table (`herd.checkpoint.names`): PEFT's are those of the Hugging Face model behind
 `base_model.model.`, and the rows of B of queries and keys are re-paired as those of the matrices themselves. What is in the
-tensor file is the adapter; the config adds scales, and is refused where it says something that herd would not do.
+tensor file is the adapter; the config adds scales, and is refused where it says something that herd would not do. How factors
+of routed experts lie is in `herd.checkpoint.peft_experts`.
 Source: peft LoraConfig, and utils/save_and_load.py.
 """
 
@@ -24,6 +25,7 @@ from herd.adapters.lora import EMBEDDING, Factors, LoraAdapter
 from herd.checkpoint.fields import Fields
 from herd.checkpoint.layout import Interleave
 from herd.checkpoint.names import Column, Home, homes, shapes
+from herd.checkpoint.peft_experts import VERSION, outer, stacked, written
 from herd.checkpoint.safetensors import SafetensorsFile
 from herd.checkpoint.store import TensorFile
 from herd.checkpoint.torchfile import TorchFile
@@ -52,11 +54,13 @@ _READ = {
     "rank_pattern",
     "base_model_name_or_path",
     "use_dora",
+    "target_parameters",
+    "peft_version",
 }
 _HARMLESS = {
     # what the tensor file says by itself, training, and bookkeeping
     "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "lora_dropout",
-    "inference_mode", "task_type", "auto_mapping", "revision", "peft_version", "runtime_config", "megatron_core",
+    "inference_mode", "task_type", "auto_mapping", "revision", "runtime_config", "megatron_core",
     "qalora_group_size", "eva_config", "lora_ga_config", "ensure_weight_tying",
 }  # fmt: skip
 _NEUTRAL = {
@@ -84,10 +88,12 @@ def read_peft(path: str | os.PathLike[str], base: ModelConfig) -> LoraAdapter:
     fields = Fields(data, str(folder / CONFIG))
     _check_config(data, fields)
     file = open_weights(folder)
-    parts = _parts(file, base)
+    version = data.get("peft_version")
+    parts = _parts(file, base, version if isinstance(version, str) else None)
     rank, alpha, rslora = fields.whole("r"), fields.number("lora_alpha"), fields.flag("use_rslora", False)
     dora = fields.flag("use_dora", False)
     alphas, ranks = _patterns(fields, "alpha_pattern"), _patterns(fields, "rank_pattern")
+    parameters = _parameters(fields)
     factors = {}
     for canonical, (module, low) in parts.low.items():
         missing = [word for word in ("A", "B") if word not in low]
@@ -96,6 +102,8 @@ def read_peft(path: str | os.PathLike[str], base: ModelConfig) -> LoraAdapter:
         if ("magnitude" in low) != dora:
             told = "has no magnitude" if dora else "has a magnitude"
             raise CheckpointError(f"{told}, and {CONFIG} says use_dora {dora}", path=file.path, tensor=module)
+        if f".{module}.weight".endswith(parameters):  # patterns are held against what was named
+            module += ".weight"
         alpha_here = float(_by_pattern(alphas, module, alpha, fields, "alpha_pattern"))
         pair = Factors(low["A"], low["B"], alpha_here, low.get("magnitude"))
         expected = _by_pattern(ranks, module, rank, fields, "rank_pattern")
@@ -113,14 +121,18 @@ def write_peft(adapter: LoraAdapter, folder: str | os.PathLike[str], base: Model
     """Fill `folder` with the files that PEFT loads. Tensors keep their dtype.
 
     Modules are named in full where the adapter does not have a kind of matrix in every layer. Raises CheckpointError when a
-    parameter is no matrix of its own in the Hugging Face model (Llama 4's experts), and OSError.
+    parameter is no matrix of its own in the Hugging Face model, and OSError.
     """
     adapter.check(shapes(base))
     found = homes(base, hf_column(base))
     planned: list[Planned] = []
     modules: dict[str, str] = {}
+    tensors, parameters = written(adapter, found)
+    planned += [_plan(PREFIX + name, tensor) for name, tensor in tensors.items()]
     for name, pair in adapter.factors.items():
         home = found[name]
+        if pair.a.ndim == 3:  # of experts
+            continue
         modules[name] = module = home.name.removesuffix(".weight")
         if name == EMBEDDING:
             planned += [
@@ -142,7 +154,7 @@ def write_peft(adapter: LoraAdapter, folder: str | os.PathLike[str], base: Model
         planned.append(_plan(f"{PREFIX}{module}{inner}.weight", _rows(home, tensor, base, write=True)))
     place = Path(folder)
     write_safetensors(place / WEIGHTS, planned, FORMAT, tick)
-    text = json.dumps(_config(adapter, base, modules, found), indent=2) + "\n"
+    text = json.dumps(_config(adapter, modules, parameters, found), indent=2) + "\n"
     (place / CONFIG).write_text(text, encoding="utf-8")
 
 
@@ -164,15 +176,23 @@ class _Parts:
         self.whole: dict[str, Tensor] = {}
 
 
-def _parts(file: TensorFile, base: ModelConfig) -> _Parts:
-    column = hf_column(base)
-    canonical = {home.name: home for home in homes(base, column).values()}
+def _parts(file: TensorFile, base: ModelConfig, version: str | None) -> _Parts:
+    found = homes(base, hf_column(base))
+    canonical, experts = {home.name: home for home in found.values()}, stacked(found)
     parts = _Parts()
+    routed: dict[str, dict[str, Tensor]] = {}
     for foreign in file.names():
         match = _PART.fullmatch(foreign)
         if match is None:
             raise CheckpointError("is neither a LoRA factor nor a whole weight", path=file.path, tensor=foreign[:200])
         module = match["module"].removeprefix(PREFIX)
+        if outer(_inner(module)) in experts and match["low"] in ("lora_A", "lora_B"):
+            if match["low"] in routed.setdefault(module, {}):
+                raise CheckpointError(
+                    f"there are two {match['low']} of one module", path=file.path, tensor=foreign[:200]
+                )
+            routed[module][match["low"]] = file.tensor(foreign)
+            continue
         home = canonical.get(_inner(module) + ".weight")
         if home is None or not plain_rows(home):
             why = "belongs to no matrix of the base model that herd can adapt"
@@ -202,6 +222,16 @@ def _parts(file: TensorFile, base: ModelConfig) -> _Parts:
         if word in pair:
             raise CheckpointError(f"there are two lora_{word} of one module", path=file.path, tensor=foreign[:200])
         pair[word] = tensor
+    for module, low in routed.items():
+        missing = [word for word in ("lora_A", "lora_B") if word not in low]
+        if missing:
+            raise CheckpointError(f"has no {missing[0]}", path=file.path, tensor=module)
+        there = experts[outer(_inner(module))]
+        full, pairs = there.read(low["lora_A"], low["lora_B"], base, version, file.path)
+        for name, (a, b) in pairs.items():
+            if name in parts.low:
+                raise CheckpointError("there are two pairs of factors of one parameter", path=file.path, tensor=full)
+            parts.low[name] = f"{outer(module)}.{full.rpartition('.')[2]}", {"A": a, "B": b}
     return parts
 
 
@@ -259,6 +289,14 @@ def _check_config(data: Mapping[str, Any], fields: Fields) -> None:
         fields.fail(key, f"is {short(value)}: herd does not do this, and ignoring it would change the model")
 
 
+def _parameters(fields: Fields) -> tuple[str, ...]:
+    """How the names of those end that were adapted as parameters and not as modules."""
+    named = fields.data.get("target_parameters") or []
+    if not isinstance(named, list) or not all(isinstance(one, str) and one for one in named):
+        fields.fail("target_parameters", f"is {short(named)}: expected a list of names")
+    return tuple("." + one for one in named)
+
+
 def _patterns(fields: Fields, key: str) -> dict[str, float]:
     found = fields.object(key)
     if found is None:
@@ -285,10 +323,12 @@ def _plan(name: str, tensor: Tensor) -> Planned:
 
 
 def _config(
-    adapter: LoraAdapter, base: ModelConfig, modules: Mapping[str, str], found: Mapping[str, Home]
+    adapter: LoraAdapter, modules: Mapping[str, str], parameters: Mapping[str, Factors], found: Mapping[str, Home]
 ) -> dict[str, Any]:
-    own_alpha = {modules[n]: _whole(p.alpha) for n, p in adapter.factors.items() if p.alpha != adapter.alpha}
-    own_rank = {modules[n]: p.rank for n, p in adapter.factors.items() if p.rank != adapter.rank}
+    named = {module: adapter.factors[name] for name, module in modules.items()} | dict(parameters)
+    own_alpha = {name: _whole(p.alpha) for name, p in named.items() if p.alpha != adapter.alpha}
+    own_rank = {name: p.rank for name, p in named.items() if p.rank != adapter.rank}
+    experts = {"target_parameters": _target_parameters(parameters, found), "peft_version": VERSION}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -299,6 +339,7 @@ def _config(
         "rank_pattern": own_rank,
         "alpha_pattern": own_alpha,
         "target_modules": _targets(modules.values(), found),
+        **(experts if parameters else {}),
         "modules_to_save": _saved(adapter, found),
         "lora_dropout": 0.0,
         "bias": "none",
@@ -311,10 +352,18 @@ def _config(
 def _targets(modules: Iterable[str], found: Mapping[str, Home]) -> list[str]:
     """Short names ("q_proj") where they mean exactly these modules, else names in full."""
     wanted = set(modules)
-    every = [home.name.removesuffix(".weight") for home in found.values() if "norm" not in home.name]
+    every = [home.name.removesuffix(".weight") for home in found.values() if home.name.endswith(".weight")]
+    every = [name for name in every if "norm" not in name]
     short_names = {name.rpartition(".")[2] for name in wanted}
     exact = {name for name in every if name.rpartition(".")[2] in short_names} == wanted
     return sorted(short_names if exact else wanted)
+
+
+def _target_parameters(parameters: Mapping[str, object], found: Mapping[str, Home]) -> list[str]:
+    """Names from the layer on where every layer with experts has them, else names in full."""
+    ends = {name.partition(".layers.")[2].partition(".")[2] for name in parameters}
+    every = {home.name for home in found.values() if home.name.endswith(tuple(ends))}
+    return sorted(ends if every == set(parameters) else parameters)
 
 
 def _saved(adapter: LoraAdapter, found: Mapping[str, Home]) -> list[str] | None:

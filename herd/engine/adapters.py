@@ -4,7 +4,8 @@ The set of adapters has those of virtual tokens, too; what they do is in `herd.e
 touched. Its twin shares every weight, and has a `LoraLinear` where some adapter changes a matrix: for the rows of adapter a,
 y += scale * B_a (A_a x). Which rows those are stands in a `Rows` that the modules were handed when they were made, and that
 `AdapterRunner` fills before each forward. With DoRA outputs also get a gain, magnitude over length of the changed row:
-y = gain * (y + scale * B_a (A_a x)), made once when the adapter is loaded.
+y = gain * (y + scale * B_a (A_a x)), made once when the adapter is loaded. Routed experts with changes are computed once more
+for the rows that have them (`LoraMoE`).
 
 Letters: T rows, R rows whose logits are wanted, r rank.
 """
@@ -20,22 +21,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
-from herd.adapters.lora import LoraAdapter, lengths
+from herd.adapters.experts import fused, homes_of
+from herd.adapters.lora import Factors, LoraAdapter, lengths
 from herd.checkpoint.adapter import read_adapter
 from herd.checkpoint.names import shapes
+from herd.engine.adapted import LoraEmbedding, LoraLinear, LoraMoE, LowRank, Rows
 from herd.engine.pack import RaggedBatch
 from herd.engine.paged import PagedCache
 from herd.engine.runner import Runner, TorchRunner
 from herd.engine.tiles import TiledRunner
 from herd.engine.virtual import VirtualTokens
 from herd.errors import CheckpointError, ConfigError
-from herd.kernels import native
 from herd.model.llama import Llama
-from herd.quant.linear import QuantEmbedding, QuantLinear
+from herd.model.moe import Experts, MoE
+from herd.quant.linear import QuantEmbedding, QuantExperts, QuantLinear
 
-__all__ = ["AdapterRunner", "AdapterSet", "LoadedAdapter", "LoraEmbedding", "LoraLinear", "OneAdapter", "Rows"]
+__all__ = ["AdapterRunner", "AdapterSet", "LoadedAdapter", "OneAdapter"]
 
 MAX_RANK = 1024
 """Above this an adapter is not thin, and a merged model is the better way."""
@@ -58,88 +60,6 @@ class LoadedAdapter:
     base: str | None
     kind: str = "lora"
     virtual: int = 0
-
-
-@dataclass(slots=True)
-class Rows:
-    """Which rows of the present forward have which adapter: (name, indices [n] int64, or None for all of them)."""
-
-    groups: tuple[tuple[str, Tensor | None], ...] = ()
-
-
-class _Factors:
-    """A [r, in], scale * B [out, r] and the gain [outputs] in float32, and how they are applied."""
-
-    __slots__ = ("a", "b", "gain", "native_a", "native_b")
-
-    def __init__(self, a: Tensor, b: Tensor, gain: Tensor | None = None) -> None:
-        self.a, self.b, self.gain = a, b, gain
-        on_cpu = a.device.type == "cpu" and native.isa() is not None
-        # The library's products do not depend on how many rows there are.
-        self.native_a = native.plain(a) if on_cpu else None
-        self.native_b = native.plain(b) if on_cpu else None
-
-    @property
-    def nbytes(self) -> int:
-        return self.a.nbytes + self.b.nbytes + (0 if self.gain is None else self.gain.nbytes)
-
-    def put_on(self, y: Tensor, change: Tensor) -> Tensor:
-        """The base's outputs y [n, outputs] with `change` float32, in y's dtype."""
-        if self.gain is None:
-            return y + change.to(y.dtype)
-        return ((y.float() + change) * self.gain).to(y.dtype)
-
-    def change(self, x: Tensor) -> Tensor:
-        """x [n, in] -> [n, out] float32."""
-        x = x.float()
-        if self.native_a is not None and self.native_b is not None:
-            return native.matmul(self.native_b, native.matmul(self.native_a, x))
-        return linear(linear(x, self.a), self.b)
-
-
-class LoraLinear(nn.Module):
-    """`base` plus, for some rows, the change of their adapter. x [T, in] -> [T, out]."""
-
-    def __init__(self, base: nn.Module, rows: Rows) -> None:
-        super().__init__()
-        self.base, self.rows = base, rows
-        self.factors: dict[str, _Factors] = {}
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
-        for name, rows in self.rows.groups:
-            factors = self.factors.get(name)
-            if factors is None:
-                continue
-            if rows is None:
-                y = factors.put_on(y, factors.change(x))
-            else:
-                y[rows] = factors.put_on(y[rows], factors.change(x[rows]))
-        return y
-
-
-class LoraEmbedding(nn.Module):
-    """The same for the embedding, whose B [vocab, r] is looked up. tokens [T] -> [T, dim]."""
-
-    def __init__(self, base: nn.Module, rows: Rows) -> None:
-        super().__init__()
-        self.base, self.rows = base, rows
-        self.factors: dict[str, _Factors] = {}
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        y = self.base(tokens)
-        for name, rows in self.rows.groups:
-            factors = self.factors.get(name)
-            if factors is None:
-                continue
-            chosen = tokens if rows is None else tokens[rows]
-            # A row of its own for every token: the sum does not depend on how many there are.
-            change = (factors.b[chosen][:, :, None] * factors.a).sum(1)
-            if rows is None:
-                y = factors.put_on(y, change)
-            else:
-                y[rows] = factors.put_on(y[rows], change)
-        return y
 
 
 class AdapterSet:
@@ -187,26 +107,32 @@ class AdapterSet:
             raise ConfigError("virtual tokens stand in a cache: load them with Engine.load_adapter")
         path = None if isinstance(source, LoraAdapter) else source
         self._refuse(adapter, path)
-        device = self.base.norm.weight.device
+        experts = homes_of(adapter.factors)
+        routed = {
+            home: {part: (*self._copied(f"{home}.{part}", pair, adapter, path), 1.0) for part, pair in parts.items()}
+            for home in experts
+            if (parts := fused(adapter, home))
+        }
         factors = {}
         for parameter, pair in adapter.factors.items():
-            a = pair.a.to(device, torch.float32, copy=True).contiguous()
-            b = (pair.b.to(device, torch.float32) * adapter.scale(parameter)).contiguous()
-            if not (a.isfinite().all() and b.isfinite().all()):
-                raise CheckpointError("holds numbers that are not finite", path=path, tensor=parameter)
+            if parameter.rpartition(".")[0] in experts:
+                continue
+            a, b = self._copied(parameter, pair, adapter, path)
             gain = None
             if pair.magnitude is not None:
                 weight = _values(self.base, parameter)
-                gain = pair.magnitude.to(device, torch.float32) / lengths(parameter, weight, a, b, 1.0)
+                gain = pair.magnitude.to(a.device, torch.float32) / lengths(parameter, weight, a, b, 1.0)
                 if not gain.isfinite().all():
                     raise CheckpointError("has a magnitude that is not finite here", path=path, tensor=parameter)
-            factors[parameter] = _Factors(a, b, gain)
+            factors[parameter] = LowRank(a, b, gain)
+        pairs = [(one.a, one.b) for one in factors.values()]
+        pairs += [(a, b) for parts in routed.values() for a, b, _ in parts.values()]
         loaded = LoadedAdapter(
             name,
             max(pair.rank for pair in adapter.factors.values()),
-            len(factors),
-            sum(one.nbytes for one in factors.values()),
-            sum(float(_square(one)) for one in factors.values()) ** 0.5,
+            len(adapter.factors),
+            sum(one.nbytes for one in factors.values()) + sum(a.nbytes + b.nbytes for a, b in pairs[len(factors) :]),
+            sum(float(_square(a, b)) for a, b in pairs) ** 0.5,
             adapter.base,
         )
         with self._lock:
@@ -214,6 +140,8 @@ class AdapterSet:
             twin = _twin(self.base) if self.model is None else self.model
             for parameter, one in factors.items():
                 self._place(twin, parameter).factors[name] = one
+            for home, parts in routed.items():
+                self._layer(twin, home).factors[name] = parts
             self.model = twin
             self._loaded[name] = loaded
         return loaded
@@ -249,7 +177,7 @@ class AdapterSet:
                 return
             assert self.model is not None
             for module in self.model.modules():
-                if isinstance(module, LoraLinear | LoraEmbedding):
+                if isinstance(module, LoraLinear | LoraEmbedding | LoraMoE):
                     module.factors.pop(name, None)
 
     @contextmanager
@@ -279,10 +207,31 @@ class AdapterSet:
                 raise CheckpointError(why, path=path, tensor=parameter)
             if not (pair.a.is_floating_point() and pair.b.is_floating_point()):
                 raise CheckpointError(f"is stored as {pair.a.dtype}: expected floats", path=path, tensor=parameter)
-            module = _module(self.base, parameter)
-            if not isinstance(module, nn.Linear | QuantLinear | nn.Embedding | QuantEmbedding):
+            home, _, _ = parameter.rpartition(".")
+            module = _module(self.base, home if home.endswith(".experts") else parameter)
+            if not isinstance(module, nn.Linear | QuantLinear | nn.Embedding | QuantEmbedding | Experts | QuantExperts):
                 why = "is no matrix that an adapter can change while others use the base: merge it into the base model"
                 raise CheckpointError(why, path=path, tensor=parameter)
+
+    def _copied(
+        self, name: str, pair: Factors, adapter: LoraAdapter, path: str | os.PathLike[str] | None
+    ) -> tuple[Tensor, Tensor]:
+        """A and scale * B, float32 on the model's device. Raises CheckpointError for numbers that are not finite."""
+        device = self.base.norm.weight.device
+        a = pair.a.to(device, torch.float32, copy=True).contiguous()
+        b = (pair.b.to(device, torch.float32) * adapter.scale_of(pair)).contiguous()
+        if not (a.isfinite().all() and b.isfinite().all()):
+            raise CheckpointError("holds numbers that are not finite", path=path, tensor=name)
+        return a, b
+
+    def _layer(self, twin: Llama, home: str) -> LoraMoE:
+        """The layer of `twin` whose experts are `home`, as one that holds changes of them."""
+        layer = twin.get_submodule(home.removesuffix(".experts"))
+        assert isinstance(layer, MoE)
+        if not isinstance(layer, LoraMoE):
+            LoraMoE.lend(layer, self.hidden_rows)
+        assert isinstance(layer, LoraMoE)
+        return layer
 
     def _place(self, twin: Llama, parameter: str) -> LoraLinear | LoraEmbedding:
         """The module of `twin` that holds factors for `parameter`, put there when it is the first."""
@@ -440,10 +389,10 @@ def _values(model: Llama, parameter: str) -> Tensor:
     return module.weight.detach().float()
 
 
-def _square(factors: _Factors) -> Tensor:
-    """|B A|^2 (Frobenius) without the product: the trace of (B^T B)(A A^T)."""
-    a, b = factors.a.double(), factors.b.double()
-    return ((b.T @ b) * (a @ a.T)).sum().clamp(min=0)
+def _square(a: Tensor, b: Tensor) -> Tensor:
+    """|B A|^2 (Frobenius) without the product: the trace of (B^T B)(A A^T); of experts all together."""
+    a, b = a.double(), b.double()
+    return ((b.mT @ b) * (a @ a.mT)).sum().clamp(min=0)
 
 
 def _twin(module: Any) -> Any:

@@ -20,7 +20,8 @@ from herd.chat.model import Score
 from herd.chat.params import Constraint, SamplingParams
 from herd.checkpoint.adapter import read_adapter
 from herd.checkpoint.load import Checkpoint
-from herd.engine.adapters import LoadedAdapter, Rows
+from herd.engine.adapted import Rows
+from herd.engine.adapters import LoadedAdapter
 from herd.engine.budget import Budget
 from herd.engine.calls import Calls, checked
 from herd.engine.completion import Completion

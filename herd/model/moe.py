@@ -57,7 +57,11 @@ class MoE(nn.Module):
         order = chosen.flatten().argsort(stable=True)
         counts = torch.zeros(self.n_experts, dtype=torch.int64, device=x.device)
         counts = counts.scatter_add(0, chosen.flatten(), torch.ones_like(chosen.flatten()))
-        sorted_out = self.experts(scaled[order], counts)
+        sorted_out = self.run(scaled, order, counts)
         routed = torch.empty_like(sorted_out).index_copy(0, order, sorted_out)
         routed = routed.unflatten(0, (-1, self.top_k)).sum(1)  # [T, D]
         return self.shared_expert(x) + routed.view_as(x)
+
+    def run(self, scaled: Tensor, order: Tensor, counts: Tensor) -> Tensor:
+        """What the experts make of `scaled` [T * k, D], k rows a token, taken in the `order` [T * k] that sorts by expert."""
+        return self.experts(scaled[order], counts)

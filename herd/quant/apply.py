@@ -18,9 +18,11 @@ from herd.quant.linear import QuantEmbedding, QuantExperts, QuantLinear, dequant
 from herd.quant.matrix import Matrix
 from herd.quant.mix import MIXES, Mix, Nf4Layers, RowsOfFp8, mix
 from herd.quant.nf4 import NF4, Nf4Matrix, Nf4Tensor, encode_nf4
-from herd.quant.scheme import QuantTensor
+from herd.quant.scheme import QuantTensor, block_type
 
-__all__ = ["WEIGHTS", "dequantize", "held", "kind_of", "put", "quantize", "rule_named"]
+__all__ = [
+    "WEIGHTS", "Stored", "dequantize", "experts_of", "held", "kind_of", "matrix_of", "put", "quantize", "rule_named",
+]  # fmt: skip
 
 _SHORT = {
     "int8": mix("Q8_0"),
@@ -31,6 +33,8 @@ _SHORT = {
 }
 WEIGHTS: tuple[str, ...] = (*_SHORT, *(m.name.lower() for m in MIXES.values() if m.quantized))
 """Names that `rule_named` takes."""
+
+_PLAIN = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 Stored = QuantTensor | Fp8Tensor | Nf4Tensor
 
@@ -57,12 +61,16 @@ def quantize(model: Llama, weights: str) -> list[str]:
     """
     rule = rule_named(weights)
     notes = []
-    for name, weight in _floats(model).items():
-        choice = rule.kind(name, tuple(weight.shape), model.config)
+    floats = _floats(model)
+    choices = {name: rule.kind(name, tuple(weight.shape), model.config) for name, weight in floats.items()}
+    quantized = {name for name, choice in choices.items() if choice.kind not in _PLAIN.values()}
+    experts = {name.rpartition(".")[0] for name in quantized if floats[name].ndim == 3}
+    for name, weight in floats.items():
+        choice = choices[name]
         if choice.note is not None:
             notes.append(f"{name}: {choice.note}")
-        if choice.kind not in ("F32", "F16", "BF16"):
-            stored = _encoded(weight, choice.kind, name)
+        if name in quantized or name.rpartition(".")[0] in experts:  # the three of a layer's experts are one module
+            stored = _encoded(weight, choice.kind, name) if name in quantized else _as_stored(weight)
             put(model, name, stored, model.norm.weight.dtype, own=True, activations=rule.activations)
     return notes
 
@@ -100,25 +108,53 @@ def put(
     """
     home, _, field = name.rpartition(".")
     if isinstance(model.get_submodule(home), Experts | QuantExperts):
-        if isinstance(stored, Fp8Tensor | Nf4Tensor):
-            count = len(stored.scale if isinstance(stored, Fp8Tensor) else stored.codes)
-            each = tuple(_packed(stored[e], own) for e in range(count))
-        else:
-            parts = [QuantTensor(blocks, stored.type, stored.shape[1:]) for blocks in stored.blocks]
-            made = [None] * len(parts) if panels is None else panels.view(len(parts), -1)
-            each = tuple(_packed(part, own, activations, panel) for part, panel in zip(parts, made, strict=True))
+        each = experts_of(stored, own=own, activations=activations, panels=panels)
         if not isinstance(model.get_submodule(home), QuantExperts):
             model.set_submodule(home, QuantExperts())
         setattr(model.get_submodule(home), field, each)
     elif home == "tok_embeddings":
         tied = model.config.tie_embeddings
         assert isinstance(stored, QuantTensor), "embeddings are no FP8 and no NF4"
-        matrix = _packed(stored, own, activations, panels) if tied else Matrix(stored)  # rows alone need no panels
+        matrix = matrix_of(stored, own=own, activations=activations, panels=panels, rows_alone=not tied)
         model.set_submodule(home, QuantEmbedding(matrix, dtype))
         if tied:
             model.set_submodule("output", QuantLinear(matrix))
     else:
-        model.set_submodule(home, QuantLinear(_packed(stored, own, activations, panels)))
+        matrix = matrix_of(stored, own=own, activations=activations, panels=panels)
+        model.set_submodule(home, QuantLinear(matrix))
+
+
+def experts_of(
+    stored: Stored, *, own: bool, activations: int | None = None, panels: Tensor | None = None
+) -> tuple[Matrix, ...]:
+    """One matrix for each expert of `stored` [E, out, in]; as `matrix_of`."""
+    if isinstance(stored, Fp8Tensor | Nf4Tensor):
+        count = len(stored.scale if isinstance(stored, Fp8Tensor) else stored.codes)
+        return tuple(matrix_of(stored[e], own=own) for e in range(count))
+    parts = [QuantTensor(blocks, stored.type, stored.shape[1:]) for blocks in stored.blocks]
+    made = [None] * len(parts) if panels is None else panels.view(len(parts), -1)
+    both = zip(parts, made, strict=True)
+    return tuple(matrix_of(part, own=own, activations=activations, panels=panel) for part, panel in both)
+
+
+def matrix_of(
+    stored: Stored,
+    *,
+    own: bool,
+    activations: int | None = None,
+    panels: Tensor | None = None,
+    rows_alone: bool = False,
+) -> Matrix:
+    """`stored` [out, in] as a matrix that multiplies as fast as it can here, see `put`; `rows_alone`: it is only looked up in."""
+    if isinstance(stored, Nf4Tensor):
+        return Nf4Matrix(stored)
+    if rows_alone:  # needs no panels
+        assert isinstance(stored, QuantTensor)
+        return Matrix(stored)
+    matrix = Fp8Matrix(stored) if isinstance(stored, Fp8Tensor) else Matrix(stored, activations)
+    if matrix.pack(panels) and own:
+        matrix.drop()
+    return matrix
 
 
 def kind_of(model: nn.Module) -> str | None:
@@ -158,13 +194,11 @@ def _encoded(weight: Tensor, kind: str, name: str) -> Stored:
     return stored
 
 
-def _packed(stored: Stored, own: bool, activations: int | None = None, panels: Tensor | None = None) -> Matrix:
-    if isinstance(stored, Nf4Tensor):
-        return Nf4Matrix(stored)
-    matrix = Fp8Matrix(stored) if isinstance(stored, Fp8Tensor) else Matrix(stored, activations)
-    if matrix.pack(panels) and own:
-        matrix.drop()
-    return matrix
+def _as_stored(weight: Tensor) -> QuantTensor:
+    """Plain numbers as blocks of one value."""
+    kind = block_type(_PLAIN[weight.dtype])
+    assert kind is not None
+    return QuantTensor(weight.contiguous().view(torch.uint8), kind, tuple(weight.shape))
 
 
 def _floats(model: Llama) -> dict[str, Tensor]:

@@ -170,7 +170,7 @@ def test_the_old_bin_file_is_read_without_running_anything(tmp_path: Path) -> No
     ("key", "value"),
     [
         ("use_dora", "yes"), ("bias", "all"), ("fan_in_fan_out", True), ("lora_bias", True), ("layer_replication", [[0, 1]]),
-        ("trainable_token_indices", [1]), ("target_parameters", ["x"]), ("use_qalora", True), ("peft_type", "IA3"),
+        ("trainable_token_indices", [1]), ("target_parameters", "x"), ("use_qalora", True), ("peft_type", "IA3"),
         ("alora_invocation_tokens", [1, 2]), ("init_lora_weights", "pissa_niter_4"), ("invented_later", 7), ("r", 0),
         ("lora_alpha", "8"), ("alpha_pattern", {"(": 4}), ("rank_pattern", {"q_proj": 3}),
     ],

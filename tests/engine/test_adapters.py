@@ -16,7 +16,8 @@ from herd.chat.params import SamplingParams
 from herd.checkpoint.gguf_lora import write_gguf_lora
 from herd.checkpoint.names import shapes
 from herd.checkpoint.peft import write_peft
-from herd.engine.adapters import AdapterRunner, AdapterSet, LoraLinear
+from herd.engine.adapted import LoraLinear, LoraMoE
+from herd.engine.adapters import AdapterRunner, AdapterSet
 from herd.engine.config import EngineConfig
 from herd.engine.draft_model import ModelDrafter
 from herd.engine.engine import Engine
@@ -35,6 +36,7 @@ from herd.kernels import native
 from herd.model.llama import Llama
 from herd.quant.apply import dequantize, quantize
 from tests.build import TINY, build
+from tests.quant.wide import EXPERTS
 
 MERGED = 2e-5
 """float32 logits of order one, W x + s B (A x) against (W + s B A) x; native products add in another order as well."""
@@ -62,6 +64,9 @@ def adapter(
                 usual = model.get_parameter(name).detach().norm(dim=0 if embeds else 1)
                 noise = torch.randn(usual.shape, generator=generator)
                 factors[name] = replace(factors[name], magnitude=usual * (1 + 0.2 * noise))
+        elif only in name and len(shape) == 3 and not dora:
+            a = size * torch.randn(shape[0], rank, shape[2], generator=generator) * shape[2] ** -0.5
+            factors[name] = Factors(a, torch.randn(*shape[:2], rank, generator=generator), alpha=2.0 * rank)
     return LoraAdapter(factors, rank, 2.0 * rank)
 
 
@@ -202,7 +207,44 @@ def test_the_base_notices_nothing(kind: str) -> None:
     assert torch.equal(found[0], expected[0])
     assert not torch.equal(found[1], expected[1])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert not any(isinstance(module, LoraLinear) for module in model.modules())
+    assert not any(isinstance(module, LoraLinear | LoraMoE) for module in model.modules())
+
+
+@pytest.mark.parametrize("kind", ["torch", "deterministic"])
+def test_experts_alone_beside_none_and_another(kind: str) -> None:
+    """Two adapters of experts with other parts of them, in one step with rows that have none; the base is left as it was."""
+    model = build("llama-4-maverick")
+    changes = {"one": adapter(model, 1, only="experts.w"), "two": adapter(model, 2, rank=5, only="experts.w2")}
+    adapters = AdapterSet(model)
+    for label, change in changes.items():
+        loaded = adapters.load(label, change)
+        assert loaded.matrices == len(change.factors)
+        expected = sum(float(change.delta(name).double().square().sum()) for name in change.factors) ** 0.5
+        assert loaded.change == pytest.approx(expected, rel=1e-5)
+    runner = AdapterRunner(TorchRunner(model), adapters, deterministic=kind == "deterministic")
+    models = {None: model} | {label: merged(model, change) for label, change in changes.items()}
+    for logits, prompt, chosen in zip(Batches(model, NAMES).run(runner), PROMPTS, NAMES, strict=True):
+        expected_logits = plain(models[chosen], prompt)
+        assert (logits - expected_logits).abs().max() <= MERGED * max(1, float(expected_logits.abs().max()))
+        assert chosen is None or (logits - plain(model, prompt)).abs().max() > 0.01
+    assert not any(isinstance(module, LoraMoE) for module in model.modules())
+    adapters.unload("one")
+    assert adapters.names == ("two",)
+
+
+def test_experts_beside_quantized_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the library, which would round inputs to 8 bits."""
+    monkeypatch.setattr(native, "isa", lambda: None)
+    model = build(EXPERTS)
+    change = adapter(model, 1, only="experts.w")
+    quantize(model, "int8")
+    expected = merged(dequantize(model), change)
+    adapters = AdapterSet(model)
+    adapters.load("one", change)
+    runner = AdapterRunner(TorchRunner(model), adapters)
+    for logits, prompt in zip(Batches(model, ("one",) * 4).run(runner), PROMPTS, strict=True):
+        assert (logits - plain(expected, prompt)).abs().max() <= MERGED * float(logits.abs().max())
+        assert (logits - plain(dequantize(model), prompt)).abs().max() > 0.01
 
 
 @needs_native

@@ -61,6 +61,20 @@ def test_rows_that_are_no_whole_blocks_are_named() -> None:
     assert isinstance(model.layers[0].attention.wq, QuantLinear)
 
 
+def test_experts_of_which_some_are_no_whole_blocks_stay_one_module() -> None:
+    """Rows of 80 in gate and up, of 96 in down: those that cannot be quantized stay as numbers, beside those that are."""
+    model = build("llama-4-scout")
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    quantize(model, "int8")
+    after = dequantize(model).state_dict()
+    home = "layers.0.feed_forward.experts"
+    assert torch.equal(after[f"{home}.w1"], before[f"{home}.w1"])
+    assert torch.equal(after[f"{home}.w3"], before[f"{home}.w3"])
+    assert not torch.equal(after[f"{home}.w2"], before[f"{home}.w2"])
+    ids = tokens(model.config, 8)
+    assert (model(ids) - dequantize(model)(ids)).abs().max() <= 0.03 * model(ids).abs().max()  # inputs of 8 bits
+
+
 def test_without_the_library_the_blocks_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "isa", lambda: None)
     model = build(WIDE)
