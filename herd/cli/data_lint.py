@@ -166,7 +166,7 @@ def _show(found: Lint, path: str, length: int | None, evaluation: Any, shown: in
     report = found.report
     say_notes(report.notes)
     if not found.whole:
-        note(f"only the first {len(found.lengths) + report.bad_count:,} rows were read (--limit)", "yellow")
+        note(f"only the first {report.good + report.bad_count:,} rows were read (--limit)", "yellow")
     kinds = ", ".join(f"{count:,} {name}" for name, count in found.kinds.items())
     _head("Rows", f"{report.good:,} good{f' ({kinds})' if kinds else ''}, {report.bad_count:,} bad")
     for what, count in report.changed.items():

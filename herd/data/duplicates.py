@@ -22,7 +22,8 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
-from herd.data.words import Hashes, grams, mixed, word_hashes, words
+from herd.data.order import mixed
+from herd.data.words import Hashes, grams, word_hashes, words
 
 __all__ = ["BANDS", "HASHES", "ROWS", "Duplicate", "Duplicates", "jaccard", "shingles", "signature"]
 

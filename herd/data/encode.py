@@ -7,9 +7,8 @@ What a prompt format writes is tokenised by the format itself (`ChatFormat.rende
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 from herd.chat.format import ChatFormat
 from herd.data.records import ChatRecord, CompletionRecord, Record, TextRecord
@@ -21,16 +20,17 @@ __all__ = [
     "Example",
     "FormatError",
     "NothingLearned",
-    "Render",
     "check_prompts",
     "encode",
-    "encode_chat",
     "encode_text",
     "from_mask",
 ]
 
 IGNORE = -100
 """Label of a position that is not learned from (torch's cross_entropy default)."""
+
+
+NO_FORMAT = "a conversation needs a prompt format: name one with data.chat_format (herd data: --format)"
 
 
 class NothingLearned(DataError):
@@ -61,31 +61,12 @@ class Example:
         return len(self.labels) - self.labels.count(IGNORE)
 
 
-class _Rendered(Protocol):
-    """What a prompt format gives: `herd.chat.format.Rendered` is one."""
-
-    @property
-    def tokens(self) -> Sequence[int]: ...
-    @property
-    def loss_mask(self) -> Sequence[bool | int]: ...
-
-
-Render = Callable[[ChatRecord], _Rendered]
-"""A conversation to ids plus mask, for example a ChatFormat's `render` bound to a tokenizer."""
-
-
 def from_mask(tokens: Sequence[int], learned: Sequence[bool | int]) -> Example:
     """An example from ids and a mask of the ids to be produced: position i learns token i+1 where `learned[i+1]`."""
     if len(tokens) != len(learned):
         raise DataError(f"{len(tokens)} tokens but a loss mask of {len(learned)}")
     labels = [token if wanted else IGNORE for token, wanted in zip(tokens[1:], learned[1:], strict=True)]
     return Example(tuple(tokens), (*labels, IGNORE) if tokens else ())
-
-
-def encode_chat(record: ChatRecord, render: Render) -> Example:
-    """A conversation: loss only where the format's mask says so (the assistant's words and its end-of-turn)."""
-    rendered: Any = render(record)
-    return from_mask(rendered.tokens, rendered.loss_mask)
 
 
 def encode_text(ids: Sequence[int], *, bos: int, eos: int) -> Example:
@@ -129,7 +110,7 @@ def encode(record: Record, tokenizer: Tokenizer, format: ChatFormat | None) -> E
 
 def _conversation(record: ChatRecord, format: ChatFormat | None) -> Example:
     if format is None:
-        raise FormatError("a conversation needs a prompt format: name one with data.chat_format (herd data: --format)")
+        raise FormatError(NO_FORMAT)
     rendered = format.render(record.messages, record.tools, generate=False)
     mask = rendered.loss_mask
     if record.given:

@@ -16,7 +16,7 @@ from pathlib import Path
 from herd.chat.format import ChatFormat
 from herd.data.adapt import Kind, rows_with_records
 from herd.data.duplicates import Duplicate, Duplicates
-from herd.data.encode import FormatError, NothingLearned, encode
+from herd.data.encode import NO_FORMAT, FormatError, NothingLearned, encode
 from herd.data.languages import language
 from herd.data.leakage import Evaluation, Leak
 from herd.data.records import PreferenceRecord, PromptRecord, Record, text_of
@@ -93,13 +93,14 @@ def lint(
 
     With `tokenizer` (and `format`, which conversations need) rows are encoded as training does it: a row that the format cannot
     express is a bad row, one without a token to learn is named. `length` is the longest row, in tokens (or words). `against`
-    are evaluation files. `near` looks for near duplicates, too. `limit` rows are read at most. Raises DataError for files that
+    are evaluation files. `near` looks for near duplicates, too. `limit` rows that can be read are looked at, at most. Raises DataError for files that
     cannot be read and for conversations without a format.
     """
     found = Lint(RowReport(), "words" if tokenizer is None else "tokens")
     seen = Duplicates(near=near)
     rows = rows_with_records(path, kind, bad="skip", report=found.report, tick=tick)
-    for row, record in islice(rows, limit):
+    drawn = 0
+    for drawn, (row, record) in enumerate(islice(rows, limit), 1):  # `drawn` is for the end
         try:
             size = _size(record, tokenizer, format, found)
         except NothingLearned:
@@ -126,7 +127,7 @@ def lint(
             found.leaks += [(record.where, leaks[0][1])][: NAMED - len(found.leaks)]
         if len(found.samples) < samples:
             found.samples.append(record)
-    found.whole = limit is None or found.report.good + found.report.bad_count < limit
+    found.whole = limit is None or drawn < limit
     found.duplicates = seen.find()
     found.compared_fully = not seen.passed_over
     return found
@@ -163,7 +164,7 @@ def _longest(record: PreferenceRecord | PromptRecord, tokenizer: Tokenizer, form
             )
             continue
         if format is None:
-            raise FormatError("a conversation needs a prompt format")
+            raise FormatError(NO_FORMAT)
         messages = record.prompt if isinstance(reply, str) else (*record.prompt, *reply)
         sizes.append(len(format.render(messages, record.tools, generate=isinstance(reply, str)).tokens))
     return max(sizes)

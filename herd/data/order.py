@@ -18,7 +18,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Shares", "key_of", "permuted", "permuted_one"]
+__all__ = ["Shares", "key_of", "mixed", "permuted", "permuted_one"]
 
 Wide = NDArray[np.uint64]
 
@@ -34,8 +34,8 @@ def key_of(*parts: object) -> int:
     return int.from_bytes(sha256("\x1f".join(map(str, parts)).encode()).digest()[:8], "little")
 
 
-def _mix(values: Wide) -> Wide:
-    """A well-mixed hash of each value (the finaliser of splitmix64)."""
+def mixed(values: Wide) -> Wide:
+    """Every bit of a value into every bit of the result: a well-mixed hash (the finaliser of splitmix64)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
@@ -54,7 +54,7 @@ def permuted(index: Sequence[int] | NDArray[np.int64], n: int, key: int) -> NDAr
     while todo.size:  # a network permutes 2^(2 half) values, at most 4 n: steps that leave 0..n-1 are walked on
         left, right = out[todo] >> width, out[todo] & low
         for round_key in keys:
-            left, right = right, left ^ (_mix(right ^ round_key) & low)
+            left, right = right, left ^ (mixed(right ^ round_key) & low)
         out[todo] = (left << width) | right
         todo = todo[out[todo] >= n]
     return out.astype(np.int64)
@@ -81,6 +81,7 @@ _WORD = (1 << 64) - 1
 
 
 def _mix_one(value: int) -> int:
+    """`mixed` of one value."""
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _WORD
     return value ^ (value >> 31)

@@ -13,7 +13,9 @@ import numpy as np
 import regex
 from numpy.typing import NDArray
 
-__all__ = ["Hashes", "grams", "mixed", "word_hashes", "words"]
+from herd.data.order import mixed
+
+__all__ = ["Hashes", "grams", "word_hashes", "words"]
 
 Hashes = NDArray[np.uint64]
 
@@ -68,10 +70,3 @@ def grams(hashes: Hashes, n: int) -> Hashes:
     for k in range(n):
         found = found * _BASE + hashes[k : k + count]
     return mixed(found)
-
-
-def mixed(values: Hashes) -> Hashes:
-    """Every bit of a value into every bit of the result (the finaliser of SplitMix64)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))

@@ -12,7 +12,7 @@ from pathlib import Path
 from herd.data.adapt import Kind
 from herd.data.files import find_files
 from herd.data.report import BadRows, RowReport
-from herd.errors import ConfigError, DataError
+from herd.errors import ConfigError, DataError, HerdError
 from herd.tokenizer.pieces import UNKNOWN
 from herd.tokenizer.sentencepiece import SentencePieceTokenizer
 from herd.tokenizer.tokenizer import Tokenizer
@@ -62,9 +62,7 @@ def broken_ids(tokenizer: Tokenizer) -> frozenset[int]:
             tokenizer.bytes_of(id).decode("utf-8")
         except UnicodeDecodeError:
             found.add(id)
-        except ConfigError:
-            raise
-        except ValueError:  # ids without a token
+        except HerdError:  # a hole in the numbering
             continue
     return frozenset(found)
 

@@ -15,16 +15,15 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from herd.errors import ConfigError
 from herd.train.adamw8 import AdamW8
 from herd.train.config import OptimConfig
-from herd.train.muon import MATRICES, Muon, orthogonalise
+from herd.train.muon import MATRICES, Muon
 from herd.train.schedule import rate, set_rate
 
-__all__ = ["Muon", "make_optimisers", "orthogonalise", "rate", "set_rate", "state_bytes"]
+__all__ = ["make_optimisers", "rate", "set_rate"]
 
 OUTER = ("tok_embeddings", "output")
 
@@ -69,18 +68,6 @@ def make_optimisers(model: nn.Module, config: OptimConfig) -> list[Optimizer]:
         for group in optimiser.param_groups:
             group["peak"] = group["lr"]
     return made
-
-
-def state_bytes(optimisers: Sequence[Optimizer]) -> int:
-    """Bytes that the optimisers' states take now (of this rank)."""
-    total = 0
-    for optimiser in optimisers:
-        for state in optimiser.state.values():
-            for value in state.values():
-                if isinstance(value, torch.Tensor):
-                    local = value.to_local() if isinstance(value, DTensor) else value
-                    total += local.numel() * local.element_size()
-    return total
 
 
 def _is_matrix(name: str) -> bool:

@@ -102,7 +102,7 @@ def _timeless(place: Path) -> dict[str, Any]:
 
 def _values(prefix: str, straight: Any, resumed: Any) -> Iterator[str]:
     if isinstance(straight, dict) and isinstance(resumed, dict):
-        for key in straight.keys() | resumed.keys():
+        for key in sorted(straight.keys() | resumed.keys()):
             yield from _values(f"{prefix}.{key}" if prefix else key, straight.get(key), resumed.get(key))
     elif straight != resumed:
         yield f"{prefix}: {straight} straight, {resumed} resumed"

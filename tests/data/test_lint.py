@@ -115,3 +115,11 @@ def test_a_preview_shows_what_is_learned(tokenizer, format):
     assert [span.text for span in preview(completion, tokenizer) if span.learned and not span.special] == [" 2"]
     words = "".join(span.text for span in preview(PreferenceRecord("q", "a", "b")))
     assert words == "prompt: q\nchosen: a\nrejected: b\n"
+
+
+def test_a_limit_that_was_not_reached_is_not_told(tmp_path):
+    """Bad rows are none of the rows that a limit counts."""
+    path = _file(tmp_path, "no row", CHAT, "none", "none", _asked("Who is Tom?"))
+    for limit, whole in ((2, False), (3, True), (4, True), (5, True), (6, True)):
+        found = lint(path, limit=limit)
+        assert (found.report.good, found.whole) == (2, whole), limit

@@ -13,7 +13,7 @@ from herd.model.config import LayerSpec, ModelConfig, MoEConfig, plain
 from herd.model.llama import Llama
 from herd.train.config import OptimConfig
 from herd.train.muon import Muon
-from herd.train.optim import make_optimisers, set_rate, state_bytes
+from herd.train.optim import make_optimisers, set_rate
 
 FUSED = 1e-6
 """torch's fused and plain AdamW differ in the order of three multiplications."""
@@ -110,7 +110,7 @@ def test_states_save_and_load_exactly(kind):
                 p.grad = torch.randn(p.shape, generator=random)
             for optimiser in optimisers:
                 optimiser.step()
-        assert state_bytes(optimisers) > 0
+        assert all(optimiser.state for optimiser in optimisers)
         return list(model.parameters())
 
     for p, q in zip(run(False), run(True), strict=True):
