@@ -138,7 +138,12 @@ def watchers_of(config: RunConfig, model: Llama, mesh: Mesh, more: Sequence[Watc
         tell = getattr(watcher, "on_figures", None)
         if tell is not None:
             tell(figures)
-    return [*own, *trackers_of(config, out, figures), *more]
+
+    def note(text: str) -> None:
+        for watcher in (*own, *more):
+            watcher.on_note(text)
+
+    return [*own, *trackers_of(config, out, figures, note), *more]
 
 
 class ConfigFile(Silent):

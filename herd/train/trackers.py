@@ -2,6 +2,7 @@
 
 A run that goes on from a checkpoint goes on in the tracker, too: what names it there is kept in `report.json` of the run's
 folder. Trackers only add: steps that were lost with a kill and done again stay in their history; `log.jsonl` is what holds.
+One that cannot begin is an error before the first step; one that fails later is told and the run goes on.
 """
 
 from __future__ import annotations
@@ -11,16 +12,16 @@ import importlib.util
 import json
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from herd.errors import ConfigError
 from herd.files import read_json
 from herd.train.config import ReportPart, RunConfig
-from herd.train.metrics import Figures, tags
+from herd.train.metrics import LOG, Figures, tags
 from herd.train.typed import plain
-from herd.train.watch import Begin, Silent, StepReport
+from herd.train.watch import Begin, Silent, StepReport, Watcher
 
 __all__ = ["Mlflow", "Trackio", "Wandb", "check_trackers", "trackers_of"]
 
@@ -129,12 +130,60 @@ class Mlflow(_Tracker):
         self.api.end_run()
 
 
+class _Patient:
+    """A tracker whose failures do not end a run that has begun: the first is told when it happens, their number at the end."""
+
+    def __init__(self, tracker: _Tracker, tell: Callable[[str], None]) -> None:
+        self.tracker, self.tell = tracker, tell
+        self.asked = self.failed = 0
+
+    def on_begin(self, info: Begin) -> None:
+        try:
+            self.tracker.on_begin(info)
+        except Exception as error:
+            name = self.tracker.package
+            raise ConfigError(
+                f"report.to: {name} cannot begin: {_line(error)}. Repair what it says, or take {name} out of report.to"
+            ) from error
+
+    def on_step(self, report: StepReport) -> None:
+        self._ask(self.tracker.on_step, report)
+
+    def on_evaluation(self, step: int, figures: Mapping[str, float]) -> None:
+        self._ask(self.tracker.on_evaluation, step, figures)
+
+    def on_text(self, step: int, prompt: str, reply: str) -> None:
+        self._ask(self.tracker.on_text, step, prompt, reply)
+
+    def on_note(self, text: str) -> None:
+        self._ask(self.tracker.on_note, text)
+
+    def on_end(self, figures: Mapping[str, float]) -> None:
+        self._ask(self.tracker.on_end, figures)
+        if self.failed:
+            self.tell(
+                f"{self.tracker.package} did not take {self.failed} of {self.asked} reports: {LOG} has all of them"
+            )
+
+    def _ask(self, call: Callable[..., None], *given: Any) -> None:
+        self.asked += 1
+        try:
+            call(*given)
+        except Exception as error:
+            self.failed += 1
+            if self.failed == 1:
+                self.tell(
+                    f"{self.tracker.package} did not take a report ({_line(error)}): the run goes on, {LOG} has all"
+                )
+
+
 TRACKERS: dict[str, type[_Tracker]] = {"trackio": Trackio, "wandb": Wandb, "mlflow": Mlflow}
 
 
-def trackers_of(config: RunConfig, out: Path, figures: Figures) -> Sequence[_Tracker]:
-    """The trackers that `report.to` names. Raises ConfigError for one whose package is not installed."""
-    return [TRACKERS[name](config, out, figures) for name in config.report.to]
+def trackers_of(config: RunConfig, out: Path, figures: Figures, tell: Callable[[str], None]) -> Sequence[Watcher]:
+    """The trackers that `report.to` names; `tell` is told what they do not take. Raises ConfigError for one whose package is not
+    installed."""
+    return [_Patient(TRACKERS[name](config, out, figures), tell) for name in config.report.to]
 
 
 def check_trackers(report: ReportPart) -> None:
@@ -155,6 +204,11 @@ def _missing(package: str) -> ConfigError:
     return ConfigError(
         f'report.to: {package} is not installed: pip install "herd[{package}]", or take it out of report.to'
     )
+
+
+def _line(error: Exception) -> str:
+    """What another package says may have many lines, and links."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(" .")
 
 
 def _flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
