@@ -91,6 +91,7 @@ def _peft(folder: Path, data: Mapping[str, Any]) -> Foreign:
         "rank": data.get("r"),
         "alpha": data.get("lora_alpha"),
         "targets": data.get("target_modules"),
+        **({"parameters": data["target_parameters"]} if data.get("target_parameters") else {}),
         "dora": bool(data.get("use_dora")),
         "rslora": bool(data.get("use_rslora")),
     }

@@ -1,8 +1,9 @@
 """GGUF LoRA adapters, as llama.cpp applies them: `<base tensor>.lora_a` [r, in] and `.lora_b` [out, r], one alpha for all.
 
 llama.cpp scales every matrix by alpha / r with its own rank r; other scales are put into B when the file is written. The
-embedding's factors lie the other way: lora_a [vocab, r], lora_b [dim, r]. Rows are those of `llama` files, as Meta's.
-Sources: llama.cpp src/llama-adapter.cpp, convert_lora_to_gguf.py.
+embedding's factors lie the other way: lora_a [vocab, r], lora_b [dim, r]. Rows are those of `llama` files, as Meta's. Routed
+experts are three tensors, as in the model's file, and their factors have the expert in front: [E, r, in] and [E, out, r].
+Sources: llama.cpp src/llama-adapter.cpp, src/llama-graph.cpp (build_lora_mm_id), convert_lora_to_gguf.py.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def read_gguf_lora(path: str | os.PathLike[str], base: ModelConfig) -> LoraAdapt
     named = meta.get("general.base_model.0.name")
     rank = max(set(ranks), key=ranks.count)
     adapter = LoraAdapter(
-        factors, rank, _alpha(alpha, torch.empty(rank)), base=named if isinstance(named, str) else None
+        factors, rank, _alpha(alpha, torch.empty(rank, 1)), base=named if isinstance(named, str) else None
     )
     adapter.check(shapes(base), path)
     return adapter
@@ -87,7 +88,7 @@ def write_gguf_lora(
 ) -> None:
     """Write the file `path`. Tensors keep their dtype; where `one_scale` is None the scales are put into B, in float32.
 
-    Raises CheckpointError for what GGUF adapters cannot hold: whole weights, DoRA, experts, the output of a tied model.
+    Raises CheckpointError for what GGUF adapters cannot hold: whole weights, DoRA, the output of a tied model.
     """
     adapter.check(shapes(base))
     if adapter.whole:
@@ -101,7 +102,7 @@ def write_gguf_lora(
     planned: list[Planned] = []
     for parameter, pair in adapter.factors.items():
         home = found.get(parameter)
-        if home is None or len(shapes(base)[parameter]) != 2:
+        if home is None or len(shapes(base)[parameter]) < 2:
             raise CheckpointError("is no matrix of its own in GGUF: LoRA cannot be stored for it", tensor=parameter)
         a, b = pair.a, pair.b
         if alpha is None:
@@ -133,7 +134,7 @@ def one_scale(adapter: LoraAdapter) -> float | None:
 
 def _alpha(alpha: float, a: Tensor) -> float:
     """An alpha of 0 means that the factors are not scaled."""
-    return float(a.shape[0]) if alpha == 0 else alpha
+    return float(a.shape[-2]) if alpha == 0 else alpha
 
 
 def _named(adapter: LoraAdapter, name: str) -> Mapping[str, Any]:
