@@ -9,7 +9,7 @@ Letters: B rows of one rank's batch, S row length.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -39,13 +39,20 @@ class TokenBatch:
     ids: tuple[int, ...] = ()
     seen: int | None = None
 
+    def each(self) -> Iterator[TokenBatch]:
+        """A batch for each of its rows, in their order; how much of one is padding is not known."""
+        for row in range(len(self.tokens)):
+            part = slice(row, row + 1)
+            yield TokenBatch(self.tokens[part], self.labels[part], self.positions[part], self.ids[part])
+
 
 class Loader:
     """Endless batches of `batch_rows` rows for rank `rank` of `world`.
 
     Draw k gives rank r the positions (k * world + r) * batch_rows and following: all ranks together see every position once,
     and the same positions in the same steps whenever batch_rows * world is the same. `workers` threads make batches ahead
-    of their use (0: made when asked for); neither they nor anything else changes the order.
+    of their use (0: made when asked for); neither they nor anything else changes the order. After `deal_rows` ranks take the rows
+    of a draw in turn, one by one: then which rank sees which rows of a step does not depend on how many a batch has.
 
     `rows` is a mixture, or one source of rows, which is then read again and again in an order drawn from `seed`.
     """
@@ -71,6 +78,7 @@ class Loader:
             raise DataError(f"a loader of {batch_rows} rows, rank {rank} of {world}, {workers} workers: that cannot be")
         self.mixture, self.batch_rows, self.rank, self.world = rows, batch_rows, rank, world
         self._position = 0
+        self._in_turn = False
         self._starts = rows.starts
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="herd-data") if workers else None
         self._depth = self.AHEAD * workers
@@ -87,6 +95,11 @@ class Loader:
     def state(self) -> dict[str, Any]:
         """Small and JSON-able: where the loader is, where stages began, and what it reads."""
         return {"position": self._position, "starts": list(self._starts), "content": self.mixture.content}
+
+    def deal_rows(self) -> None:
+        """From the next draw on ranks take rows in turn, not a batch each."""
+        self._in_turn = True
+        self._ahead.clear()
 
     def restore(self, state: Mapping[str, Any], *, exact: bool = True) -> None:
         """Continue from `state`, as if every batch before it had been drawn here. Costs nothing, wherever it is.
@@ -149,8 +162,14 @@ class Loader:
 
     def ids(self) -> tuple[int, ...]:
         """The positions that the next draw gives this rank."""
-        first = self._position + self.rank * self.batch_rows
-        return tuple(range(first, first + self.batch_rows))
+        return tuple(self._own(self._position))
+
+    def _own(self, position: int) -> range:
+        """Those of this rank when a draw begins at `position`."""
+        if self._in_turn:
+            return range(position + self.rank, position + self.batch_rows * self.world, self.world)
+        first = position + self.rank * self.batch_rows
+        return range(first, first + self.batch_rows)
 
     def where(self, id: int) -> str:
         """Source and `file:line`s of the row at position `id` (of a batch's ids)."""
@@ -163,12 +182,12 @@ class Loader:
         return notes
 
     def _make(self, position: int, starts: tuple[int, ...]) -> TokenBatch:
-        first = position + self.rank * self.batch_rows
-        rows = self.mixture.rows(first, self.batch_rows, starts)
+        own = self._own(position)
+        rows = self.mixture.rows(own[0], own[-1] - own[0] + 1, starts)[:: own.step]
         read = [self.mixture.sources[source].rows.read(row) for source, row in rows]
         tokens, labels, positions = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*read, strict=True))
         seen = sum(self.mixture.sources[source].rows.filled(row) for source, row in rows)
-        return TokenBatch(tokens, labels, positions, tuple(range(first, first + self.batch_rows)), seen)
+        return TokenBatch(tokens, labels, positions, tuple(own), seen)
 
     def _tell_epochs(self) -> None:
         for source in self.mixture.sources:

@@ -150,7 +150,7 @@ def _activations(config: RunConfig, geometry: ModelConfig, held: int) -> int:
 
     `held`: bytes of a weight. Products of weights that are held in 16 bits are of 16 bits whatever the precision says.
     """
-    tokens = config.data.rows * config.data.length
+    tokens = config.data.length * (1 if config.train.exact_accumulation else config.data.rows)
     number = min(held, 4 if config.train.precision == "float32" else 2)
     heads = geometry.n_heads * geometry.head_dim
     kv = geometry.n_kv_heads * geometry.head_dim

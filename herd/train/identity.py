@@ -42,6 +42,8 @@ def identity(model: Llama, config: TrainConfig, mesh: Mesh, facts: Mapping[str, 
     settings = asdict(config)
     for name in NEUTRAL:
         del settings[name]
+    if not config.exact_accumulation:  # as checkpoints from before there was such a setting
+        del settings["exact_accumulation"]
     shape = asdict(model.config)
     layers = [str(layer) for layer in shape.pop("layers")]
     shape["layers"] = [f"{layers.count(kind)} x {kind}" for kind in dict.fromkeys(layers)]

@@ -85,6 +85,8 @@ class Trainer:
         self.optimisers = make_optimisers(model, config.optim) if optimisers is None else list(optimisers)
         self.average = None if config.average is None else Average(model, config.average)
         self._staged = _staged(self.spread, objective)
+        if config.exact_accumulation:
+            _row_by_row(loader, self.mesh)
         self.watchers = list(watchers) if self.mesh.is_main else []
         self.counters = Counters()
         self.stopper = Stopper()
@@ -165,6 +167,8 @@ class Trainer:
             advance(share)
         batches = [self._draw() for _ in range(self.config.accumulate)]
         supervised, tokens = self._count(batches)
+        if self.config.exact_accumulation:
+            batches = [row for batch in batches for row in batch.each()]
         totals = self._backward(batches, supervised)
         if totals is None:
             self._forget_gradients()
@@ -421,6 +425,23 @@ class Trainer:
         tied = self.model.config.tie_embeddings
         own = sum(w.numel() for name, w in weights.items() if not (tied and name.startswith("output.")))
         return int(pipeline.whole(torch.tensor(own, device=self.mesh.device)))
+
+
+def _row_by_row(loader: Source, mesh: Mesh) -> None:
+    """What makes the order of all sums independent of how many rows a micro-batch has. Raises ConfigError."""
+    if mesh.device.type != "cpu":
+        raise ConfigError(
+            f"train.exact_accumulation: kernels of {mesh.device.type} may add in another order each time, which nobody has "
+            "measured: set it to false, or device=cpu"
+        )
+    deal = getattr(loader, "deal_rows", None)
+    if deal is not None:
+        deal()
+    elif mesh.dp_size > 1:
+        raise ConfigError(
+            "train.exact_accumulation: this loader cannot deal rows to ranks one by one (it has no deal_rows): give it a "
+            "herd.data.batch.Loader, or set it to false"
+        )
 
 
 def _staged(spread: Spread, objective: Objective) -> list[Staged] | None:

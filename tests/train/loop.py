@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -107,8 +108,11 @@ def _bytes(tensor: Tensor) -> bytes:
     return tensor.detach().contiguous().view(torch.uint8).numpy().tobytes() if tensor.ndim else repr(tensor).encode()
 
 
-def train(out: Path, steps: int, lora: bool, rank: int, world: int, store: str) -> None:
-    """A run that saves after every step, in this process; says every loss as it is made, and the fingerprint at the end."""
+def train(out: Path, steps: int, lora: bool, rank: int, world: int, log: str, number: int) -> None:
+    """A run that saves after every step, in this process; says every loss as it is made, and the fingerprint at the end.
+
+    The main rank writes into LOG.saves when a save begins, and when it is over: seconds of a clock that all processes share.
+    """
     options: dict[str, Any] = {}
     if world > 1:
         from datetime import timedelta
@@ -116,7 +120,11 @@ def train(out: Path, steps: int, lora: bool, rank: int, world: int, store: str) 
         import torch.distributed as dist
 
         dist.init_process_group(
-            "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=120)
+            "gloo",
+            store=dist.FileStore(f"{log}.store-{number}", world),
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=120),
         )
         mesh = Mesh.of(ParallelPart(dp_shard=world))
         options = {
@@ -134,6 +142,16 @@ def train(out: Path, steps: int, lora: bool, rank: int, world: int, store: str) 
         os.write(1, f"{report.step} {report.loss.hex()} {report.norm.hex()}\n".encode())
 
     seen.on_step = tell  # type: ignore[method-assign]
+    if rank == 0:
+        times, save = os.open(f"{log}.saves", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), run.save
+
+        def timed() -> Path:
+            os.write(times, f"{time.monotonic()}\n".encode())
+            place = save()
+            os.write(times, f"{time.monotonic()}\n".encode())
+            return place
+
+        run.save = timed  # type: ignore[method-assign]
     run.fit()
     made = fingerprint(run)
     if rank == 0:
@@ -170,7 +188,7 @@ def _child(out: Path, steps: int, lora: bool, log: str, rank: int, world: int, n
             os.dup2(
                 os.open(name, os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if rank == 0 else os.O_APPEND), 0o644), descriptor
             )
-        train(out, steps, lora, rank, world, f"{log}.store-{number}")
+        train(out, steps, lora, rank, world, log, number)
         status = 0
     except HerdError as error:
         os.write(2, f"{error}\n".encode())

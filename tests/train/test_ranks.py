@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import torch
 
 from herd.errors import ConfigError
 from herd.parallel.checkpoint import Sharded
-from herd.train.state import latest
+from herd.train.state import NEW, latest
 from herd.train.trainer import load_weights
 from tests.train.loop import model, trainer
 from tests.train.runs import Runs
@@ -86,14 +88,31 @@ def test_a_signal_to_one_rank_saves_and_ends_all(runs: Runs, whole: tuple[list[s
 
 @pytest.mark.slow
 def test_thirty_kills_of_two_ranks(runs: Runs, whole: tuple[list[str], Path], tmp_path: Path) -> None:
-    expected, seen, out, kills = whole[0], dict[str, str](), tmp_path / "out-0", 0
-    while kills < 30:
-        to = [[0], [1], [0, 1]][kills % 3]
-        wait = 0.3 * ((kills * 7) % 11) / 11
-        for line in runs.run(out, STEPS, wait=wait, to=to, lora=False, statuses={0, 1, 3, signal.SIGKILL}):
+    """Every second one in a save: of the main rank, the other, or both."""
+    began = time.monotonic()
+    runs.run(tmp_path / "timed", STEPS, lora=False)
+    once, times = time.monotonic() - began, runs.times()
+    saving = sorted(end - begin for begin, end in zip(times[::2], times[1::2], strict=True))[STEPS // 2]
+    expected, seen, out, rng = whole[0], dict[str, str](), tmp_path / "out-0", random.Random(0)
+    met = {"kills": 0, "in a growing checkpoint": 0, "finished runs": 0}
+
+    def look(lines: list[str]) -> None:
+        for line in lines:
             number, _, what = line.partition(" ")
-            assert seen.setdefault(number, what) == what
-        kills += 1
+            assert seen.setdefault(number, what) == what, f"step {number} was another one"
         if "done" in seen:
             assert [f"{number} {what}" for number, what in seen.items()] == expected
-            out, seen = tmp_path / f"out-{kills}", {}
+
+    while met["kills"] < 30:
+        to, inside = [[0], [1], [0, 1]][met["kills"] % 3], bool(met["kills"] // 3 % 2)
+        wait, save = (saving * rng.random(), rng.randint(1, 3)) if inside else (once * rng.random(), 0)
+        look(runs.run(out, STEPS, wait=wait, save=save, to=to, lora=False, statuses={0, 1, 3, signal.SIGKILL}))
+        met["kills"] += 1
+        met["in a growing checkpoint"] += any((out / "checkpoints").glob(f"{NEW}*"))
+        latest(out, pytest.fail)  # a damaged one would be told
+        if "done" in seen:
+            met["finished runs"] += 1
+            out, seen = tmp_path / f"out-{met['kills']}", {}
+    look(runs.run(out, STEPS, lora=False))
+    assert "done" in seen
+    print(met)  # shown by pytest -rP
