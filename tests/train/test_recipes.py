@@ -25,6 +25,7 @@ from herd.checkpoint.write.source import Source
 from herd.errors import CheckpointError, ConfigError
 from herd.model.accounting import parameters
 from herd.model.config import irope
+from herd.quant.apply import dequantize, quantize
 from herd.tokenizer.sentencepiece import SentencePieceTokenizer
 from herd.train import export as exporting
 from herd.train.forecast import forecast
@@ -40,6 +41,8 @@ from tests.vocabularies import trained_pieces
 STEPS = 3
 EQUAL = 1e-4
 """Logits of one model in herd and in another program: the same products, added in another order."""
+MERGED = 1e-5
+"""Logits of order one, with an adapter beside its matrices or in them: the bar of the plan."""
 NEAR = 0.3
 """Of memory: kernels, allocators and libraries differ between machines by more than a few percent."""
 KINDS = {"llama-2": "llama2", "llama-3": "llama3", "llama-4-maverick": "llama3"}
@@ -185,12 +188,14 @@ def test_peft_computes_what_was_trained(source, chats, tmp_path):
         assert float((model(ids) - plain).abs().max()) > 100 * EQUAL
 
 
-def test_an_adapter_and_the_merged_model_beside_it(source, chats, tmp_path):
+@pytest.mark.parametrize("kind", ["lora", "qlora"])
+def test_an_adapter_and_the_merged_model_beside_it(kind, source, chats, tmp_path):
     made = config(
         tmp_path,
         "lora",
-        f"model.source={source()}",
+        f"model.source={source('llama-3', hidden_dim=192)}",
         f"data.sources={chats}",
+        f"method.kind={kind}",
         "train.optim.lr=1e-2",
         "method.save_merged=true",
     )
@@ -199,9 +204,40 @@ def test_an_adapter_and_the_merged_model_beside_it(source, chats, tmp_path):
     from herd.adapters.apply import apply_adapter
 
     model, merged = herd.load(made.model.source, "float32")[0], herd.load(tmp_path / "run" / "model", "float32")[0]
-    apply_adapter(model, read_peft(tmp_path / "run" / "adapter", model.config))
+    adapter = read_peft(tmp_path / "run" / "adapter", model.config)
+    plain, ids = model(torch.arange(5, 40)[None]), torch.arange(5, 40)[None]
+    apply_adapter(model, adapter)
+    torch.testing.assert_close(merged(ids), model(ids), rtol=0, atol=MERGED)
+    assert float((model(ids) - plain).detach().abs().max()) > 100 * MERGED
+
+
+def test_an_adapter_merged_into_what_four_bits_kept_of_its_base(source, chats, tmp_path):
+    """The logits of QLoRA as it trains: the base's numbers are those of its blocks."""
+    folder = source("llama-3", hidden_dim=192)
+    done(
+        config(
+            tmp_path,
+            "lora",
+            f"model.source={folder}",
+            f"data.sources={chats}",
+            "method.kind=qlora",
+            "train.optim.lr=1e-2",
+        )
+    )
+    from herd.adapters.apply import apply_adapter
+
+    model, vocabulary = herd.load(folder, "float32")
+    quantize(model, "nf4")
+    kept = GenerationDefaults(vocabulary.special.stop)
+    write_hf(Source(ModelStore(dequantize(model)), vocabulary, kept, template_of(KINDS["llama-3"])), tmp_path / "kept")
+    assert herd.merge(tmp_path / "kept", tmp_path / "run" / "adapter", tmp_path / "merged", greedy=0).passed
     ids = torch.arange(5, 40)[None]
-    torch.testing.assert_close(merged(ids), model(ids), rtol=0, atol=EQUAL)
+    apply_adapter(model, read_peft(tmp_path / "run" / "adapter", model.config))
+    merged = herd.load(tmp_path / "merged", "float32")[0]
+    torch.testing.assert_close(merged(ids), model(ids), rtol=0, atol=MERGED)
+    other = herd.load(folder, "float32")[0]
+    apply_adapter(other, read_peft(tmp_path / "run" / "adapter", other.config))
+    assert float((merged(ids) - other(ids)).detach().abs().max()) > 100 * MERGED
 
 
 def test_pretraining_from_texts_and_going_on(texts, tmp_path):

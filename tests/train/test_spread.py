@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -69,3 +71,49 @@ def test_refused_before_the_first_step(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "tp 3: must be a multiple of the 2 key/value heads" in done.stderr
     assert not (tmp_path / "run/log.jsonl").exists()
+
+
+def _rank_of(launcher: int, rank: int) -> int | None:
+    """The process of `launcher`'s children that is `rank`, by its environment."""
+    for place in Path("/proc").iterdir():
+        try:
+            parent = (place / "stat").read_text().rpartition(")")[2].split()[1]
+            if parent == str(launcher) and f"RANK={rank}" in (place / "environ").read_text().split("\0"):
+                return int(place.name)
+        except (OSError, IndexError):  # not a process, or one that has just ended
+            continue
+    return None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for ranks in /proc")
+def test_torchrun_starts_killed_ranks_again_and_not_a_byte_differs(tmp_path: Path) -> None:
+    """Each rank once by kill -9: torchrun ends the other and starts both; they go on from the newest checkpoint."""
+    more = ["parallel.dp_shard=2", "data.rows=2", "train.budget.steps=40", "train.save.every_steps=1"]
+    straight = _train(_config(tmp_path, "straight"), *more, "--nproc", "2")
+    assert straight.returncode == 0, straight.stderr
+    config, log = _config(tmp_path, "killed"), tmp_path / "killed/log.jsonl"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=3", "--standalone"]
+    environment = os.environ | {"HERD_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    killed: list[int] = []
+    with (
+        open(tmp_path / "said", "w") as said,
+        subprocess.Popen([*torchrun, "-m", "herd", "train", str(config), *more], env=environment, stderr=said) as run,
+    ):
+        while run.poll() is None and len(killed) < 2:
+            time.sleep(0.05)
+            steps = log.read_text().count('"event": "step"') if log.exists() else 0  # its last line may be half there
+            rank = _rank_of(run.pid, len(killed))
+            if steps > 5 * (1 + 2 * len(killed)) and rank is not None and rank not in killed:
+                os.kill(rank, signal.SIGKILL)
+                killed.append(rank)
+        assert run.wait(timeout=500) == 0, (tmp_path / "said").read_text()[-3000:]
+    assert len(killed) == 2, "the run was over before its ranks were killed"
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    begun = [event["step"] for event in events if event["event"] == "begin"]
+    assert begun[0] == 0
+    assert len(begun) == 3
+    assert all(0 < step < 40 for step in begun[1:])
+    assert _losses(tmp_path / "killed") == _losses(tmp_path / "straight")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "killed/model" / name).read_bytes() == (tmp_path / "straight/model" / name).read_bytes()
