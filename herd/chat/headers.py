@@ -72,7 +72,7 @@ class HeaderFormat:
         tools = check_tools(tools)
         if tools and self.dialect is None:
             raise PromptError(
-                f"{self.name} was trained without tools: use a newer model, or name a dialect (dialect='json')"
+                f"{self.name} was trained without tools: use a newer model, or the prompt format of one (llama3.1)"
             )
         turns = tuple(self._stripped(message) for message in messages) if self.strip_content else tuple(messages)
         writer = TokenWriter(self.tokenizer)
@@ -146,7 +146,8 @@ class HeaderFormat:
     def _write_calls(self, writer: TokenWriter, calls: Sequence[ToolCall], tools: tuple[ToolSpec, ...]) -> None:
         if self.dialect is None:
             raise PromptError(
-                f"{self.name} was trained without tools and cannot write calls: name a dialect (dialect='json')"
+                f"{self.name} was trained without tools and cannot write calls: use a newer model, or the prompt format of one "
+                "(llama3.1)"
             )
         code = [call for call in calls if call.name == "code_interpreter" and set(call.arguments) == {"code"}]
         if code and self._code_start is not None:

@@ -219,6 +219,12 @@ def _show_lengths(found: Lint, length: int | None) -> None:
     wide = len(f"{1 << max(last - 1, 0):,}-{1 << last:,}")
     for bucket in range(first, last + 1):
         count = buckets[bucket]
+        if not any(
+            buckets[near] for near in range(bucket - 1, bucket + 2)
+        ):  # one outlier is no reason for a page of nothing
+            if buckets[bucket - 2]:
+                print(f"  {'...':>{wide}}")
+            continue
         low, high = (1 << bucket - 1) + 1 if bucket else 0, 1 << bucket
         bar = "\u2588" * round(BAR * count / most) or ("\u258f" if count else "")
         beyond = length is not None and low > length
@@ -301,7 +307,16 @@ def _print_spans(spans: Sequence[Span]) -> None:
 
 def _verdict(found: Lint) -> None:
     print()
+    untaught = [name for name in ("preference", "prompt") if found.kinds[name]]
     if found.failed:
         print(styled(f"Not ready to train on: {'; '.join(found.failed)}.", "red", sys.stdout))
+    elif untaught:
+        print(
+            styled(
+                f"Nothing is wrong with these rows, but no recipe trains on {' or '.join(untaught)} rows yet.",
+                "yellow",
+                sys.stdout,
+            )
+        )
     else:
         print(styled("Nothing stands against training on this.", "green", sys.stdout))

@@ -146,6 +146,11 @@ def run(args: Sequence[str]) -> int:
     except (click.Abort, KeyboardInterrupt):
         return 130
     except click.ClickException as error:
+        if (
+            type(error).__name__ == "NoArgsIsHelpError"
+        ):  # a group alone: its help, as it is (click 8.1 has no such class)
+            print(error.format_message(), file=sys.stderr)
+            return error.exit_code
         return _fail(error, _usage_line(error), error.exit_code)
     except HerdError as error:
         return _fail(error, str(error), error.exit_code)

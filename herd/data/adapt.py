@@ -137,6 +137,11 @@ def _fitting(row: Row) -> list[Kind]:
             f"{row.where}: a label of true and false says which replies are good (unpaired preferences): training on all "
             "of them would learn the bad ones; keep the good rows, without the label"
         )
+    if there("prompt", "completions"):
+        raise DataError(
+            f"{row.where}: a verdict on each step of a reply (completions and labels): nothing in herd trains on that; a whole "
+            "reply is called completion"
+        )
     strong: list[Kind] = []
     if there("messages"):
         strong.append("messages")
@@ -150,7 +155,17 @@ def _fitting(row: Row) -> list[Kind]:
         strong.append("preference")
     if strong:
         return strong
-    return [kind for kind in ("text", "prompt") if there(kind)]  # type: ignore[misc]
+    weak: list[Kind] = [kind for kind in ("text", "prompt") if there(kind)]  # type: ignore[misc]
+    if weak == ["prompt"] and (replies := [name for name in _REPLIES if there(name)]):
+        raise DataError(
+            f"{row.where}: the fields {_named(fields)} look like a prompt and its reply: rename {replies[0]!r} to completion "
+            "(or say --kind prompt when only the prompt is meant)"
+        )
+    return weak
+
+
+_REPLIES = ("response", "output", "reply", "target", "completion_text")
+"""What other data sets call a reply. A prompt alone teaches nothing, so leaving one of these out in silence is never meant."""
 
 
 def _named(fields: Mapping[str, Any]) -> str:
@@ -194,7 +209,18 @@ def _messages(row: Row, report: RowReport) -> ChatRecord:
     return _chat(row, conversation(row.fields.get("messages"), "messages", report), report)
 
 
+_SEEN = ("images", "image", "videos", "video", "audios", "audio")
+
+
+def _only_text(fields: Mapping[str, Any]) -> None:
+    """Raise DataError for what TRL and others keep beside the messages and herd cannot train on."""
+    for name in _SEEN:
+        if fields.get(name):
+            raise DataError(f"{name} beside the messages: training reads text only")
+
+
 def _chat(row: Row, messages: Sequence[Message], report: RowReport, given: int = 0) -> ChatRecord:
+    _only_text(row.fields)
     tools = tools_of(row.fields)
     check_reply(messages, tools, report, given)
     return ChatRecord(tuple(messages), tools, given, **_source(row))
@@ -297,6 +323,7 @@ def _preference(row: Row, report: RowReport) -> PreferenceRecord:
             asked = asked or (Message("user", prompt),)
             if asked[-1].text != prompt:
                 raise DataError("prompt is not among the messages that chosen and rejected begin with")
+    _only_text(fields)
     if not asked:
         raise DataError("there is no prompt: no field, and chosen and rejected begin with nothing in common")
     tools = tools_of(fields)

@@ -30,6 +30,9 @@ FORMS: dict[str, Form] = {
 }
 PACKED = (".gz", ".zst")
 
+NAMED = 5
+"""Files that are passed over and named."""
+
 ZSTD_WINDOW = 1 << 27
 """Largest Zstandard window accepted, bytes (128 MiB): more could be a memory bomb."""
 
@@ -103,7 +106,9 @@ def _known() -> str:
 
 def _say_passed(where: str, passed: list[Path], note: Callable[[str], None]) -> None:
     if passed:
-        note(f"{where}: {len(passed)} files that are no data by their names are passed over ({passed[0].name}, ...)")
+        named = ", ".join(match.name for match in passed[:NAMED])
+        more = f", and {len(passed) - NAMED:,} more" if len(passed) > NAMED else ""
+        note(f"{where}: files that are no data by their names are passed over: {named}{more}")
 
 
 def open_bytes(path: Path, at: Callable[[int], None] = lambda position: None) -> BinaryIO:

@@ -36,7 +36,9 @@ SEPARATOR = b"<|endoftext|>"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row: the file it stands in, its line (from 1; in a Parquet table its row), and its fields."""
+    """One row: the file it stands in, its line (from 1; in a Parquet table, and in a JSON array on one line, its number), and
+    its fields.
+    """
 
     path: str
     line: int
@@ -128,7 +130,7 @@ def _unpacked(
                     raise DataError(
                         f"{path}:1: one object over several lines: a data file is an array of rows, or one row a line"
                     )
-                items = _lines(file)
+                items = _lines(file, lambda blank: report.note(f"{path}: {blank:,} empty lines are passed over"))
             for line, item in items:  # `line` is for the errors below
                 yield line, item
     except DAMAGE as error:
@@ -150,9 +152,9 @@ def _first_line(file: BinaryIO) -> bytes:
     return ahead.lstrip().partition(b"\n")[0].strip()
 
 
-def _lines(file: BinaryIO) -> Iterator[tuple[int, Any]]:
-    """Lines, split on "\\n" only: texts hold other line separators inside their strings. Empty ones are passed over."""
-    number = 0
+def _lines(file: BinaryIO, passed: Callable[[int], None]) -> Iterator[tuple[int, Any]]:
+    """Lines, split on "\\n" only: texts hold other line separators inside their strings. `passed` is told how many were empty."""
+    number = blank = 0
     while line := file.readline(MAX_ROW + 1):
         number += 1
         if len(line) > MAX_ROW and not line.endswith(b"\n"):
@@ -162,10 +164,17 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, Any]]:
             yield number, DataError(f"the row has {size + len(more):,} bytes, more than {MAX_ROW:,}")
         elif line.strip():
             yield number, _parsed(line)
+        else:
+            blank += 1
+    if blank:
+        passed(blank)
 
 
 def _elements(path: Path, file: BinaryIO) -> Iterator[tuple[int, Any]]:
-    """The elements of a JSON array with the lines that they begin on. A syntax error ends it: what follows has no borders."""
+    """The elements of a JSON array with the lines that they begin on, or their numbers when all stand on one line.
+
+    A syntax error ends it: what follows has no borders.
+    """
     data = file.read(MAX_ARRAY + 1)
     if len(data) > MAX_ARRAY:
         raise DataError(f"{path}:1: a JSON array of more than {MAX_ARRAY >> 20} MiB: write it as JSON lines (.jsonl)")
@@ -176,6 +185,7 @@ def _elements(path: Path, file: BinaryIO) -> Iterator[tuple[int, Any]]:
         raise DataError(f"{path}:{line}: not UTF-8") from error
     del data
     at, line, seen = text.index("[") + 1, 1, 0
+    counted, number = "\n" not in text.strip(), 0
     at = _space(text, at)
     more = text[at : at + 1] != "]"
     while more:
@@ -190,7 +200,8 @@ def _elements(path: Path, file: BinaryIO) -> Iterator[tuple[int, Any]]:
             value = _checked(value)
         if end - at > MAX_ROW:
             value = DataError(f"the row has {end - at:,} characters, more than {MAX_ROW:,}")
-        yield line, value
+        number += 1
+        yield number if counted else line, value
         at = _space(text, end)
         more = text[at : at + 1] == ","
         if more:

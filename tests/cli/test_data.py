@@ -55,6 +55,31 @@ def test_the_group_lists_its_commands_and_suggests(capsys):
     assert "did you mean lint?" in capsys.readouterr().err
 
 
+def test_lint_says_that_nothing_trains_on_preferences_and_prompts_alone(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    for row, kind in (({"prompt": "a", "chosen": "b", "rejected": "c"}, "preference"), ({"prompt": "a"}, "prompt")):
+        path.write_text(json.dumps(row) + "\n")
+        assert run(["data", "lint", str(path)]) == 0
+        assert f"no recipe trains on {kind} rows yet" in capsys.readouterr().out
+
+
+def test_a_far_outlier_does_not_make_a_page_of_empty_lengths(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": "word " * size}) + "\n" for size in (3, 3, 20_000)))
+    assert run(["data", "lint", str(path)]) == 0
+    shown = capsys.readouterr().out.partition("Words")[2].partition("Languages")[0].splitlines()[1:]
+    assert [line.split()[0] for line in shown] == ["3-4", "5-8", "...", "8,193-16,384", "16,385-32,768"]
+
+
+@pytest.mark.parametrize("group", ["data", "tokenizer"])
+def test_a_group_alone_shows_its_help_in_lines(group, capsys):
+    assert run([group, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert run([group]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.strip()) == ("", shown.strip())
+
+
 def test_lint_without_a_model(chats, capsys):
     assert run(["data", "lint", str(chats)]) == 1
     out, err = capsys.readouterr()

@@ -148,6 +148,8 @@ def test_an_empty_system_message_is_left_out_and_counted(tmp_path):
         ([{}], r"fields \(none\)"),
         ([{"messages": [USER, REPLY], "label": True}], "unpaired preferences"),
         ([{"prompt": "a", "completion": "b", "label": False}], "unpaired preferences"),
+        ([{"prompt": "a", "completions": ["b"], "labels": [True]}], "a verdict on each step"),
+        ([{"prompt": "a", "response": "b"}], "'prompt', 'response' .*rename .*completion"),
     ],
 )
 def test_contradictions_are_refused(tmp_path, rows, reason):
@@ -187,6 +189,9 @@ def test_a_named_kind_settles_it(tmp_path):
         ({"instruction": "a", "output": ""}, "output is empty"),
         ({"instruction": "a", "output": "b", "history": [["q"]]}, r"history\[0\] is no pair"),
         ({"prompt": [REPLY]}, "message 0 has role assistant"),
+        ({"messages": [USER, REPLY], "images": ["a.png"]}, "images beside the messages: training reads text only"),
+        ({"prompt": [USER], "completion": [REPLY], "image": {"bytes": None, "path": "a.png"}}, "image beside the mess"),
+        ({"prompt": [USER], "chosen": "a", "rejected": "b", "videos": ["a.mp4"]}, "videos beside the messages"),
         ({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "a", "weight": 0}]}, "weight 0"),
     ],
 )

@@ -135,6 +135,23 @@ def test_a_json_array_gives_its_elements_with_their_lines(tmp_path):
     assert str(report.bad[-1]).endswith("alpaca.json:1: the file holds no row")
 
 
+def test_rows_of_an_array_on_one_line_are_told_by_their_number(tmp_path):
+    path = tmp_path / "alpaca.json"
+    for space in ("", "\n", " \n\n"):
+        path.write_text(space + '[{"n": 1}, {"n": 2}, 3, {"n": 4}]' + space)
+        report = RowReport()
+        assert [row.line for row in open_rows(path, report, bad="skip")] == [1, 2, 4], repr(space)
+        assert str(report.bad[0]).endswith("alpaca.json:3: an object was expected, found a number")
+
+
+def test_empty_lines_are_passed_over_and_said(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"n": 1}\n\n  \n{"n": 2}\n\n')
+    report = RowReport()
+    assert [row.line for row in open_rows(path, report)] == [1, 4]
+    assert report.notes == [f"{path}: 3 empty lines are passed over"]
+
+
 @pytest.mark.parametrize("text", ['[{"n": 1},\n{"n":', '[{"n": 1}\n{"n": 2}]', '[{"n": 1}]\n{}', '[{"n": 1},]', "["])
 def test_a_broken_array_ends_the_reading(tmp_path, text):
     path = tmp_path / "rows.json"
@@ -208,12 +225,18 @@ def test_folders_and_patterns_are_read_in_the_order_of_names(tmp_path):
         (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
     report = RowReport()
     assert [row.fields["name"] for row in open_rows(tmp_path, report)] == ["B.jsonl", "b/a.jsonl.gz", "z.jsonl"]
-    assert "1 files that are no data" in report.notes[0]
+    assert report.notes == [f"{tmp_path}: files that are no data by their names are passed over: notes.doc"]
     assert [row.fields["name"] for row in open_rows(f"{tmp_path}/**/*.jsonl*")] == [
         "B.jsonl",
         "b/a.jsonl.gz",
         "z.jsonl",
     ]
+    for n in range(6):
+        (tmp_path / f"table{n}.csv").touch()
+    find_files(tmp_path, report.note)
+    assert report.notes[-1].endswith(
+        "are passed over: notes.doc, table0.csv, table1.csv, table2.csv, table3.csv, and 2 more"
+    )
     with pytest.raises(DataError, match="no data file matches"):
         find_files(f"{tmp_path}/*.parquet")
     with pytest.raises(DataError, match="by the end of their names"):
