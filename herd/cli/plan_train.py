@@ -30,6 +30,7 @@ Examples:
   herd plan train --compute 1e21                        which size and how many tokens are best for a budget
 """
 
+COMMANDLINE = click.core.ParameterSource.COMMANDLINE
 SHORT = {
     size: f"llama-{version}-{size}"
     for version, sizes in (("3.2", ("1b", "3b")), ("3.1", ("8b", "70b", "405b")))
@@ -57,10 +58,8 @@ SHORT = {
     "--slurm", type=click.Path(path_type=Path), metavar="FILE", help="Write a Slurm script of the best layout."
 )
 @click.option("--kuberay", type=click.Path(path_type=Path), metavar="FILE", help="Write a RayJob for KubeRay likewise.")
-@click.option(
-    "--config", default="run.yaml", metavar="FILE", help="The config that those files name (default: run.yaml)."
-)
-@click.option("--image", default="herd:latest", metavar="NAME", help="The image of --kuberay (default: herd:latest).")
+@click.option("--config", metavar="FILE", help="The config that those files name (default: run.yaml).")
+@click.option("--image", metavar="NAME", help="The image of --kuberay (default: herd:latest).")
 @click.option("--json", "as_json", is_flag=True, help="Everything as one JSON object (docs/train/planning.md).")
 def command(
     model: str | None,
@@ -73,8 +72,8 @@ def command(
     compute: float | None,
     slurm: Path | None,
     kuberay: Path | None,
-    config: str,
-    image: str,
+    config: str | None,
+    image: str | None,
     as_json: bool,
 ) -> None:
     """Say how to train a model on many GPUs: memory, seconds of a step, MFU and days, the fastest layouts first.
@@ -86,18 +85,24 @@ def command(
     from herd.planning.subject import subject
     from herd.planning.train import cluster_of, compute_optimal, plan_train
 
+    if model is None:
+        _check_alone()
+    if image is not None and kuberay is None:
+        raise click.UsageError("--image is the one that --kuberay names: give both")
+    if config is not None and slurm is None and kuberay is None:
+        raise click.UsageError("--config is the one that --slurm and --kuberay name: give one of them, too")
+    best = None
     if compute is not None:
         parameters, optimal = compute_optimal(compute)
-        if as_json:
-            click.echo(json.dumps({"compute": compute, "parameters": parameters, "tokens": optimal}))
-        else:
+        best = {"compute": compute, "parameters": parameters, "tokens": optimal}
+        if not as_json:
             click.echo(
                 f"{compute:.3g} operations: best spent on {_short(parameters)} parameters and {_short(optimal)} tokens"
             )
-        if model is None:
-            return
     if model is None:
-        raise click.UsageError("give --model, or --compute alone")
+        if as_json:
+            click.echo(json.dumps(best))
+        return
     own = subject(SHORT.get(model.lower(), model))
     if own.config is None:
         raise ConfigError(f"{own.name}: its geometry was never published, so there is nothing to plan")
@@ -111,9 +116,25 @@ def command(
         tokens=None if tokens is None else _count(tokens),
         precision=precision,  # pyright: ignore[reportArgumentType] (click has checked it)
     )
-    click.echo(json.dumps(found.as_dict(), indent=1) if as_json else _text(found))
+    told = found.as_dict() | ({} if best is None else {"best_for_compute": best})
+    click.echo(json.dumps(told, indent=1) if as_json else _text(found))
     if slurm is not None or kuberay is not None:
-        _write(found, slurm, kuberay, config, image)
+        _write(found, slurm, kuberay, config or "run.yaml", image or "herd:latest")
+
+
+def _check_alone() -> None:
+    """Raise click.UsageError for options beside --compute that are about a model, when none is given."""
+    context = click.get_current_context()
+    given = {
+        p.name: p.opts[0] for p in context.command.params if context.get_parameter_source(str(p.name)) is COMMANDLINE
+    }
+    if "compute" not in given:
+        raise click.UsageError("give --model, or --compute alone")
+    others = [option for name, option in given.items() if name not in ("compute", "as_json")]
+    if others:
+        raise click.UsageError(
+            f"{', '.join(others)}: about a model, and none is named: give --model, or --compute alone"
+        )
 
 
 def _write(plan: TrainPlan, slurm: Path | None, kuberay: Path | None, config: str, image: str) -> None:

@@ -32,27 +32,36 @@ Examples:
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
 @click.option("--by", "axis", type=click.Choice(get_args(Axis)), default="steps", help="What runs along the bottom.")
 @click.option("--curve", "curves", metavar="NAME,...", help=f"Which curves: {', '.join(CURVES)}.")
-@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="A picture (png, svg, pdf) of all curves.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A picture (png, svg, pdf) of all curves, or of those of --curve.",
+)
 @click.option("--title", default="", help="A line over the picture.")
-@click.option("--json", "as_json", is_flag=True, help="The last value of every curve of every run, as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="The last value of each curve of every run, as JSON.")
 def command(
     runs: tuple[Path, ...], axis: Axis, curves: str | None, out: Path | None, title: str, as_json: bool
 ) -> None:
     """Draw how each RUN (its folder) went, together."""
-    read = [read_run(path, axis) for path in runs]
-    if as_json:
-        click.echo(
-            json.dumps({str(path): {n: run.last(n) for n in CURVES} for path, run in zip(runs, read, strict=True)})
-        )
-        return
-    if out is not None:
-        picture(read, out, title)
-        note(f"written: {out}")
-        return
-    wanted = [name.strip() for name in curves.split(",")] if curves else ["loss", "bits_per_byte", "speed"]
-    for name in wanted:
+    asked = [name.strip() for name in curves.split(",")] if curves else []
+    for name in asked:
         if name not in CURVES:
             raise click.BadParameter(f"{name!r} is no curve: choose of {', '.join(CURVES)}", param_hint="--curve")
+    if title and out is None:
+        raise click.UsageError("--title stands over a picture: give --out, too")
+    read = [read_run(path, axis) for path in runs]
+    if none := [name for name in asked if not any(run.curves[name].x for run in read)]:
+        note(f"{', '.join(none)}: none of these runs has it")
+    if out is not None:
+        picture(read, out, title, asked or tuple(CURVES))
+        note(f"written: {out}")
+    if as_json:
+        last = {str(path): {n: run.last(n) for n in asked or CURVES} for path, run in zip(runs, read, strict=True)}
+        click.echo(json.dumps(last))
+    if as_json or out is not None:
+        return
+    wanted = asked or ["loss", "bits_per_byte", "speed"]
     width, height = shutil.get_terminal_size((90, 40))
     rows = max(6, min(14, (height - 4) // len(wanted) - 4))
     if len(read) > 1:

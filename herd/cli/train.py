@@ -72,6 +72,7 @@ def command(
     Everything about the run goes into its folder (`out`): configuration, log, TensorBoard's files, checkpoints, and the
     result, which herd run and herd serve open. Ctrl-C saves and stops; the same command goes on.
     """
+    _check_flags(print_config, dry_run, verify_resume, as_json, resume != "auto" or inexact)
     config = configured(what, overrides)
     place = _resumed(resume)
     if print_config:
@@ -108,6 +109,18 @@ def command(
     if as_json and main:
         click.echo(json.dumps({"out": config.out, "figures": figures}))
     return None
+
+
+def _check_flags(print_config: bool, dry_run: bool, verify_resume: bool, as_json: bool, resumed: bool) -> None:
+    """Raise click.UsageError for flags of which one would be ignored."""
+    flags = {"--print-config": print_config, "--dry-run": dry_run, "--verify-resume": verify_resume}
+    only = [flag for flag, given in flags.items() if given]
+    if len(only) > 1:
+        raise click.UsageError(f"{', '.join(only)}: each says something and stops: give one of them")
+    if only and as_json:
+        raise click.UsageError(f"--json is about the figures of a run, and {only[0]} makes none")
+    if verify_resume and resumed:
+        raise click.UsageError("--verify-resume makes runs of its own: leave out --resume and --inexact")
 
 
 def _resumed(text: str) -> Any:

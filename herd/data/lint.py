@@ -93,14 +93,15 @@ def lint(
 
     With `tokenizer` (and `format`, which conversations need) rows are encoded as training does it: a row that the format cannot
     express is a bad row, one without a token to learn is named. `length` is the longest row, in tokens (or words). `against`
-    are evaluation files. `near` looks for near duplicates, too. `limit` rows that can be read are looked at, at most. Raises DataError for files that
-    cannot be read and for conversations without a format.
+    are evaluation files. `near` looks for near duplicates, too. `limit` good rows are read at most. Raises DataError for
+    files that cannot be read and for conversations without a format.
     """
     found = Lint(RowReport(), "words" if tokenizer is None else "tokens")
     seen = Duplicates(near=near)
     rows = rows_with_records(path, kind, bad="skip", report=found.report, tick=tick)
     drawn = 0
-    for drawn, (row, record) in enumerate(islice(rows, limit), 1):  # `drawn` is for the end
+    for row, record in islice(rows, limit):
+        drawn += 1
         try:
             size = _size(record, tokenizer, format, found)
         except NothingLearned:

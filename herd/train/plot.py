@@ -125,8 +125,11 @@ def braille(
     return lines
 
 
-def picture(runs: Sequence[Run], path: Path, title: str = "") -> None:
-    """A PNG (or what the ending of `path` says) of all curves that any run has. Raises ConfigError without matplotlib."""
+def picture(runs: Sequence[Run], path: Path, title: str = "", names: Sequence[str] = tuple(CURVES)) -> None:
+    """A PNG (or what the ending of `path` says) of the curves `names` that any run has.
+
+    Raises ConfigError without matplotlib, and when no run has any.
+    """
     try:
         import matplotlib
     except ImportError as error:
@@ -135,7 +138,9 @@ def picture(runs: Sequence[Run], path: Path, title: str = "") -> None:
     from matplotlib import pyplot
     from matplotlib.ticker import EngFormatter
 
-    shown = [name for name in CURVES if any(run.curves[name].x for run in runs)]
+    shown = [name for name in names if any(run.curves[name].x for run in runs)]
+    if not shown:
+        raise ConfigError(f"{path}: there is no curve to draw: none of these runs has {' or '.join(names)}")
     across = 3 if len(shown) > 4 else 2
     down = -(-len(shown) // across)
     figure, places = pyplot.subplots(

@@ -150,9 +150,9 @@ def test_ranks_are_started_with_the_arguments_given_and_not_those_of_the_process
     assert count == 2
     assert not any("nproc" in arg for arg in ranks)
     assert [ranks[0], *sorted(ranks[1:])] == ["train", *sorted(["--", *args[1:]])]
-    assert run([*args, "--print-config"]) == 0
+    assert run([*args[:-1], "--print-config"]) == 0
     config = capsys.readouterr().out
-    assert run(["train", "--print-config", *ranks[1:]]) == 0
+    assert run(["train", "--print-config", *(arg for arg in ranks[1:] if arg != "--json")]) == 0
     assert capsys.readouterr().out == config
 
 
@@ -212,6 +212,23 @@ def test_mistakes_are_one_line(
     assert re.search(said, lines[-1])
     assert lines[-1].startswith("herd: ")
     assert "bug in herd" not in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--dry-run", "--verify-resume"], "--dry-run, --verify-resume: each says something and stops"),
+        (["--print-config", "--json"], "--json is about the figures of a run, and --print-config makes none"),
+        (["--verify-resume", "--resume", "never"], "--verify-resume makes runs of its own"),
+        (["--verify-resume", "--inexact"], "--verify-resume makes runs of its own"),
+    ],
+)
+def test_flags_that_would_be_ignored_are_refused(
+    flags: list[str], said: str, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([*arguments(tmp_path, texts), *flags]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_folder_without_a_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

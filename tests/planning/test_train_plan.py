@@ -268,6 +268,29 @@ def test_the_command_as_table_and_json() -> None:
     assert "parameters" in _run("llama-3.2-1b")  # the command that was there before
 
 
+def test_a_budget_and_a_layout_are_one_object() -> None:
+    alone = json.loads(_run("train", "--compute", "1e21", "--json"))
+    both = json.loads(_run("train", "--compute", "1e21", "--model", "8b", "--json"))
+    assert both["best_for_compute"] == alone
+    assert both["layouts"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--compute", "1e21", "--gpus", "8"),
+        ("--compute", "1e21", "--slurm", "file"),
+        ("--model", "8b", "--image", "name"),
+        ("--model", "8b", "--config", "run.yaml"),
+        ("--model", "8b", "--slurm", "file", "--image", "name"),
+    ],
+)
+def test_words_that_would_be_ignored_are_refused(words: tuple[str, ...], tmp_path: Path) -> None:
+    with contextlib.chdir(tmp_path):
+        _run("train", *words, status=2)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("words", [("--model", "8b", "--tokens", "many"), (), ("--model", "8b", "--batch", "0")])
 def test_bad_words(words: tuple[str, ...]) -> None:
     _run("train", *words, status=2)

@@ -94,6 +94,31 @@ def test_the_command(two, capsys):
     assert "choose of loss" in capsys.readouterr().err
     assert run(["plot", str(two)]) == 1
     assert "log.jsonl is missing" in capsys.readouterr().err
+    assert run(["plot", str(two / "a"), "--title", "a title"]) == 2
+    assert "--title stands over a picture: give --out, too" in capsys.readouterr().err
+
+
+def test_a_picture_and_json_are_of_the_curves_that_were_asked_for(two, capsys):
+    image = pytest.importorskip("PIL.Image")
+    sizes = []
+    for curves in ([], ["--curve", "loss,norm"]):
+        out = two / "some.png"
+        assert run(["plot", str(two / "a"), "--out", str(out), "--json", *curves]) == 0
+        told = json.loads(capsys.readouterr().out)[str(two / "a")]
+        assert list(told) == (["loss", "norm"] if curves else list(CURVES))
+        with image.open(out) as drawn:
+            sizes.append(drawn.size)
+    assert sizes[0][0] > sizes[1][0]
+
+
+def test_a_curve_that_no_run_has_is_told(tmp_path, capsys):
+    (tmp_path / "log.jsonl").write_text('{"event": "step", "step": 1, "all_tokens": 5, "loss": 2.0}\n')
+    assert run(["plot", str(tmp_path), "--curve", "loss,bits_per_byte"]) == 0
+    told = capsys.readouterr()
+    assert "bits_per_byte: none of these runs has it" in told.err
+    assert "loss" in told.out
+    assert run(["plot", str(tmp_path), "--curve", "bits_per_byte", "--out", str(tmp_path / "a.png")]) == 1
+    assert "no curve to draw" in capsys.readouterr().err
 
 
 def test_a_run_without_steps_is_named(tmp_path):
