@@ -8,7 +8,7 @@ import sys
 import click
 
 from herd.cli.bars import stages
-from herd.cli.verify import show
+from herd.cli.verify import report_options, result_options, show
 
 __all__ = ["command"]
 
@@ -42,11 +42,9 @@ a GGUF file beside it. Without a passing report there is no result, and the exit
 @click.option("--bin", "bin", is_flag=True, help="hf: pytorch_model.bin instead of safetensors.")
 @click.option("--base", metavar="MODEL", help="Adapters: the model they belong to.")
 @click.option("--herd-only", is_flag=True, help="gguf: also models that llama.cpp would run as another one.")
-@click.option("--overwrite", is_flag=True, help="Replace what is at DST, once the new result has passed.")
-@click.option("--keep-failed", is_flag=True, help="Keep a result that did not pass as DST.failed.")
+@result_options
 @click.option("--greedy", type=click.IntRange(0, 256), help="Greedy tokens to compare (16; 4 from 1 GiB on).")
-@click.option("--report", "report_file", type=click.Path(dir_okay=False), help="Also write the JSON report to FILE.")
-@click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout.")
+@report_options
 def command(
     src: str,
     dst: str,

@@ -8,7 +8,7 @@ import sys
 import click
 
 from herd.cli.bars import stages
-from herd.cli.verify import show
+from herd.cli.verify import report_options, result_options, show
 
 __all__ = ["command"]
 
@@ -41,10 +41,8 @@ text and refuses a mean KL divergence above --max-drift. To use an adapter witho
 @click.option("--windows", type=click.IntRange(1), help="Windows that are measured (16).")
 @click.option("--max-drift", type=float, help="Nats of mean KL divergence that are too much (0.02).")
 @click.option("--force", is_flag=True, help="Accept any drift; the report says so.")
-@click.option("--overwrite", is_flag=True, help="Replace what is at DST, once the new result has passed.")
-@click.option("--keep-failed", is_flag=True, help="Keep a result that did not pass as DST.failed.")
-@click.option("--report", "report_file", type=click.Path(dir_okay=False), help="Also write the JSON report to FILE.")
-@click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout.")
+@result_options
+@report_options
 def command(
     base: str,
     adapter: str,

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from herd.cli.bars import stages
-from herd.cli.verify import reading_options, show
+from herd.cli.verify import reading_options, report_options, result_options, show
 
 __all__ = ["command"]
 
@@ -48,11 +48,9 @@ To quantize without a file: herd run MODEL --weights int8|int4|w8a8|fp8|q4_k_m|.
 @click.option("--requantize", is_flag=True, help="Also from a source that is quantized already.")
 @click.option("--shards", type=click.IntRange(1), help="Number of files; DST is then a folder.")
 @click.option("--herd-only", is_flag=True, help="Also models that llama.cpp would run as another one.")
-@click.option("--overwrite", is_flag=True, help="Replace what is at DST, once the new result has passed.")
-@click.option("--keep-failed", is_flag=True, help="Keep a result that did not pass as DST.failed.")
+@result_options
 @click.option("--greedy", type=click.IntRange(0, 256), help="Greedy tokens the proof compares (16; 4 from 1 GiB on).")
-@click.option("--report", "report_file", type=click.Path(dir_okay=False), help="Also write the JSON report to FILE.")
-@click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout.")
+@report_options
 def command(
     model: str,
     dst: str,

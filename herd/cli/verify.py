@@ -16,7 +16,7 @@ from herd.cli.console import coloured
 if TYPE_CHECKING:
     from herd.convert.report import Report
 
-__all__ = ["command", "reading_options", "show"]
+__all__ = ["command", "reading_options", "report_options", "result_options", "show"]
 
 EPILOG = """\
 Examples:
@@ -43,14 +43,31 @@ def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def result_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--overwrite and --keep-failed: what becomes of DST."""
+    command = click.option("--keep-failed", is_flag=True, help="Keep a result that did not pass as DST.failed.")(
+        command
+    )
+    return click.option("--overwrite", is_flag=True, help="Replace what is at DST, once the new result has passed.")(
+        command
+    )
+
+
+def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--report and --json: what `show` takes."""
+    command = click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout.")(command)
+    return click.option(
+        "--report", "report_file", type=click.Path(dir_okay=False), help="Also write the JSON report to FILE."
+    )(command)
+
+
 @click.command(epilog=EPILOG)
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
 @click.option("--greedy", type=click.IntRange(0, 256), help="Greedy tokens to compare (16; 4 from 1 GiB on).")
 @click.option("--quality", is_flag=True, help="Also say how much B lost, for any two models of one shape.")
 @reading_options
-@click.option("--report", "report_file", type=click.Path(dir_okay=False), help="Also write the JSON report to FILE.")
-@click.option("--json", "as_json", is_flag=True, help="The report as JSON.")
+@report_options
 def command(
     a: str,
     b: str,

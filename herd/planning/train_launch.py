@@ -5,17 +5,16 @@ Both run one process a GPU. Slurm's ranks find each other through the first node
 
 from __future__ import annotations
 
-import json
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from herd.errors import ConfigError
 from herd.parallel.config import ParallelPart
+from herd.planning.manifest import RAY, yaml_lines
 
 __all__ = ["kuberay", "overrides", "slurm"]
 
-RAY = "2.60.0"
 PORT = 29_500
 
 
@@ -87,7 +86,7 @@ def kuberay(
         "# Made by herd plan train. Edit image, sizes and the volume first, then: kubectl create -f FILE",
         "# The image must have herd and Ray " + RAY + "; the run's folder and data lie on the volume /data.",
     ]
-    return "\n".join([*head, *_yaml(_job(config, words, nodes, each, image, name)), ""])
+    return "\n".join([*head, *yaml_lines(_job(config, words, nodes, each, image, name)), ""])
 
 
 def _job(config: str, words: Sequence[str], nodes: int, each: int, image: str, name: str) -> dict[str, Any]:
@@ -168,20 +167,3 @@ def _nodes(gpus: int, node: int) -> tuple[int, int]:
     if gpus % node:
         raise ConfigError(f"{gpus} GPUs do not fill nodes of {node}: choose a multiple")
     return gpus // node, node
-
-
-def _yaml(value: Any, indent: str = "") -> Iterator[str]:
-    """Lines of YAML: mappings and lists as blocks, everything else as JSON, which YAML reads."""
-    pairs = value.items() if isinstance(value, Mapping) else ((None, item) for item in value)
-    for key, item in pairs:
-        lead = f"{indent}-" if key is None else f"{indent}{key}:"
-        if isinstance(item, Mapping | list) and item:
-            lines = list(_yaml(item, indent + "  "))
-            if key is None:
-                yield f"{lead} {lines[0].lstrip()}"
-                yield from lines[1:]
-            else:
-                yield lead
-                yield from lines
-        else:
-            yield f"{lead} {json.dumps(item)}"

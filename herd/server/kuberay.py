@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from herd.errors import ConfigError
+from herd.planning.manifest import RAY, yaml_lines
 from herd.server.cluster import NAME, as_json, check_replicas
 from herd.server.settings import ServerSettings
 
-__all__ = ["RAY", "kuberay", "service"]
+__all__ = ["kuberay", "service"]
 
-RAY = "2.60.0"
-"""The version of Ray that the tests run; the image must have the same."""
 PORTS = {"gcs-server": 6379, "dashboard": 8265, "client": 10001, "serve": 8000}
 CORES = 4
 """Of a copy; a manifest is meant to be edited."""
@@ -35,7 +31,7 @@ def kuberay(settings: ServerSettings, replicas: int, image: str) -> str:
         f"# The image must have herd[ray] with Ray {RAY}, and the models or a way to them (HF_HOME on a volume).",
         f"# API keys: kubectl create secret generic {NAME}-keys --from-literal=keys='KEY KEY'",
     ]
-    return "\n".join([*head, *_yaml(service(settings, replicas, image)), ""])
+    return "\n".join([*head, *yaml_lines(service(settings, replicas, image)), ""])
 
 
 def service(settings: ServerSettings, replicas: int, image: str) -> dict[str, Any]:
@@ -56,7 +52,7 @@ def service(settings: ServerSettings, replicas: int, image: str) -> dict[str, An
         "kind": "RayService",
         "metadata": {"name": NAME},
         "spec": {
-            "serveConfigV2": "\n".join(_yaml(serving)) + "\n",
+            "serveConfigV2": "\n".join(yaml_lines(serving)) + "\n",
             "rayClusterConfig": {
                 "rayVersion": RAY,
                 "headGroupSpec": {
@@ -90,34 +86,3 @@ def _container(name: str, image: str, cores: int, gpus: int, *, ports: bool = Fa
     if ports:
         made["ports"] = [{"containerPort": number, "name": port} for port, number in PORTS.items()]
     return made
-
-
-def _yaml(value: Any, indent: str = "") -> Iterator[str]:
-    """Lines of YAML: mappings and lists as blocks, texts of whole lines as they are, the rest as JSON, which YAML reads."""
-    pairs = value.items() if isinstance(value, Mapping) else ((None, item) for item in value)
-    for key, item in pairs:
-        lead = f"{indent}-" if key is None else f"{indent}{key if _plain(key) else _scalar(key)}:"
-        if isinstance(item, str) and re.fullmatch(r"(\w[^\r\t]*\n)+", item) and not item.endswith("\n\n"):
-            yield f"{lead} |"
-            yield from (f"{indent}  {line}" for line in item[:-1].split("\n"))
-        elif isinstance(item, Mapping | list | tuple) and item:
-            lines = list(_yaml(item, indent + "  "))
-            if key is None:
-                yield f"{lead} {lines[0].lstrip()}"
-                yield from lines[1:]
-            else:
-                yield lead
-                yield from lines
-        else:
-            yield f"{lead} {_scalar(item)}"
-
-
-def _plain(key: str) -> bool:
-    words = ("true", "false", "yes", "no", "on", "off", "null", "y", "n")
-    return re.fullmatch(r"[a-zA-Z][a-zA-Z0-9_-]*", key) is not None and key.lower() not in words
-
-
-def _scalar(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    # YAML 1.1 takes 1e-05 for a text.
-    return text.replace("e", ".0e") if isinstance(value, float) and "e" in text and "." not in text else text

@@ -18,15 +18,13 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from herd.cli.main import run
 from herd.errors import ConfigError
 from herd.server import cluster
 from herd.server.app import create_app
 from herd.server.cluster import as_json, check_replicas, from_json, replica, serve_replicas
-from herd.server.kuberay import _yaml, kuberay, service
+from herd.server.kuberay import kuberay, service
 from herd.server.settings import EngineOptions, ModelSpec, ServerSettings
 from tests.server.fakes import Scripted, saying
 
@@ -136,23 +134,6 @@ def test_models_of_this_machine_are_not_in_a_manifest(tmp_path: Path) -> None:
     spec = ModelSpec(source=str(tmp_path), name="here")
     with pytest.raises(ConfigError, match="the cluster does not see it"):
         kuberay(ServerSettings(models=(spec,)), 1, "image")
-
-
-TEXTS = st.text(
-    st.characters(min_codepoint=32, max_codepoint=0x2FF, exclude_characters="\x7f\x85", exclude_categories=["Cc"])
-)
-LINES = st.lists(TEXTS, max_size=3).map(lambda lines: "\n".join(lines) + "\n")
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | TEXTS | LINES,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
-    max_leaves=8,
-)  # fmt: skip
-
-
-@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
-@given(st.dictionaries(TEXTS, VALUES, min_size=1, max_size=4))
-def test_yaml_is_read_as_it_was_meant(value: dict[str, Any]) -> None:
-    assert yaml.safe_load("\n".join(_yaml(value)) + "\n") == value
 
 
 async def _starts(monkeypatch: pytest.MonkeyPatch) -> None:
