@@ -224,6 +224,11 @@ def test_numbers_that_are_not_finite_stop_before_the_step_and_are_named(
     assert caught.value.where == named.removeprefix("model.")
     assert caught.value.exit_code == 4
     assert "step 3:" in str(caught.value)
+    twin = Loader(rows(), 4, seed=1)
+    drawn = [twin.draw() for _ in range(5)][4]  # two batches a step
+    assert f" (rows {', '.join(str(twin.where(row)) for row in drawn.ids[:3])} and 5 more). The step" in str(
+        caught.value
+    )
     assert len(seen.steps) == 2
     after = weights(run)
     assert all(torch.equal(before[n].nan_to_num(7.0), after[n].nan_to_num(7.0)) for n in before)
