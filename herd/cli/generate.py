@@ -161,6 +161,7 @@ def _opened(model: str, options: Mapping[str, Any]) -> LLM:
         deterministic=options["deterministic"],
         draft=options["draft"],
         tensor_parallel=options["tensor_parallel"],
+        created=False,  # see `_as_created`
     )
     if options["adapter"] is not None:
         loaded = llm.load_adapter(ADAPTER, options["adapter"])

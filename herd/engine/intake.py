@@ -18,6 +18,7 @@ from herd.engine.reply import ReplyBuilder
 from herd.engine.request import Request
 from herd.engine.sinks import ReplySink
 from herd.errors import ConfigError, PromptError
+from herd.hub.created import Created
 from herd.tokenizer.tokenizer import Tokenizer
 
 __all__ = ["Conversation", "Intake", "Prompt", "is_conversation"]
@@ -30,7 +31,8 @@ Conversation = Sequence[Message | Mapping[str, Any]]
 class Intake:
     """Makes requests in the model's prompt format, or `format`, each with an id of its own.
 
-    `defaults` are for requests without params; `check` raises when the engine cannot take a request.
+    `defaults` are for requests without params; `check` raises when the engine cannot take a request. `made` is what
+    conversations of a created model begin with, and `own` the adapter of requests that name none.
     """
 
     def __init__(
@@ -39,11 +41,13 @@ class Intake:
         defaults: GenerationDefaults,
         format: ChatFormat | None,
         check: Callable[[Request], None],
+        made: Created | None = None,
     ) -> None:
         self.tokenizer, self.defaults = tokenizer, defaults
         self.base = BaseFormat(tokenizer)
         self._format = format
-        self._check = check
+        self._check, self._made = check, made
+        self.own: str | None = None
         self._numbers = itertools.count()
 
     @property
@@ -96,7 +100,7 @@ class Intake:
         """A request that the engine will take; errors call it `what`. Raises PromptError, ConfigError or ContextFullError."""
         if not isinstance(ids, Sequence) or not all(isinstance(i, int) for i in ids):
             raise PromptError(f"{what} is not a text or a list of token ids")
-        request = Request(what, tuple(ids), params, stop_ids, adapter, score_from=score_from)
+        request = Request(what, tuple(ids), params, stop_ids, adapter or self.own, score_from=score_from)
         self._check(request)
         return replace(request, id=f"{what} #{next(self._numbers)}")
 
@@ -119,7 +123,7 @@ class Intake:
             stop_ids, parser, notes = self.base.stop_ids, self.base.parser(), ()
             ids = self.base.complete(prompt).tokens if isinstance(prompt, str) else prompt
         else:
-            rendered = self.format.render(messages_from(prompt), tools, generate=True)
+            rendered = self.format.render(self._begun(prompt), tools, generate=True)
             stop_ids, parser, notes = self.format.stop_ids, self.format.parser(tools), rendered.notes
             ids = rendered.tokens
         request = self.request(ids, params, stop_ids, what, adapter=adapter)
@@ -131,7 +135,11 @@ class Intake:
             return self.base.complete(prompt).tokens
         if prompt and isinstance(prompt[0], int):
             return prompt  # type: ignore[return-value]
-        return self.format.render(messages_from(prompt), generate=False).tokens  # type: ignore[arg-type]
+        return self.format.render(self._begun(prompt), generate=False).tokens
+
+    def _begun(self, conversation: Any) -> tuple[Message, ...]:
+        messages = messages_from(conversation)
+        return messages if self._made is None else self._made.begun(messages)
 
 
 def is_conversation(item: Any) -> bool:

@@ -31,7 +31,7 @@ from herd.engine.engine import Engine, Stats
 from herd.engine.grammar import Grammars
 from herd.engine.intake import Conversation, Intake, Prompt
 from herd.engine.loop import Loop, Sink
-from herd.engine.opening import budget_of, drafter_for, opened, ranks_for
+from herd.engine.opening import budget_of, drafter_for, made_of, opened, ranks_for
 from herd.engine.prompt_cache import fingerprint, load_prompt, save_prompt
 from herd.engine.ranks import Ranks
 from herd.engine.request import Request
@@ -62,6 +62,10 @@ class LLM:
     `seed` is where requests without one get theirs; None draws fresh ones. `draft` guesses tokens ahead, which changes the
     speed and no distribution: "lookup" looks in the text so far, any other name is a smaller model of the same vocabulary, or
     it is a drafter (`herd.engine.speculate`). `tick(done, total)` hears of the bytes read.
+
+    What `herd create` said of a model holds here, too: its parameters, format and context where none are given, its system prompt
+    and turns before conversations, its adapter (by the model's name) for requests that name none. `created=False` leaves all
+    but the parameters to the caller.
 
     `tensor_parallel` processes share the model: each has a part of every matrix, and the keys and values of its heads
     (docs/engine.md). This one has the scheduler and starts the others; on a CPU they divide cores and memory, on GPUs each has
@@ -98,8 +102,12 @@ class LLM:
         graphs: bool = True,
         debug: bool = False,
         tensor_parallel: int = 1,
+        created: bool = True,
         tick: Callable[[int, int], None] | None = None,
     ) -> None:
+        made = made_of(model, tensor_parallel) if created else None
+        if made is not None:
+            format, max_len = format or made.format, max_len or made.context
         self._ranks = ranks = ranks_for(tensor_parallel, model, device)
         with contextlib.ExitStack() as undo:
             if ranks is not None:
@@ -136,11 +144,14 @@ class LLM:
                 grammars=grammars,
             )
             self._loop = Loop(self._engine)
-            self._intake = Intake(self.tokenizer, self._defaults, chosen, self._engine.check)
+            self._intake = Intake(self.tokenizer, self._defaults, chosen, self._engine.check, made)
             searches = Searches(self._loop, self.tokenizer, self._engine.room, max_seqs)
             self._calls = Calls(self._loop, self._intake, searches)
             # The thread knows the loop and not this object, so one that is dropped or outlives the program is closed, too.
             self._closed = weakref.finalize(self, _close, self._loop, ranks)
+            undo.callback(self.close)
+            if made is not None and made.adapter is not None:
+                self._intake.own = self.load_adapter(made.name, made.adapter).name
             undo.pop_all()
 
     @property
@@ -154,11 +165,11 @@ class LLM:
         return self._engine.room()
 
     def room(self, adapter: str | None = None) -> int:
-        """The most tokens of one request with `adapter`: its virtual tokens take the place of as many.
+        """The most tokens of one request with `adapter` (or the model's own): its virtual tokens take the place of as many.
 
         Raises ConfigError when there is no such adapter.
         """
-        return self._engine.room(adapter)
+        return self._engine.room(adapter or self._intake.own)
 
     @property
     def config(self) -> ModelConfig:
@@ -340,6 +351,7 @@ class LLM:
         requests that run. Raises ContextFullError or PromptError naming the prompt, ConfigError for what cannot be done.
         """
         self._alone("embeddings are")
+        adapter = adapter or self._intake.own
         if pooling not in get_args(Pooling):
             raise ConfigError(f"pooling is {pooling!r}: choose one of {', '.join(get_args(Pooling))}")
         if dimensions is not None and not 1 <= dimensions <= self.model.config.dim:
@@ -381,11 +393,14 @@ class LLM:
         return self._loop.between(lambda: self._engine.load_adapter(name, adapter))
 
     def unload_adapter(self, name: str) -> None:
-        """Forget an adapter. Raises ConfigError when there is none, or requests with it have not ended."""
+        """Forget an adapter. Raises ConfigError when there is none, or requests with it have not ended. After a created model's
+        own, requests that name none have none."""
         if name in self._engine.adapters.virtual:
             self._loop.between(lambda: self._engine.unload_adapter(name))
         else:
             self._engine.unload_adapter(name)
+        if name == self._intake.own:
+            self._intake.own = None
 
     @property
     def adapters(self) -> tuple[LoadedAdapter, ...]:

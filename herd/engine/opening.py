@@ -24,7 +24,7 @@ from herd.engine.ngram import NgramDrafter
 from herd.engine.ranks import Ranks
 from herd.engine.speculate import Drafter
 from herd.errors import ConfigError
-from herd.hub.created import find
+from herd.hub.created import Created, find
 from herd.kernels import native, triton
 from herd.model.accounting import parameters
 from herd.model.llama import Llama
@@ -34,7 +34,7 @@ from herd.quant.packing import PACKS
 from herd.quant.scheme import block_type
 from herd.tokenizer.tokenizer import Tokenizer
 
-__all__ = ["budget_of", "drafter_for", "kv_for", "opened", "ranks_for"]
+__all__ = ["budget_of", "drafter_for", "kv_for", "made_of", "opened", "ranks_for"]
 
 
 def opened(
@@ -45,8 +45,8 @@ def opened(
     tick: Callable[[int, int], None] | None = None,
     ranks: Ranks | None = None,
 ) -> tuple[Llama, Tokenizer, GenerationDefaults]:
-    """The model, its tokenizer and its sampling defaults. An unsaid dtype is float32 for a small model on a CPU, unless its
-    weights are quantized and native kernels multiply with them as they are.
+    """The model, its tokenizer and its sampling defaults, for a created model those that it was given. An unsaid dtype is float32
+    for a small model on a CPU, unless its weights are quantized and native kernels multiply with them as they are.
 
     `tick(done, total)` hears of the bytes read. With `ranks` this process gets its part, and they get theirs.
 
@@ -79,6 +79,22 @@ def opened(
         return model.model, model.tokenizer, model.defaults
     llama, tokenizer = model
     return llama, tokenizer, GenerationDefaults()
+
+
+def made_of(model: str | os.PathLike[str] | Checkpoint | tuple[Llama, Tokenizer], ranks: int) -> Created | None:
+    """What `herd create` said of `model`, when that is such a name or was opened by one.
+
+    Raises ConfigError for an adapter where several `ranks` share the model, CheckpointError for a damaged manifest.
+    """
+    if isinstance(model, Checkpoint):
+        made = model.made
+    else:
+        made = find(os.fspath(model)) if isinstance(model, str | os.PathLike) else None
+    if made is not None and made.adapter is not None and ranks != 1:
+        raise ConfigError(
+            f"{made.name} has an adapter, which is not possible with tensor_parallel={ranks}: merge it first (herd merge)"
+        )
+    return made
 
 
 def _stays_packed(store: TensorStore) -> bool:

@@ -11,11 +11,12 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from herd.chat.messages import Message
 from herd.errors import CheckpointError, ConfigError, UnknownModelError
 from herd.files import read_json, short
 from herd.model.presets import wanted
@@ -47,6 +48,13 @@ class Created:
     licenses: tuple[str, ...] = ()
     modelfile: str = ""
     created: float = field(default_factory=time.time)
+
+    def begun(self, conversation: Sequence[Message]) -> tuple[Message, ...]:
+        """`conversation` with what comes before it: `system` where it brings no system message, then `messages`."""
+        head = next((i for i, one in enumerate(conversation) if one.role != "system"), len(conversation))
+        system = tuple(conversation[:head]) or ((Message("system", self.system),) if self.system else ())
+        turns = (Message(role, text) for role, text in self.messages)  # pyright: ignore[reportArgumentType]
+        return (*system, *turns, *conversation[head:])
 
 
 def home() -> Path:

@@ -176,7 +176,7 @@ class Worker:
                 self.send(Progress("reading weights", share))
 
         self.send(Progress("reading weights", 0.0))
-        llm = LLM(load.source, **load.options, tick=tick)
+        llm = LLM(load.source, **load.options, created=False, tick=tick)  # the server adds what was created
         if (
             "tensor_parallel" not in load.options
             and parameters(llm.config) <= SMALL
