@@ -185,7 +185,7 @@ class TrainConfig:
     """Micro-batches of one optimiser step. The loss is the mean over the learned tokens of all of them."""
     exact_accumulation: bool = False
     """Compute row by row, and deal rows to ranks one by one: one micro-batch of B rows is then the same step as B of one row, bit
-    for bit (false: within rounding). With rows of 512 tokens it takes 5 % longer at 66 M, 22 % at herd-nano's size. Not on a GPU."""
+    for bit (false: within rounding). Rows of 512 tokens take 5 % longer at 66 M, 22 % at herd-nano's size. Not on a GPU."""
     precision: Precision = "float32"
     """What matrix products are computed in: float32, bfloat16 (weights stay float32), float8 (needs a GPU that has it). Weights
     that are held in bfloat16 (model.dtype) multiply in bfloat16 in any case."""

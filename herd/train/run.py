@@ -33,7 +33,7 @@ from herd.train.qat import remove_qat
 from herd.train.start import Start, adapt, device_of, start
 from herd.train.throughput import peak_of, work_of
 from herd.train.trackers import trackers_of
-from herd.train.trainer import Resume, Trainer, load_weights
+from herd.train.trainer import Resume, Trainer, exact_on, load_weights
 from herd.train.typed import plain
 from herd.train.watch import Begin, Silent, Watcher
 
@@ -211,8 +211,11 @@ def _write(model: Llama, begun: Start, config: RunConfig, tell: Callable[[str], 
 
 
 def settle(config: RunConfig) -> None:
-    """The process as the run wants it: its threads, and on a CPU memory that is kept between steps."""
-    if device_of(config.device).type == "cpu":
+    """The process as the run wants it: its threads, and on a CPU memory that is kept between steps. Raises ConfigError."""
+    device = device_of(config.device)
+    if device.type == "cpu":
         keep_freed_memory()
+    if config.train.exact_accumulation:
+        exact_on(device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)

@@ -41,7 +41,7 @@ from herd.train.router import FIGURES, Staged
 from herd.train.stop import NonFiniteError, Stopped, Stopper
 from herd.train.watch import Begin, StepReport, Watcher
 
-__all__ = ["Evaluate", "Resume", "Source", "Trainer", "load_weights"]
+__all__ = ["Evaluate", "Resume", "Source", "Trainer", "exact_on", "load_weights"]
 
 CLIP_EPS = 1e-6
 """Added to the norm that gradients are divided by, as `torch.nn.utils.clip_grad_norm_` does."""
@@ -427,13 +427,18 @@ class Trainer:
         return int(pipeline.whole(torch.tensor(own, device=self.mesh.device)))
 
 
-def _row_by_row(loader: Source, mesh: Mesh) -> None:
-    """What makes the order of all sums independent of how many rows a micro-batch has. Raises ConfigError."""
-    if mesh.device.type != "cpu":
+def exact_on(device: torch.device) -> None:
+    """Raise ConfigError where nobody knows whether `exact_accumulation` is exact."""
+    if device.type != "cpu":
         raise ConfigError(
-            f"train.exact_accumulation: kernels of {mesh.device.type} may add in another order each time, which nobody has "
+            f"train.exact_accumulation: kernels of {device.type} may add in another order each time, which nobody has "
             "measured: set it to false, or device=cpu"
         )
+
+
+def _row_by_row(loader: Source, mesh: Mesh) -> None:
+    """What makes the order of all sums independent of how many rows a micro-batch has. Raises ConfigError."""
+    exact_on(mesh.device)
     deal = getattr(loader, "deal_rows", None)
     if deal is not None:
         deal()

@@ -22,6 +22,7 @@ from herd.parallel.config import ParallelPart
 from herd.parallel.mesh import Mesh
 from herd.parallel.prepare import Spread
 from herd.quant.apply import quantize
+from herd.train import run as recipes
 from herd.train.config import OptimConfig
 from herd.train.forecast import Forecast, forecast
 from herd.train.objective import NextToken
@@ -50,6 +51,23 @@ KINDS: dict[str, dict[str, Any]] = {
     "lora with dropout": {"model": "llama-3", "method": "lora"},
     "dora over nf4": {"model": "llama-3", "method": "dora"},
     "prefix": {"model": "llama-3", "method": "prefix"},
+    "compiled": {"model": "llama-3", "train": {"compile": True}},
+}
+MARKS = {
+    "compiled": [
+        pytest.mark.slow,
+        pytest.mark.filterwarnings("ignore:VecISA"),  # a busy machine: torch waits 60 s for a compiler
+        pytest.mark.filterwarnings("ignore:The .grad attribute"),  # torch's own tracing asks for it
+    ]
+}
+
+
+DESCRIBED = {
+    "recipe": "pretrain",
+    "out": "x",
+    "model": {"shape": {"dim": 64, "n_layers": 2}, "tokenizer": "nano"},
+    "data": {"sources": ["texts"], "length": 512, "rows": 8},
+    "train": {"budget": {"steps": 1}},
 }
 
 
@@ -78,7 +96,7 @@ def told(seen: Recorder) -> list[Any]:
     return [(r.loss, r.norm, r.supervised, r.tokens, dict(r.metrics)) for r in seen.steps]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=MARKS.get(kind, ())) for kind in KINDS])
 def test_rows_of_a_micro_batch_do_not_show_in_a_single_bit(kind: str) -> None:
     found = []
     for size in (6, 3, 1):
@@ -161,7 +179,12 @@ def test_a_run_goes_on_exactly_and_the_setting_cannot_change(tmp_path: Any) -> N
         other.fit()
 
 
-def test_it_is_refused_where_nobody_measured_it() -> None:
+def test_it_is_refused_where_nobody_measured_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the trainer, and by recipes before any data are read."""
+    monkeypatch.setattr(recipes, "device_of", torch.device)
+    asked = load_config(DESCRIBED, ["device=cuda", "train.exact_accumulation=true"])
+    with pytest.raises(ConfigError, match=r"train\.exact_accumulation: kernels of cuda .* device=cpu"):
+        recipes.run_recipe(asked)
     model = made("llama-2")
     with pytest.raises(ConfigError, match=r"train\.exact_accumulation: kernels of cuda .* device=cpu"):
         Trainer(
@@ -189,14 +212,7 @@ def test_rows_are_dealt_to_ranks_in_turn() -> None:
 
 def test_the_memory_that_is_forecast_is_that_of_one_row() -> None:
     def asked(exact: bool) -> Forecast:
-        run = {
-            "recipe": "pretrain",
-            "out": "x",
-            "model": {"shape": {"dim": 64, "n_layers": 2}, "tokenizer": "nano"},
-            "data": {"sources": ["texts"], "length": 512, "rows": 8},
-            "train": {"budget": {"steps": 1}, "exact_accumulation": exact},
-        }
-        return forecast(load_config(run))
+        return forecast(load_config(DESCRIBED, [f"train.exact_accumulation={str(exact).lower()}"]))
 
     assert asked(True).activations < asked(False).activations / 2
     assert asked(True).tokens == asked(False).tokens
@@ -283,9 +299,10 @@ def spread_over(part: dict[str, Any], lora: bool) -> tuple[list[str], list[Any],
         ({"dp_shard": 2}, False),
         pytest.param({"dp_replicate": 2}, True, marks=pytest.mark.slow),
         pytest.param({"cp": 2}, False, marks=pytest.mark.slow),
+        pytest.param({"tp": 2}, False, marks=pytest.mark.slow),
         pytest.param({"pp": 2, "schedule": "gpipe"}, False, marks=pytest.mark.slow),
     ],
-    ids=["dp_shard", "dp_replicate", "cp", "pp"],
+    ids=["dp_shard", "dp_replicate", "cp", "tp", "pp"],
 )
 def test_two_ranks_have_the_same_bits_however_their_rows_are_cut(ranks: Crew, part: dict[str, Any], lora: bool) -> None:
     found = ranks.run("tests.train.test_accumulation:spread_over", 2, part, lora)
