@@ -32,3 +32,11 @@ def piped(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | bytes], None]:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8"))
 
     return put
+
+
+@pytest.fixture
+def no_input_on_a_cpu(piped: Callable[[str | bytes], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is piped in unless a test says so, and every machine computes on its CPU, so that replies can be compared."""
+    piped("")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)

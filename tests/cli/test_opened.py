@@ -18,13 +18,7 @@ from tests.cli.tiny import tiny_config, tokenizer, write_folder
 Piped = Callable[[str | bytes], None]
 Captured = pytest.CaptureFixture[str]
 GREEDY = ("--temp", "0", "-n", "12")
-
-
-@pytest.fixture(autouse=True)
-def _empty_input_and_processor(piped: Piped, monkeypatch: pytest.MonkeyPatch) -> None:
-    piped("")
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+pytestmark = pytest.mark.usefixtures("no_input_on_a_cpu")
 
 
 def test_a_store_is_opened_once(chat_model: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,14 +14,10 @@ Piped = Callable[[str | bytes], None]
 Captured = pytest.CaptureFixture[str]
 GREEDY = ("--temp", "0", "-n", "12")
 
-pytestmark = pytest.mark.skipif(native.isa() is None, reason=f"no native kernels: {native.missing()}")
-
-
-@pytest.fixture(autouse=True)
-def _empty_input_and_processor(piped: Piped, monkeypatch: pytest.MonkeyPatch) -> None:
-    piped("")
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+pytestmark = [
+    pytest.mark.usefixtures("no_input_on_a_cpu"),
+    pytest.mark.skipif(native.isa() is None, reason=f"no native kernels: {native.missing()}"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -28,13 +28,7 @@ GREEDY = ("--temp", "0", "-n", "12")
 PARAMS = SamplingParams(temperature=0, max_tokens=12)
 LONG = 8192
 GUARD = "llama-guard-3-1b"
-
-
-@pytest.fixture(autouse=True)
-def _empty_input_and_processor(piped: Piped, monkeypatch: pytest.MonkeyPatch) -> None:
-    piped("")
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+pytestmark = pytest.mark.usefixtures("no_input_on_a_cpu")
 
 
 @pytest.fixture(scope="module")

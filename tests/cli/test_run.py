@@ -19,14 +19,7 @@ from tests.cli.tiny import CONTEXT, tiny_config, tokenizer, write_folder
 
 Piped = Callable[[str | bytes], None]
 Captured = pytest.CaptureFixture[str]
-
-
-@pytest.fixture(autouse=True)
-def _empty_input_and_processor(piped: Piped, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is piped in unless a test says so, and every machine computes on its CPU, so that replies can be compared."""
-    piped("")
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+pytestmark = pytest.mark.usefixtures("no_input_on_a_cpu")
 
 
 def expected(prompt: str, params: SamplingParams, system: str = "") -> str:

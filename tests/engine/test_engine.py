@@ -30,6 +30,7 @@ from herd.kernels import native
 from herd.model.config import plain
 from herd.model.llama import Llama
 from tests.build import TINY, build, tiny, tokens
+from tests.engine.faulty import Faulty
 from tests.engine.words import small
 
 MODEL = build("llama-3")
@@ -244,20 +245,6 @@ def test_guesses_change_nothing_but_the_number_of_steps() -> None:
     assert guessing.stats().steps < plain_run.stats().steps
 
 
-class Faulty:
-    """A runner that fails for a step with token 21, and gives NaN after token 22."""
-
-    def __init__(self, model: Llama) -> None:
-        self.inner = TorchRunner(model)
-
-    def logits(self, batch: RaggedBatch, cache: PagedCache) -> Tensor:
-        if (batch.tokens == 21).any():
-            raise RuntimeError("token 21")
-        logits = self.inner.logits(batch, cache)
-        logits[batch.tokens[batch.logit_rows] == 22] = float("nan")
-        return logits
-
-
 @pytest.mark.parametrize(("bad", "why"), [(21, "RuntimeError: token 21"), (22, "not finite")])
 @pytest.mark.parametrize("place", [2, 39])
 def test_one_bad_request_ends_alone(bad: int, why: str, place: int) -> None:
@@ -268,7 +255,7 @@ def test_one_bad_request_ends_alone(bad: int, why: str, place: int) -> None:
     params = replace(GREEDY, logit_bias={21: -100, 22: -100})
 
     def run(engine: Engine, more: Sequence[Request] = ()) -> list[TokenEvent]:
-        engine.runner = Faulty(MODEL)
+        engine.runner = Faulty(TorchRunner(MODEL))
         for id, prompt in prompts.items():
             engine.add(Request(id, prompt, params))
         for request in more:

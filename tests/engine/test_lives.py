@@ -13,7 +13,6 @@ from functools import cache
 
 import pytest
 import torch
-from torch import Tensor
 
 from herd.chat.params import SamplingParams
 from herd.engine.config import EngineConfig
@@ -21,14 +20,13 @@ from herd.engine.engine import Engine
 from herd.engine.grammar import Grammars
 from herd.engine.native import runner_for
 from herd.engine.pace import Pace
-from herd.engine.pack import RaggedBatch
-from herd.engine.paged import PagedCache
 from herd.engine.request import Request, Sequence, TokenEvent
 from herd.engine.scheduler import Scheduler
 from herd.engine.speculate import Ask, Draft, Speculation
 from herd.model.config import ModelConfig, plain
 from herd.model.llama import Llama
 from tests.build import build, tiny
+from tests.engine.faulty import Faulty
 from tests.engine.test_adapters import adapter
 from tests.engine.words import small
 
@@ -39,20 +37,6 @@ SMALL = replace(
 KINDS = 48
 STEPS = 2000
 """More than any life needs: who is still there then waits for ever."""
-
-
-class Faulty:
-    """A runner that fails for a step with token 21, and gives NaN after token 22."""
-
-    def __init__(self, model: Llama) -> None:
-        self.inner = runner_for(model, deterministic=True)
-
-    def logits(self, batch: RaggedBatch, cache: PagedCache) -> Tensor:
-        if (batch.tokens == 21).any():
-            raise RuntimeError("token 21")
-        logits = self.inner.logits(batch, cache)
-        logits[batch.tokens[batch.logit_rows] == 22] = float("nan")
-        return logits
 
 
 class Guesser:
@@ -121,7 +105,7 @@ def kind(number: int) -> Request:
 
 def engine(**given: object) -> Engine:
     config = EngineConfig(**{"block_size": 4, "max_len": 40, "debug": True, "deterministic": True} | given)  # type: ignore[arg-type]
-    made = Engine(model(), config, runner=Faulty(model()), grammars=grammars())
+    made = Engine(model(), config, runner=Faulty(runner_for(model(), deterministic=True)), grammars=grammars())
     made.load_adapter("one", adapter(model(), 1, only="attention.w"))
     return made
 

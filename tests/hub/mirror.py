@@ -246,7 +246,13 @@ def serving(mirror: Mirror) -> Iterator[str]:
 @contextlib.contextmanager
 def _server(mirror: Mirror, storage: str | None) -> Iterator[str]:
     handler = type("Handler", (_Handler,), {"mirror": mirror, "storage": storage})
-    server = _Quiet(("127.0.0.1", 0), handler)
+    with listening(_Quiet(("127.0.0.1", 0), handler)) as address:
+        yield address
+
+
+@contextlib.contextmanager
+def listening(server: ThreadingHTTPServer) -> Iterator[str]:
+    """The address of a server that answers in a thread, until the end."""
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:

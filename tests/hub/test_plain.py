@@ -7,7 +7,6 @@ import functools
 import hashlib
 import http.server
 import shutil
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from herd.errors import HubError
 from herd.hub import endpoint
 from herd.hub.fetch import Quiet
 from herd.hub.pull import pull
-from tests.hub.mirror import COMMIT, sha256
+from tests.hub.mirror import COMMIT, listening, sha256
 from tests.hub.repos import BIG, REPOS, SHARDS, TAKEN, TINY
 
 
@@ -40,15 +39,9 @@ def static(folder: Path) -> Iterator[str]:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    handler = functools.partial(Handler, directory=str(folder))
+    with listening(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)) as address:
+        yield address
 
 
 def contents(folder: Path) -> dict[str, bytes]:

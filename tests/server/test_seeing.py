@@ -5,10 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import random
-import statistics
 import struct
-import threading
-import time
 import zlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -26,6 +23,7 @@ from herd.server.settings import ModelSpec, ServerSettings
 from tests.server import fakes
 from tests.server.conftest import Fake, faked, serving
 from tests.server.fakes import Scripted, saying
+from tests.server.health import held_to_the_bar
 
 PATH = "/v1/chat/completions"
 
@@ -177,40 +175,15 @@ def test_without_the_flag_nothing_could_be_fetched() -> None:
     asyncio.run(run())
 
 
-HEALTH_SECONDS = 0.1
-"""As in test_hostile: seconds of a core that the event loop uses between a question and its answer."""
 ASKED = 60
 
 
 def test_health_answers_beside_images_of_20_megapixels() -> None:
     """12 MB of noise that nothing can compress, again and again, from two clients."""
     noise = random.Random(3).randbytes(11_500_000)
-    big = "data:image/png;base64," + base64.b64encode(png(5000, 4000, noise)).decode()
     settings = ServerSettings(models=(ModelSpec(source="fake", name="fake"),), port=0, lazy=True, drain_seconds=0.5)
-    done, statuses = threading.Event(), []
+    asked = body("data:image/png;base64," + base64.b64encode(png(5000, 4000, noise)).decode())
     with patch.object(fakes, "ABOUT", replace(fakes.ABOUT, sees=True)):
         for live in serving(settings, launch=lambda spec: Scripted(spec, lambda call: saying("A field."))):
-
-            def work(live: Any = live) -> None:
-                asked = body(big)
-                with live.client() as client:
-                    while not done.is_set():
-                        statuses.append(client.post(PATH, json=asked).status_code)
-
-            threads = [threading.Thread(target=work) for _ in range(2)]
-            for thread in threads:
-                thread.start()
-            taken, clock = [], live.clock()
-            try:
-                with live.client() as client:
-                    while len(taken) < ASKED or len(statuses) < 4:
-                        began = clock()
-                        assert client.get("/health").status_code in (200, 503)
-                        taken.append(clock() - began)
-                        time.sleep(0.01)
-            finally:
-                done.set()
-                for thread in threads:
-                    thread.join()
-    assert set(statuses) == {200}
-    assert statistics.quantiles(taken, n=100)[98] < HEALTH_SECONDS
+            works = [lambda client: client.post(PATH, json=asked).status_code] * 2
+            assert held_to_the_bar(live, works, asked=ASKED, answered=4) == {200}
