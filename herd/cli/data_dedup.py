@@ -9,16 +9,7 @@ from typing import Any
 import click
 
 from herd.cli.console import note
-from herd.cli.data_files import (
-    bad_option,
-    check_out,
-    kind_option,
-    overwrite_option,
-    report_option,
-    say_report,
-    write_report,
-    written,
-)
+from herd.cli.data_files import check_out, rewriting_options, say_report, write_report, written
 from herd.cli.progress import progress
 
 __all__ = ["command"]
@@ -39,20 +30,15 @@ Examples:
 @click.option(
     "--threshold",
     type=click.FloatRange(0.5, 1.0),
-    default=0.8,
-    show_default=True,
-    help="Share of five-word runs that near duplicates have in common.",
+    metavar="X",
+    help="Share of five-word runs that near duplicates have in common (default: 0.8).",
 )
 @click.option("--exact", is_flag=True, help="Leave near duplicates in.")
-@kind_option
-@bad_option
-@report_option
-@overwrite_option
-@click.option("--json", "as_json", is_flag=True, help="Print the counts as JSON.")
+@rewriting_options
 def command(
     source: str,
     out: Path,
-    threshold: float,
+    threshold: float | None,
     exact: bool,
     kind: Any,
     bad: Any,
@@ -66,14 +52,16 @@ def command(
     in their order. Of several duplicates the first stays. Near duplicates are found by MinHash, in some 630
     bytes of memory for each row.
     """
+    if exact and threshold is not None:
+        raise click.UsageError("--threshold is about near duplicates, which --exact leaves in: give one of them")
     from herd.data.adapt import rows_with_records
-    from herd.data.duplicates import Duplicates
+    from herd.data.duplicates import THRESHOLD, Duplicates
     from herd.data.records import text_of
     from herd.data.report import RowReport
 
     check_out(out, overwrite=overwrite)
     report = RowReport()
-    seen = Duplicates(threshold, near=not exact)
+    seen = Duplicates(THRESHOLD if threshold is None else threshold, near=not exact)
     with progress("Reading", "bytes") as tick:
         for row, record in rows_with_records(source, kind, bad=bad, report=report, tick=tick):
             seen.add(text_of(record), row.path, row.line)
@@ -97,8 +85,7 @@ def command(
         places = [
             {"row": d.where, "of": d.of, "exact": d.exact, "similarity": round(d.similarity, 3)} for d in found.values()
         ]
-        bad_rows = [str(row) for row in report.bad]
-        write_report(report_path, facts | {"removed": places, "bad_rows": bad_rows})
+        write_report(report_path, facts, places, report)
     if as_json:
         print(json.dumps(facts))
     else:

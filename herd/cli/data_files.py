@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from herd.data.report import RowReport
 
 __all__ = [
-    "bad_option", "check_out", "kind_option", "overwrite_option", "report_option", "say_notes", "say_report",
-    "write_report", "written",
+    "KIND_NAMES", "bad_option", "check_out", "kind_option", "rewriting_options", "say_notes", "say_report", "write_report",
+    "written",
 ]  # fmt: skip
 
+F = TypeVar("F", bound=Callable[..., Any])
 KIND_NAMES = ("text", "messages", "sharegpt", "alpaca", "completion", "preference", "prompt")
 """As `herd.data.adapt.KINDS`, which a test compares: importing that here would cost every --help."""
 
@@ -35,19 +36,31 @@ bad_option = click.option(
     show_default=True,
     help="What a bad row does: end the command, or be left out and named.",
 )
-overwrite_option = click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
-report_option = click.option(
-    "--report",
-    "report_path",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Write a JSON report that names every row that was left out.",
+_rewriting = (
+    kind_option,
+    bad_option,
+    click.option(
+        "--report",
+        "report_path",
+        type=click.Path(dir_okay=False, path_type=Path),
+        metavar="FILE",
+        help="Write a JSON report that names every row that was left out.",
+    ),
+    click.option("--overwrite", is_flag=True, help="Replace OUT if it exists."),
+    click.option("--json", "as_json", is_flag=True, help="Print the counts as JSON."),
 )
 
 _KIND = re.compile(r"(.*): read as (\w+)")
 
 SHOWN = 5
 """Bad rows and others that are shown one by one."""
+
+
+def rewriting_options(command: F) -> F:
+    """--kind, --bad, --report, --overwrite, --json: of commands that write the rows that stay."""
+    for add in reversed(_rewriting):
+        command = add(command)
+    return command
 
 
 def say_report(report: RowReport, shown: int = SHOWN) -> None:
@@ -76,10 +89,11 @@ def say_notes(notes: Sequence[str], shown: int = SHOWN) -> None:
             note(f"and {len(files) - shown:,} more files, to {files[-1]}: read as {kind}")
 
 
-def write_report(path: Path, facts: Mapping[str, Any]) -> None:
-    """Write what `report_option` asked for. Raises DataError."""
+def write_report(path: Path, facts: Mapping[str, Any], removed: Sequence[Mapping[str, Any]], report: RowReport) -> None:
+    """Write what --report asked for: counts, rows that were left out, bad rows. Raises DataError."""
+    told = {**facts, "removed": removed, "bad_rows": [str(row) for row in report.bad]}
     try:
-        path.write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
+        path.write_text(json.dumps(told, indent=1, ensure_ascii=False), encoding="utf-8")
     except OSError as error:
         raise DataError(f"{path}: the report cannot be written: {error.strerror or error}") from error
 

@@ -10,15 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from herd.cli.console import note
-from herd.cli.data_files import (
-    bad_option,
-    kind_option,
-    overwrite_option,
-    report_option,
-    say_report,
-    write_report,
-    written,
-)
+from herd.cli.data_files import rewriting_options, say_report, write_report, written
 from herd.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -54,11 +46,7 @@ filtered by language and leakage. The tag "und" stands for texts whose language 
 @click.option(
     "--against", multiple=True, metavar="EVAL", help="Leave out rows that share a run of 13 words with this file."
 )
-@kind_option
-@bad_option
-@report_option
-@overwrite_option
-@click.option("--json", "as_json", is_flag=True, help="Print the counts as JSON.")
+@rewriting_options
 def command(
     source: str,
     out: Path,
@@ -125,8 +113,7 @@ def command(
     kept = report.good - reasons.total()
     facts = {"rows": report.good, "kept": kept, "left_out": dict(reasons.most_common()), "bad": report.bad_count}
     if report_path is not None:
-        bad_rows = [str(row) for row in report.bad]
-        write_report(report_path, facts | {"removed": removed, "bad_rows": bad_rows})
+        write_report(report_path, facts, removed, report)
     if as_json:
         print(json.dumps(facts))
         return

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from herd.cli.opened import Opened
 
 __all__ = [
-    "DTYPES",
     "adapter_option",
+    "context_option",
+    "device_option",
+    "dtype_option",
     "model_options",
     "opened_from",
     "sampling",
@@ -25,33 +27,39 @@ __all__ = [
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens", "seed", "stop")
+
+
+device_option = click.option(
+    "--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps (default: auto)."
+)
+dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    help="Number type of the weights (default: auto).",
+)
+
+
+def context_option(text: str) -> Callable[[F], F]:
+    """-c, with `text` as its help."""
+    names = ("-c", "--ctx-size", "--max-model-len", "max_len")
+    return click.option(*names, type=click.IntRange(min=2), metavar="N", help=text)
 
 
 def model_options(command: F) -> F:
     """How a model is opened: --dtype, --weights, --device, -c, --format."""
     for add in (
         click.option("--format", "format_name", metavar="NAME", help="Prompt format, instead of the model's own."),
-        click.option(
-            "-c",
-            "--ctx-size",
-            "--max-model-len",
-            "max_len",
-            type=click.IntRange(min=2),
-            metavar="N",
-            help="Tokens of context (default: what the model was made for).",
-        ),
-        click.option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps (default: auto)."),
+        context_option("Tokens of context (default: what the model was made for)."),
+        device_option,
         click.option(
             "--weights",
             default="auto",
             metavar="FORM",
             help="Form of the matrices: auto (quantized files stay so), plain, stored, int8, int4, q4_k_m, ... (default: auto).",
         ),
-        click.option(
-            "--dtype", type=click.Choice(DTYPES), default="auto", help="Number type of the weights (default: auto)."
-        ),
+        dtype_option,
     ):
         command = add(command)
     return command

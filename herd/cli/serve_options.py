@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from herd.cli.options import DTYPES, tensor_parallel_option
+from herd.cli.options import context_option, device_option, dtype_option, tensor_parallel_option
 
 __all__ = ["REFUSED", "serve_options"]
 
@@ -96,15 +96,7 @@ OPTIONS = (
         metavar="NAME",
         help="What clients call the model (repeatable: more names).",
     ),
-    click.option(
-        "-c",
-        "--ctx-size",
-        "--max-model-len",
-        "max_len",
-        type=click.IntRange(min=2),
-        metavar="N",
-        help="Tokens of context of one request (default: what the model was made for and memory holds).",
-    ),
+    context_option("Tokens of context of one request (default: what the model was made for and memory holds)."),
     click.option(
         "-np",
         "--parallel",
@@ -143,10 +135,8 @@ OPTIONS = (
         metavar="FORM",
         help="Form of the matrices: auto, plain, stored, int8, int4, q4_k_m, ...",
     ),
-    click.option(
-        "--dtype", type=click.Choice(DTYPES), default="auto", help="Number type of the weights (default: auto)."
-    ),
-    click.option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps (default: auto)."),
+    dtype_option,
+    device_option,
     click.option(
         "--lora-modules",
         "--lora",

@@ -25,8 +25,10 @@ from numpy.typing import NDArray
 from herd.data.order import mixed
 from herd.data.words import Hashes, grams, word_hashes, words
 
-__all__ = ["BANDS", "HASHES", "ROWS", "Duplicate", "Duplicates", "jaccard", "shingles", "signature"]
+__all__ = ["BANDS", "HASHES", "ROWS", "THRESHOLD", "Duplicate", "Duplicates", "jaccard", "shingles", "signature"]
 
+THRESHOLD = 0.8
+"""Similarity of near duplicates when nobody says another."""
 SHINGLE = 5
 """Words in a run."""
 
@@ -83,7 +85,7 @@ class Duplicates:
     duplicates alone.
     """
 
-    def __init__(self, threshold: float = 0.8, *, near: bool = True) -> None:
+    def __init__(self, threshold: float = THRESHOLD, *, near: bool = True) -> None:
         self.threshold, self.near = threshold, near
         self.passed_over = 0
         """Comparisons that `find` left out because of COMPARED."""

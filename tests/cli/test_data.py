@@ -197,3 +197,8 @@ def test_many_files_are_named_in_few_lines(tmp_path, capsys):
     assert f"{tmp_path}/00.txt: read as text" in told
     assert f"and 36 more files, to {tmp_path}/chats.jsonl: read as text" in told
     assert len(told) == 6
+
+
+def test_a_threshold_without_near_duplicates_is_refused(tmp_path, capsys):
+    assert run(["data", "dedup", str(tmp_path), str(tmp_path / "o.jsonl"), "--exact", "--threshold", "0.8"]) == 2
+    assert "--threshold is about near duplicates, which --exact leaves in" in capsys.readouterr().err
