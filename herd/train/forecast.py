@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from herd.checkpoint.names import shapes
 from herd.checkpoint.open import open_store
 from herd.checkpoint.resolve import resolve
 from herd.checkpoint.vocabulary import load_tokenizer
 from herd.model.accounting import parameters
 from herd.model.config import ModelConfig
-from herd.train.config import RunConfig
+from herd.train.config import MethodPart, RunConfig
 
 __all__ = ["Forecast", "forecast"]
 
@@ -130,19 +131,23 @@ def _trained(config: RunConfig, geometry: ModelConfig, count: int) -> int:
         return 2 * geometry.n_layers * method.tokens * kv
     if method.kind == "prompt":
         return method.tokens * geometry.dim
-    heads, dim, hidden = geometry.n_heads * geometry.head_dim, geometry.dim, geometry.hidden_dim
-    sizes = {
-        "wq": (dim, heads), "wk": (dim, kv), "wv": (dim, kv), "wo": (heads, dim),
-        "w1": (dim, hidden), "w3": (dim, hidden), "w2": (hidden, dim),
-        "tok_embeddings": (geometry.vocab_size, dim), "output": (dim, geometry.vocab_size),
-    }  # fmt: skip
-    total = 0
-    for target in method.targets or LINEAR:
-        kind = target.rpartition(".")[2]
-        rows, columns = sizes.get(kind, (0, 0))
-        times = geometry.n_layers if target in LINEAR else 1
-        total += times * (method.rank * (rows + columns) + (columns if method.kind == "dora" else 0))
-    return total
+    return sum(_factors(name, shape, method) for name, shape in shapes(geometry).items())
+
+
+def _factors(name: str, shape: tuple[int, ...], method: MethodPart) -> int:
+    """Numbers that LoRA trains beside the parameter `name`, an embedding's magnitude among them."""
+    home, targets = name.removesuffix(".weight"), method.targets or LINEAR
+    if len(shape) == 3:  # gate and up of experts share the factor that reads x: it is counted with gate
+        owner, _, key = home.rpartition(".")
+        part = f"{owner}.w2" if key == "w2" else f"{owner}.w13"
+        if not {"experts", owner, part, part.partition("feed_forward.")[2]} & set(targets):
+            return 0
+        return shape[0] * method.rank * (shape[1] if key == "w3" else shape[1] + shape[2])
+    last = home.rpartition(".")[2]
+    if len(shape) != 2 or last == "router" or not {home, last} & set(targets):
+        return 0
+    lengths = shape[1] if last == "tok_embeddings" else shape[0]
+    return method.rank * sum(shape) + (lengths if method.kind == "dora" else 0)
 
 
 def _activations(config: RunConfig, geometry: ModelConfig, held: int) -> int:

@@ -31,6 +31,7 @@ FAST = [
     ("llama3", "dora", {"tp": 2}),
     ("tied", "lora", {"pp": 2}),
     ("wide", "qdora", {"tp": 2}),
+    ("llama4", "experts", {"dp_shard": 2}),
 ]
 SLOW = [
     ("llama3", "lora", {"tp": 2}),
@@ -43,6 +44,10 @@ SLOW = [
     ("few", "prefix", {"tp": 2}),
     ("llama4", "inner", {"tp": 2}),
     ("llama4", "inner", {"pp": 2}),
+    ("llama4", "experts", {"pp": 2}),
+    ("llama4", "experts", {"cp": 2}),
+    ("llama4", "experts", {"dp_replicate": 2}),
+    ("llama4", "qexperts", {"dp_shard": 2}),
     ("wide", "qlora", {"pp": 2}),
     ("wide", "qlora", {"tp": 2}),
     ("wide", "qlora", {"dp_shard": 2, "tp": 2}),
@@ -118,6 +123,7 @@ def refused(name: str, method: str, part: ParallelPart) -> str:
         ("llama3", "prompt", {"tp": 2}, "parallel.tp cannot cut prompt"),
         ("llama3", "prefix", {"pp": 2}, "parallel.pp cannot share prefix_keys"),
         ("llama3", "prompt", {"pp": 2}, "parallel.pp cannot share prompt"),
+        ("llama4", "experts", {"tp": 2}, "parallel.tp cannot cut layers.1.feed_forward.experts.a13"),
         ("llama3", "late", {"pp": 2}, "in layers 0 to 1, which are a stage, nothing trains"),
     ],
 )

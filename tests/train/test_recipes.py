@@ -57,24 +57,29 @@ def tokenizer(name, tmp_path):
     return load_tokenizer("nano")
 
 
+def written(tmp_path, name="llama-3", **changes):
+    """A tiny model of a generation with a vocabulary of its kind, in a folder."""
+    vocabulary = tokenizer(name, tmp_path)
+    config = replace(tiny(name), vocab_size=vocabulary.vocab_size, **changes)
+    model = build(config)
+    folder = tmp_path / name
+    kept = GenerationDefaults(vocabulary.special.stop)
+    write_hf(Source(ModelStore(model), vocabulary, kept, template_of(KINDS[name])), folder)
+    return folder
+
+
 @pytest.fixture
 def source(tmp_path):
-    """Writes a tiny model of a generation with a vocabulary of its kind."""
-
-    def make(name="llama-3", **changes):
-        vocabulary = tokenizer(name, tmp_path)
-        config = replace(tiny(name), vocab_size=vocabulary.vocab_size, **changes)
-        model = build(config)
-        folder = tmp_path / name
-        kept = GenerationDefaults(vocabulary.special.stop)
-        write_hf(Source(ModelStore(model), vocabulary, kept, template_of(KINDS[name])), folder)
-        return folder
-
-    return make
+    return lambda name="llama-3", **changes: written(tmp_path, name, **changes)
 
 
 @pytest.fixture
 def chats(tmp_path):
+    return talks(tmp_path)
+
+
+def talks(tmp_path):
+    """A file of conversations."""
     path = tmp_path / "chats.jsonl"
     with open(path, "w") as file:
         for i in range(12):
