@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +41,7 @@ is whole), 4 a loss that is not finite, 75 stopped by SIGTERM or SIGUSR1 and 130
 """
 
 
-@click.command(epilog=EPILOG)
+@click.command(epilog=EPILOG, context_settings={"ignore_unknown_options": True})  # they are keys: see _keys
 @click.argument("what", metavar="CONFIG.yaml|RECIPE|FOLDER")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--resume", default="auto", metavar="auto|never|PATH", help="Go on from the newest whole checkpoint "
@@ -73,7 +75,7 @@ def command(
     result, which herd run and herd serve open. Ctrl-C saves and stops; the same command goes on.
     """
     _check_flags(print_config, dry_run, verify_resume, as_json, resume != "auto" or inexact)
-    config = configured(what, overrides)
+    config = configured(what, _keys(context, (what, *overrides))[1:])
     place = _resumed(resume)
     if print_config:
         from herd.train.overrides import dump_config
@@ -91,12 +93,9 @@ def command(
             from herd.parallel.launch import spawn
 
             return spawn(["train", *_of_a_rank(context)], nproc)
-    from herd.train.forecast import forecast
-
     main = os.environ.get("RANK", "0") == "0"
     if main:
-        for line in forecast(config, _dp(config, nproc)).lines():
-            note(line, "")
+        _foretell(config, nproc, dry_run)
     if dry_run:
         return None
     if verify_resume:
@@ -111,6 +110,29 @@ def command(
     return None
 
 
+def _keys(context: click.Context, words: Sequence[str]) -> list[str]:
+    """`--key value` and `--key=value`, as other trainers have it, as `key=value`. Raises click.UsageError for other options."""
+    keys: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("-"):
+            keys.append(word)
+            continue
+        name, equals, value = word.removeprefix("--").partition("=")
+        if word[:2] == "--" and keys and not equals and rest and not re.match(r"--|[A-Za-z_][\w.]*=", rest[0]):
+            equals, value = "=", rest.pop(0)
+        if word[:2] != "--" or not keys or not equals:
+            raise click.NoSuchOption(word.partition("=")[0], possibilities=_near(context, word), ctx=context)
+        keys.append(f"{name}={value}")
+    return keys
+
+
+def _near(context: click.Context, word: str) -> list[str]:
+    options = [name for param in context.command.params for name in param.opts if name.startswith("--")]
+    return difflib.get_close_matches(word, options)
+
+
 def _check_flags(print_config: bool, dry_run: bool, verify_resume: bool, as_json: bool, resumed: bool) -> None:
     """Raise click.UsageError for flags of which one would be ignored."""
     flags = {"--print-config": print_config, "--dry-run": dry_run, "--verify-resume": verify_resume}
@@ -121,6 +143,23 @@ def _check_flags(print_config: bool, dry_run: bool, verify_resume: bool, as_json
         raise click.UsageError(f"--json is about the figures of a run, and {only[0]} makes none")
     if verify_resume and resumed:
         raise click.UsageError("--verify-resume makes runs of its own: leave out --resume and --inexact")
+
+
+def _foretell(config: RunConfig, nproc: int | None, dry: bool) -> None:
+    """What the run will be; in a dry run also its data, and what this machine lacks. Raises what the run would, but sooner."""
+    from herd.train.check import check, lacking
+    from herd.train.forecast import forecast
+
+    sources = check(config)
+    for line in forecast(config, _dp(config, nproc)).lines():
+        note(line, "")
+    if not dry:
+        return
+    for line in sources:
+        note(line, "")
+    world = os.environ.get("WORLD_SIZE", str(nproc or 1))
+    for line in lacking(config, int(world) if world.isdecimal() else 1):
+        note(f"not on this machine: {line}", "yellow")
 
 
 def _resumed(text: str) -> Any:

@@ -68,6 +68,8 @@ class Screen:
             self.say(
                 f"MFU is of {peak.flops * info.world / 1e12:.3g} TFLOP/s ({peak.source}), weights alone and with attention"
             )
+        if info.config.compile:
+            self.say("train.compile: the first step compiles the blocks, which takes a minute or so")
         if is_terminal(sys.stderr):
             from rich.console import Console
             from rich.live import Live
@@ -103,7 +105,7 @@ class Screen:
             self.say(f"{report.step:,} steps, {report.all_tokens:,} tokens in {duration(report.all_seconds)}")
 
     def _where(self, report: StepReport) -> str:
-        steps = self.config.train.budget.steps
+        steps = (self.config.train if self.begun is None else self.begun.config).budget.steps  # of this stage
         return f"{report.step}" if steps is None else f"{report.step}/{steps}"
 
     def _speeds(self) -> tuple[float, float | None, float | None]:

@@ -27,7 +27,7 @@ from herd.quant.mix import MIXES, Mix, mix
 from herd.quant.scheme import QuantTensor
 from herd.train.precision import NarrowEmbedding, NarrowExperts, NarrowLinear
 
-__all__ = ["INT8_INT4", "prepare_qat", "remove_qat", "round_tokens", "round_weight"]
+__all__ = ["INT8_INT4", "mix_of", "prepare_qat", "remove_qat", "round_tokens", "round_weight"]
 
 INT8_INT4 = "int8-int4"
 GROUP = 32
@@ -119,7 +119,7 @@ def prepare_qat(model: Llama, kind: str) -> list[str]:
 
     Raises ConfigError for a kind that is not known, rows that are no whole groups, or a model that is quantized or has adapters.
     """
-    chosen = None if kind.lower() == INT8_INT4 else _mix(kind)
+    chosen = None if kind.lower() == INT8_INT4 else mix_of(kind)
     notes: list[str] = []
 
     def kind_of(name: str, weight: Tensor) -> str:
@@ -171,7 +171,8 @@ def remove_qat(model: Llama) -> None:
                     module.__dict__.pop(name, None)
 
 
-def _mix(kind: str) -> Mix:
+def mix_of(kind: str) -> Mix:
+    """The mix of `herd quantize` that `method.qat` names. Raises ConfigError."""
     known = [name.lower() for name, m in MIXES.items() if m.quantized]
     if kind.upper() not in MIXES and kind.upper() not in ("Q4_K", "Q5_K"):
         raise ConfigError(f"method.qat: {kind!r} is not one of {', '.join([*known, INT8_INT4])}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import re
@@ -87,6 +88,34 @@ def test_what_is_asked_before_a_run_loads_no_model(texts: Path, tmp_path: Path) 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert yaml.safe_load(done.stdout)["data"]["length"] == 32
+
+
+def test_keys_may_be_written_as_options(tmp_path: Path, texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["--train.optim.lr", "1e-5", "--data.length=48", "--train.budget.steps", "7", "--print-config"]
+    assert run([*arguments(tmp_path, texts), *more]) == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert (float(config["train"]["optim"]["lr"]), config["data"]["length"]) == (1e-5, 48)
+    assert config["train"]["budget"]["steps"] == 7
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (
+            ["lora", "data.sources=x.jsonl", "--learning_rate", "1e-4"],
+            1,
+            "learning_rate: there is no such key; herd calls it train.optim.lr",
+        ),
+        (["lora", "--dry-rn"], 2, "Did you mean '--dry-run'?"),
+        (["lora", "--dry-rn", "out=runs/a"], 2, "No such option '--dry-rn'"),
+        (["--bla", "lora"], 2, "No such option '--bla'"),
+        (["lora", "-x"], 2, "No such option '-x'"),
+        (["lora", "--out", "--dry-run"], 2, "No such option '--out'"),
+    ],
+)
+def test_options_that_are_no_keys(words: list[str], status: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", *words]) == status
+    assert said in capsys.readouterr().err
 
 
 def test_a_dry_run_trains_nothing(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -196,7 +225,7 @@ def test_ranks_that_do_not_fit_are_not_started(
             r"holds checkpoints .*a/checkpoints/step-00000012",
         ),
         (["lora", "data.sources=x.jsonl", "report.to=wandb"], r'pip install "herd\[wandb\]"'),
-        (["pretrain", "data.sources=x", "train.budget.minutes=1", "--verify-resume"], r"train\.budget\.minutes"),
+        (["pretrain", "data.sources=x.txt", "train.budget.minutes=1", "--verify-resume"], r"train\.budget\.minutes"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -205,6 +234,7 @@ def test_mistakes_are_one_line(
     monkeypatch.chdir(tmp_path)
     for name in ("step-00000004", "step-00000012"):
         (tmp_path / "a" / "checkpoints" / name).mkdir(parents=True)
+    (tmp_path / "x.txt").write_text("Once.")
     if "wandb" in said:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert run(["train", *args]) == 1
@@ -395,3 +425,15 @@ def test_the_screen_of_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\x1b[31mHello" not in shown  # what a model writes cannot steer the terminal
     assert "with attention" in shown
     assert "9 steps, 900 tokens" in shown
+
+
+def test_a_stage_counts_its_own_steps_and_compiling_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    screen = Screen(
+        load_config(recipe_file("extend"), ["data.sources=x", "train.budget.steps=99", "train.log_every=1"])
+    )
+    begun = begin()
+    screen.on_begin(dataclasses.replace(begun, config=dataclasses.replace(begun.config, compile=True)))
+    screen.on_step(step(3))
+    told = capsys.readouterr().err
+    assert "the first step compiles the blocks" in told
+    assert "step 3/9 loss" in told
