@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
-from math import ceil
+from math import ceil, floor
 from typing import Any
 
 import numpy as np
@@ -195,10 +195,18 @@ class Loader:
             if most == float("inf") or not len(source.rows):
                 continue
             drawn = self.mixture.epochs(self._position, self._starts)[source.name]
-            if drawn > most and ceil(drawn) > self._told.get(source.name, 0):
-                self._told[source.name] = ceil(drawn)
+            if drawn > most and _due(ceil(drawn), floor(most) + 1) > self._told.get(source.name, 0):
                 asked = f"max_epochs is {most:g}" if source.max_epochs else "max_epochs says how often is fine"
                 self._notes.append(f"data: {source.name} is being read for the {_nth(ceil(drawn))} time ({asked})")
+            self._told[source.name] = ceil(drawn)
+
+
+def _due(count: int, first: int) -> int:
+    """The last of `first` times 1, 2, 4, ... that `count` has reached: a small source would fill the log with every time."""
+    due = 0
+    while first <= count:
+        due, first = first, first * 2
+    return due
 
 
 def _nth(number: int) -> str:

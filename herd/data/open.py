@@ -39,7 +39,7 @@ class SourceReport:
     """One source: its files and their kinds, what reading did, and what became of its documents.
 
     share: of the rows of the run (of the last stage, when stages differ: see `DataReport.shares`). epochs: how often the run
-    will read it, when its length is known. padding: share of positions that hold nothing.
+    will read it, when its length is known, and `often` that this is more than was asked for. padding: share of positions that hold nothing.
     """
 
     name: str
@@ -56,6 +56,7 @@ class SourceReport:
     reading: RowReport
     named: tuple[str, ...] = ()
     epochs: float | None = None
+    often: str = ""
 
     def lines(self) -> list[str]:
         """For people."""
@@ -65,7 +66,7 @@ class SourceReport:
         )
         lines = [f"{self.name}: {kinds}, {size}, {self.rows:,} rows with {self.padding:.1%} padding"]
         if self.epochs is not None:
-            lines[0] += f", read {self.epochs:.2f} times"
+            lines[0] += f", read {self.epochs:.2f} times{self.often}"
         if self.split:
             lines.append(f"{self.name}: {self.split:,} documents are longer than a row and split over several")
         if self.too_long:
@@ -73,7 +74,7 @@ class SourceReport:
                 f"{self.name}: {self.too_long:,} documents are longer than a row and left out: {_some(self.named, self.too_long)}"
             )
         if self.held_out:
-            lines.append(f"{self.name}: {self.held_out:,} documents are held out for evaluation")
+            lines.append(f"{self.name}: {_documents(self.held_out)} held out for evaluation")
         if self.reading.bad_count:
             bad = [str(row) for row in self.reading.bad[:SHOWN]]
             lines.append(
@@ -83,6 +84,10 @@ class SourceReport:
             f"{self.name}: {count:,} rows changed: {what}" for what, count in sorted(self.reading.changed.items())
         ]
         return lines
+
+
+def _documents(count: int) -> str:
+    return "1 document is" if count == 1 else f"{count:,} documents are"
 
 
 def _some(named: Sequence[str], count: int) -> str:
@@ -209,8 +214,8 @@ def _tell_epochs(report: DataReport, mixture: Mixture, total: int) -> None:
         told.epochs = epochs.get(source.name, 0.0)
         most = 1.0 if source.max_epochs is None else source.max_epochs
         if told.epochs > most:
-            asked = f"max_epochs {most:g}" if source.max_epochs is not None else "max_epochs is not given"
-            report.notes.append(f"{source.name} is read {told.epochs:.2f} times in this run ({asked})")
+            asked = f"max_epochs is {most:g}" if source.max_epochs is not None else "max_epochs says how often is fine"
+            told.often = f" ({asked})"
 
 
 def _held_out(

@@ -208,10 +208,11 @@ def test_a_share_of_so_little_that_it_is_nothing_is_said(folder):
 
 def test_epochs_are_told_before_the_run(folder):
     _, _, report = open_(folder, "texts", total=10_000)
-    assert any("texts is read" in note and "max_epochs is not given" in note for note in report.notes)
+    told = [line for line in report.lines() if "times (max_epochs says how often is fine)" in line]
+    assert [line.partition(":")[0] for line in told] == ["texts"]
     assert report.sources[0].epochs == pytest.approx(10_000 / report.sources[0].rows)
     _, _, report = open_(folder, "texts", total=report.sources[0].rows)
-    assert not report.notes
+    assert not any("max_epochs" in line for line in report.lines())
     assert report.sources[0].epochs == 1
 
 

@@ -1,6 +1,7 @@
 """The log and the speeds of a run."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -83,6 +84,21 @@ def test_the_peak_of_a_processor_is_measured():
     assert peak is not None
     assert peak.flops > 1e9
     assert "measured" in peak.source
+
+
+def test_the_peak_of_a_busy_processor_is_not_that_of_its_queue(monkeypatch):
+    alone = peak_of(torch.device("cpu"), torch.float32)
+    plain = torch.mm
+
+    def waits(a, b):  # as a process does that others share the core with
+        time.sleep(0.1)
+        return plain(a, b)
+
+    monkeypatch.setattr(torch, "mm", waits)
+    starved = peak_of(torch.device("cpu"), torch.float32)
+    assert (
+        starved.flops > 0.5 * alone.flops
+    )  # waiting is 0.1 s of the clock, a product 0.02 s: by the clock a fifth of it
 
 
 @pytest.mark.parametrize(
