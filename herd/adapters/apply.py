@@ -22,8 +22,10 @@ from herd.adapters.experts import PARTS, LowRankExperts, expert_shapes, fused, h
 from herd.adapters.lora import EMBEDDING, Factors, LoraAdapter, lengths
 from herd.errors import ConfigError
 from herd.kernels.dense import product
+from herd.model.late import bare, derived, hand_on, lives_on, promise, promises, replayed, zeros
 from herd.model.llama import Llama
 from herd.model.moe import Experts
+from herd.quant.late import maker_of
 from herd.quant.linear import QuantEmbedding, QuantExperts, QuantLinear
 from herd.quant.matrix import Matrix, frozen_product
 
@@ -77,16 +79,22 @@ class _LowRank(nn.Module):
 
     def __init__(self, name: str, base: nn.Module, pair: Factors, scale: float, share: float) -> None:
         super().__init__()
-        weight = _values(base)
+        device = pair.a.device if pair.a.is_meta else _values(base).device
         self.name, self.base, self.alpha, self.scale, self.dropout = name, base, pair.alpha, scale, share
-        self.a = nn.Parameter(pair.a.to(weight.device, torch.float32, copy=True))
-        self.b = nn.Parameter(pair.b.to(weight.device, torch.float32, copy=True))
+        self.a = nn.Parameter(pair.a.to(device, torch.float32, copy=True))
+        self.b = nn.Parameter(pair.b.to(device, torch.float32, copy=True))
         self.magnitude = None
         squares = None
         if pair.magnitude is not None:
-            self.magnitude = nn.Parameter(pair.magnitude.to(weight.device, torch.float32, copy=True))
-            squares = weight.float().square().sum(0 if name == EMBEDDING else 1)
+            self.magnitude = nn.Parameter(pair.magnitude.to(device, torch.float32, copy=True))
+            squares = torch.empty_like(pair.magnitude) if pair.a.is_meta else _squares(name, _values(base))
         self.register_buffer("squares", squares, persistent=False)
+        self._kept = slice(None)
+        for key in ("a", "b", "magnitude"):
+            hand_on(self, key, getattr(pair, key))
+        if squares is not None and squares.is_meta:
+            values = maker_of(base)
+            promise(self, "squares", lambda: _squares(name, values())[self._kept].clone())
         self._summed: Callable[[Tensor], Tensor] | None = None
         self._columns: tuple[int, int] | None = None
 
@@ -102,7 +110,8 @@ class _LowRank(nn.Module):
             self._summed = total
             self._columns = None if looked_up else (start, whole)
         elif self.squares is not None:
-            self.squares = self.squares[start : start + count].clone()
+            self._kept = slice(start, start + count)
+            self.squares = self.squares[self._kept].clone()
 
     def dropped(self, x: Tensor) -> Tensor:
         """x [..., in] after dropout, while training. Of a part of x, what dropout of the whole would leave of it."""
@@ -235,7 +244,8 @@ def apply_lora(model: Llama, config: LoraConfig) -> list[nn.Parameter]:
     """
     chosen, experts = _chosen(model, config)
     _refuse_on_experts(experts, config.dropout, dora=config.use_dora)
-    pairs = {name: _start(name, module, config) for name, module in chosen.items()}
+    where = lives_on(model)
+    pairs = {name: _start(name, module, config, where) for name, module in chosen.items()}
     for (home, part), module in experts.items():
         pairs |= taken_apart(home, part, start_experts(module, part, config.rank, config.alpha))
     return _put(model, LoraAdapter(pairs, config.rank, config.alpha, config.use_rslora), config.dropout)
@@ -412,19 +422,35 @@ def _size(module: nn.Module) -> tuple[int, int]:
     return weight.shape[0], weight.shape[1]
 
 
-def _start(name: str, module: nn.Module, config: LoraConfig) -> Factors:
-    """Factors whose product is zero, and the lengths that the outputs have."""
+def _start(name: str, module: nn.Module, config: LoraConfig, where: torch.device) -> Factors:
+    """Factors whose product is zero, and the lengths that the outputs have; on `where` later, when the module's numbers are."""
     rows, columns = _size(module)
-    if name == EMBEDDING:  # PEFT draws the factor that is not looked up from a normal distribution
-        a = torch.randn(config.rank, columns)
+
+    def draw() -> Tensor:
+        if name == EMBEDDING:  # PEFT draws the factor that is not looked up from a normal distribution
+            return torch.randn(config.rank, columns)
+        return nn.init.kaiming_uniform_(torch.empty(config.rank, columns), a=math.sqrt(5))
+
+    size = columns if name == EMBEDDING else rows
+    if promises(module):
+        values = maker_of(module)
+        shape, again = replayed(draw)
+        a = bare(shape, derived(lambda: again().to(where)))
+        b = bare((rows, config.rank), zeros((rows, config.rank), where))
+        magnitude = bare((size,), derived(lambda: _lengths(name, values()))) if config.use_dora else None
     else:
-        a = torch.empty(config.rank, columns)
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-    b = torch.zeros(rows, config.rank)
-    magnitude = None
-    if config.use_dora:
-        magnitude = torch.linalg.vector_norm(_values(module).float(), dim=0 if name == EMBEDDING else 1)
+        a, b = draw(), torch.zeros(rows, config.rank)
+        magnitude = _lengths(name, _values(module)) if config.use_dora else None
     return Factors(a, b, config.alpha, magnitude)
+
+
+def _lengths(name: str, values: Tensor) -> Tensor:
+    """The length of every output of a matrix."""
+    return torch.linalg.vector_norm(values.float(), dim=0 if name == EMBEDDING else 1)
+
+
+def _squares(name: str, values: Tensor) -> Tensor:
+    return values.float().square().sum(0 if name == EMBEDDING else 1)
 
 
 def _values(module: nn.Module) -> Tensor:

@@ -17,6 +17,7 @@ from torch.nn.functional import silu
 
 from herd.adapters.lora import Factors, LoraAdapter
 from herd.kernels.grouped import grouped_linear
+from herd.model.late import derived, promise, promises
 from herd.model.moe import Experts
 from herd.quant.linear import QuantExperts
 from herd.quant.matrix import Matrix, frozen_product
@@ -117,13 +118,23 @@ class LowRankExperts(nn.Module):
         self.name, self.base = name, base
         self.scales = dict(scales)
         self.alphas = {part: pair.alpha for part, pair in pairs.items()}
-        device = base.w1.device if isinstance(base, Experts) else base.w1[0].dequantize().device
+        late = bool(promises(base))  # a model whose numbers come later, and then where they belong
+        device = (
+            base.w1.device
+            if isinstance(base, Experts)
+            else torch.device("meta")
+            if late
+            else base.w1[0].dequantize().device
+        )
         for part in PARTS:
             for word in ("a", "b"):
                 pair = pairs.get(part)
                 weight = None
                 if pair is not None:
-                    weight = nn.Parameter(getattr(pair, word).to(device, torch.float32, copy=True).contiguous())
+                    values: Tensor = getattr(pair, word)
+                    weight = nn.Parameter(values.to(device, torch.float32, copy=True).contiguous())
+                    if late:
+                        promise(self, f"{word}{part[1:]}", derived(values.float))
                 self.register_parameter(f"{word}{part[1:]}", weight)
 
     def factors(self) -> dict[str, Factors]:

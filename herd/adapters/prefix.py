@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from herd.errors import CheckpointError, ConfigError
 from herd.model.attend import Attend, Causal, Packed, masked_attention, uncached, visible
 from herd.model.config import ModelConfig
+from herd.model.late import lent, lives_on
 from herd.model.llama import Llama
 
 __all__ = [
@@ -154,7 +155,7 @@ class PrefixTuned(_Tuned):
     def __init__(self, base: Llama, prefix: Prefix) -> None:
         prefix.check(base.config)
         super().__init__(base)
-        device = base.norm.weight.device
+        device = lives_on(base)
         self.prefix_keys = nn.Parameter(prefix.keys.to(device, torch.float32, copy=True))
         self.prefix_values = nn.Parameter(prefix.values.to(device, torch.float32, copy=True))
 
@@ -175,7 +176,7 @@ class PromptTuned(_Tuned):
     def __init__(self, base: Llama, prompt: Prompt) -> None:
         prompt.check(base.config)
         super().__init__(base)
-        self.prompt = nn.Parameter(prompt.embeddings.to(base.norm.weight.device, torch.float32, copy=True))
+        self.prompt = nn.Parameter(prompt.embeddings.to(lives_on(base), torch.float32, copy=True))
 
     def virtual(self) -> tuple[Tensor, Tensor]:
         return keys_and_values(self, self.prompt)
@@ -200,8 +201,8 @@ def tune_prefix(model: Llama, count: int = 20, start: Start = "vocabulary") -> P
         make = torch.zeros if start == "zero" else torch.randn
         return PrefixTuned(model, Prefix(make(shape), make(shape)))
     _refuse_chunks(config)
-    with torch.no_grad():
-        ids = _ids(config, count, start).to(model.norm.weight.device)
+    with torch.no_grad(), lent(model):
+        ids = _ids(config, count, start).to(lives_on(model))
         return PrefixTuned(model, Prefix(*keys_and_values(model, model.embed(ids))))
 
 
@@ -211,8 +212,8 @@ def tune_prompt(model: Llama, count: int = 20, start: Start = "vocabulary") -> P
     shape = _count(count), config.dim
     if isinstance(start, str) and start in ("zero", "random"):
         return PromptTuned(model, Prompt(torch.zeros(shape) if start == "zero" else torch.randn(shape)))
-    with torch.no_grad():
-        ids = _ids(config, count, start).to(model.norm.weight.device)
+    with torch.no_grad(), lent(model):
+        ids = _ids(config, count, start).to(lives_on(model))
         return PromptTuned(model, Prompt(model.embed(ids)))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,18 +21,21 @@ from herd.checkpoint.mapped import slices
 from herd.checkpoint.names import shapes
 from herd.checkpoint.packed import PackedCopy, open_packed
 from herd.checkpoint.placement import device_named, dtype_named
+from herd.checkpoint.portion import copy_portion
 from herd.checkpoint.store import HoldsPacked, KeepsBlocks, ReadOften, ReadsInto, Releases, TensorStore, packed_of
 from herd.checkpoint.weights import FLOATS, Plan, meaningless, plan_weights, stored_dtype
 from herd.errors import CheckpointError
+from herd.model.late import Index, outline, promise, promises
 from herd.model.llama import Llama
 from herd.model.rope import Rope
-from herd.quant.apply import put
+from herd.quant.apply import Stored, put
 from herd.quant.encode import encode
 from herd.quant.fp8 import FP8, Fp8Tensor, encode_fp8
+from herd.quant.late import put_later
 from herd.quant.nf4 import NF4, Nf4Tensor, encode_nf4
 from herd.quant.scheme import BlockType, QuantTensor, block_type
 
-__all__ = ["FLOATS", "check_store", "fill", "read_as", "stored_dtype"]
+__all__ = ["FLOATS", "check_store", "fill", "read_as", "read_portion", "stored_dtype"]
 
 
 def fill(
@@ -41,12 +45,14 @@ def fill(
     *,
     weights: str = "auto",
     tick: Callable[[int, int], None] | None = None,
+    later: bool = False,
 ) -> Llama:
     """A Llama with the weights of `store`, ready to run: in one dtype (default: `stored_dtype`) or, as `weights` says (see
     `herd.checkpoint.weights`), with quantized matrices.
 
     Parameters do not require gradients. On the CPU they may be views of the file: writing to one copies what is written,
-    the file never changes. `tick(done, total)` is told the bytes of the file that have been dealt with. Raises
+    the file never changes. `tick(done, total)` is told the bytes of the file that have been dealt with. With `later` nothing is
+    read: every number is promised (`herd.model.late`), and who keeps the promises reads the parts that it holds. Raises
     CheckpointError, and ConfigError for a dtype or device that `placement` does not know and for unknown `weights`.
     """
     dtype, device = dtype_named(dtype), device_named(device)
@@ -62,6 +68,8 @@ def fill(
         model = Llama(store.config)
     with torch.device(device):
         model.rope = Rope(store.config)
+    if later:
+        return _promised(model, store, plan, device)
     sizes = {name: store.info(name).nbytes for name in shapes(store.config)}
     done: set[str] = set()
 
@@ -79,6 +87,30 @@ def fill(
     if store.config.tie_embeddings and isinstance(model.output, nn.Linear):
         model.output.weight = model.tok_embeddings.weight
     return model.eval()
+
+
+def _promised(model: Llama, store: TensorStore, plan: Plan, device: torch.device) -> Llama:
+    """`model` without numbers, which are read from `store` when the time comes."""
+    for name, shape in shapes(store.config).items():
+        home, _, field = name.rpartition(".")
+        kind = plan.kinds.get(name)
+        if kind is None:
+            module = model.get_submodule(home)
+            module.register_parameter(field, outline(shape, plan.dtype))
+            promise(module, field, partial(read_portion, store, name, plan.dtype, device))
+        else:
+            put_later(model, name, shape, kind, plan.dtype, partial(_stored, store, name, kind, device))
+    if store.config.tie_embeddings and isinstance(model.output, nn.Linear):
+        model.output.weight = model.tok_embeddings.weight
+        promise(model.output, "weight", promises(model.tok_embeddings)["weight"])
+    return model.eval()
+
+
+def _stored(store: TensorStore, name: str, kind: BlockType, device: torch.device) -> Stored:
+    made, _ = _in_form(store, name, kind, device)
+    if isinstance(store, Releases):
+        store.release(name)
+    return made
 
 
 def _fill_one(
@@ -205,6 +237,21 @@ def read_as(store: TensorStore, name: str, dtype: torch.dtype, device: torch.dev
     if isinstance(store, Releases):
         store.release(name)  # what was copied is not needed again, and views bring their pages back when touched
     return tensor
+
+
+def read_portion(
+    store: TensorStore, name: str, dtype: torch.dtype, device: torch.device, index: Index | None = None
+) -> torch.Tensor:
+    """The part `index` of one tensor in `dtype` on `device`; of the file no more is read than it lies in. All: `read_as`."""
+    if index is None:
+        return read_as(store, name, dtype, device)
+    if store.info(name).dtype not in FLOATS:
+        raise meaningless(store, name)
+    out = torch.empty([part.stop - part.start for part in index], dtype=dtype, device=device)
+    copy_portion(store, name, index, out)
+    if isinstance(store, Releases):
+        store.release(name)
+    return out
 
 
 def _copy(store: TensorStore, name: str, out: torch.Tensor) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,12 +22,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from herd.model.attend import Attend
 from herd.model.config import ModelConfig
 from herd.model.llama import Llama
+from herd.model.rope import Rope
 from herd.parallel.collective import gather
 from herd.parallel.config import ParallelPart
 from herd.parallel.loss import nll_sum
 from herd.parallel.mesh import Mesh
 from herd.parallel.pipeline import Stage
 from herd.parallel.prepare import Spread, prepare
+from herd.parallel.settle import settle
+from herd.parallel.tensor import sum_gradients
 
 __all__ = ["Trial", "pretend", "trial"]
 
@@ -87,6 +90,7 @@ def trial(
         mesh = Mesh.of(part)
         with torch.device("meta"):
             model = Llama(config)
+        model.rope = Rope(config)
         stages: list[Stage] = []
         spread = prepare(model, mesh, built=stages)
         local = {name: _local(weight) for name, weight in model.named_parameters()}
@@ -100,11 +104,17 @@ def trial(
         if not step:
             return held
         with FakeTensorMode(allow_non_fake_inputs=True):
-            model.to_empty(device="cpu")
+            settle(model, _empty)
+            if part.tp > 1 and not mesh.spread:
+                sum_gradients(model)
             counted = _Counted()
             with counted:
                 _micro_batch(spread, stages, rows, length)
         return replace(held, exchanges=dict(counted.times), sent=dict(counted.bytes))
+
+
+def _empty(_: nn.Module, __: str, weight: Tensor) -> Tensor:
+    return torch.empty(_local(weight).shape, dtype=weight.dtype)
 
 
 def _local(weight: Tensor) -> Tensor:

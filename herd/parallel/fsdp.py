@@ -1,8 +1,8 @@
 """Fully sharded data parallelism: every rank holds a part of each parameter, its gradient and its optimiser state (FSDP2).
 
-One unit for each block, one for the embedding, one for the output (one for both when they are tied), and the model itself for
-the final norm (for everything, where layers are passed through twice). Gradients are SUMMED over ranks, not averaged: the trainer
-divides by the supervised tokens of all ranks.
+One unit for each block, one for the embedding, one for the output, and the model itself for the final norm: also for embedding
+and output when they are one matrix, and for everything where layers are passed through twice. Gradients are SUMMED over ranks,
+not averaged: the trainer divides by the supervised tokens of all ranks.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.torch_version import TorchVersion
 
-from herd.errors import ConfigError
 from herd.model.llama import Llama
 from herd.parallel.pipeline import Stage
 
@@ -24,26 +22,21 @@ if TYPE_CHECKING:
 
 __all__ = ["give_back", "only_last", "shard"]
 
-TIED_FROM = "2.13"
-"""The oldest torch whose FSDP was seen to train tied models with a loss in chunks; 2.11 fails in the first backward pass."""
-
 
 def shard(model: Llama, mesh: Mesh, *, dtype: torch.dtype | None = None, stages: Sequence[Stage] = ()) -> None:
     """Shard `model` in place over the ranks of dp_shard and cp, with copies over dp_replicate; in a pipeline its `stages`.
 
     With `dtype`, forward and backward compute in it from parameters that stay as they are, and gradients are reduced in fp32;
     without, everything is in the parameters' own type. Call the model through `embed`, `hidden`, `output` and itself only.
-    Raises ConfigError for tied models under a torch older than TIED_FROM.
     """
     devices = mesh.shards()
     policy = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32 if dtype is not None else None, cast_forward_inputs=False
     )
 
-    def one(module: nn.Module | list[nn.Module], *, reshard: bool) -> None:
-        fully_shard(cast(nn.Module, module), mesh=devices, reshard_after_forward=reshard, mp_policy=policy)
-        for each in module if isinstance(module, list) else [module]:
-            object.__setattr__(each, "herd_reshard", reshard)
+    def one(module: nn.Module, *, reshard: bool) -> None:
+        fully_shard(module, mesh=devices, reshard_after_forward=reshard, mp_policy=policy)
+        object.__setattr__(module, "herd_reshard", reshard)
 
     # Prompt tuning passes through the layers twice, and FSDP gives them back after the first backward pass: all is one unit.
     twice = getattr(model, "passes_twice", False)
@@ -51,12 +44,10 @@ def shard(model: Llama, mesh: Mesh, *, dtype: torch.dtype | None = None, stages:
     for root in roots:
         for block in () if twice else root.layers:
             one(block, reshard=mesh.part.reshard)
-        # The output is used once for every chunk of the loss: it stays whole until its gradient is there.
-        ends: list[nn.Module] = [end for end in (root.tok_embeddings, root.output) if end is not None and not twice]
-        if model.config.tie_embeddings and len(ends) == 2:
-            _check_torch()
-            one(ends, reshard=False)
-        else:
+        # The output is used once for every chunk of the loss: it stays whole until its gradient is there. One that is the
+        # embedding is used at both ends of a pass, as the root is, which stays whole throughout.
+        ends: list[nn.Module] = [end for end in (root.tok_embeddings, root.output) if end is not None]
+        if not twice and not (model.config.tie_embeddings and len(ends) == 2):
             for end in ends:
                 one(end, reshard=end is root.tok_embeddings and mesh.part.reshard)
         one(root, reshard=False)
@@ -69,15 +60,6 @@ def shard(model: Llama, mesh: Mesh, *, dtype: torch.dtype | None = None, stages:
                 module.set_force_sum_reduction_for_comms(True)  # a plain sum; gloo has no scaled one
 
 
-def _check_torch() -> None:
-    """Refuse what older releases of torch get wrong: a group of which one part is called again and again in one forward pass."""
-    if TorchVersion(torch.__version__) < TIED_FROM:
-        raise ConfigError(
-            f"this model's output is tied to its embedding, and FSDP of torch {torch.__version__} loses the matrix between two "
-            f"chunks of the loss: install torch {TIED_FROM} or newer, or share it by parallel.tp or parallel.pp alone"
-        )
-
-
 def only_last(model: nn.Module, last: bool) -> None:
     """Whether the backward passes that follow reduce gradients: only that of a step's last micro-batch has to."""
     if isinstance(model, FSDPModule):
@@ -85,7 +67,7 @@ def only_last(model: nn.Module, last: bool) -> None:
 
 
 def give_back(model: nn.Module) -> None:
-    """Back to parts. A tied matrix stays whole after its backward pass, as others do after an evaluation: other objects then.
+    """Back to parts: after an evaluation some parameters are whole, and other objects.
 
     FSDP takes itself to be before a backward pass after an evaluation, where it keeps what it was told to keep.
     """

@@ -1,7 +1,8 @@
 """Every transformation of a model that trains on many ranks, in the one order that works.
 
-tensor parallel -> the caller's own (checkpointing, float8, compile per block: `herd.train.prepare`) -> pipeline -> FSDP. Cutting
-first lets the middle see local matrices, and FSDP last gathers what the middle made.
+tensor parallel -> the caller's own (checkpointing, float8, compile per block: `herd.train.prepare`) -> pipeline -> FSDP ->
+numbers. Cutting first lets the middle see local matrices, and FSDP gathers what the middle made. A model whose numbers are
+promised (`herd.model.late`) gets them at the end, when each rank knows which it holds.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from herd.parallel import fsdp, tensor
 from herd.parallel.mesh import Mesh
 from herd.parallel.norm import clip
 from herd.parallel.pipeline import Pipeline, Stage, layers_of, split
+from herd.parallel.settle import settle
 
 __all__ = ["Spread", "prepare"]
 
@@ -56,7 +58,7 @@ def prepare(
     dtype: torch.dtype | None = None,
     built: list[Stage] | None = None,
 ) -> Spread:
-    """Spread `model` in place: every rank must hold the same values (the same seed, or the same file).
+    """Spread `model` in place: every rank must hold, or promise, the same values (the same seed, or the same file).
 
     `middle` is applied between tensor parallelism and FSDP; `dtype` is what FSDP computes in (None: the parameters' own).
     `built` receives this rank's stages instead of a pipeline being made of them (`herd.parallel.fake`).
@@ -75,6 +77,9 @@ def prepare(
     if built is not None:
         built += stages
         return Spread(model, mesh)
+    settle(model)
+    if mesh.devices is not None and mesh.part.tp > 1 and not mesh.spread:
+        tensor.sum_gradients(model)
     return Spread(model, mesh, Pipeline(model, stages, mesh, tied=tied) if stages else None)
 
 

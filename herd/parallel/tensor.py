@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["shard"]
+__all__ = ["shard", "sum_gradients"]
 
 HEADS = 2
 """The dimension of virtual keys and values [L, P, Hkv, Dh] that is cut."""
@@ -121,13 +121,16 @@ def _pieces(module: nn.Module) -> dict[str, Any]:
 
 def _distributed(parameter: nn.Parameter, cut: int | None, devices: DeviceMesh) -> nn.Parameter:
     placement = Replicate() if cut is None else Shard(cut)
-    made = nn.Parameter(
-        distribute_tensor(parameter.detach(), devices, [placement], src_data_rank=None), parameter.requires_grad
-    )
-    if cut is None and parameter.requires_grad:
-        # Each rank has the share of the gradient that its tokens or heads gave. FSDP sums such gradients itself.
-        made.register_hook(lambda gradient: gradient.redistribute(placements=[Replicate()]))
-    return made
+    cut_up = distribute_tensor(parameter.detach(), devices, [placement], src_data_rank=None)
+    return nn.Parameter(cut_up, parameter.requires_grad)
+
+
+def sum_gradients(model: nn.Module) -> None:
+    """Without FSDP, which does so itself: sum the gradients of what all ranks hold whole. Each has the share of it that its
+    tokens or heads gave."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and cast(DTensor, parameter).placements[0].is_replicate():
+            parameter.register_hook(lambda gradient: gradient.redistribute(placements=[Replicate()]))
 
 
 @contextmanager

@@ -4,32 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from herd.adapters.apply import LINEAR, LoraConfig, apply_lora
 from herd.adapters.prefix import tune_prefix, tune_prompt
 from herd.chat.format import ChatFormat
 from herd.chat.formats import detect, format_named
-from herd.checkpoint.fill import fill
+from herd.checkpoint.fill import fill, without_storage
+from herd.checkpoint.names import shapes
 from herd.checkpoint.open import open_store
 from herd.checkpoint.resolve import resolve
 from herd.checkpoint.store import GenerationDefaults
 from herd.checkpoint.vocabulary import load_tokenizer, tokenizer_of
 from herd.errors import ConfigError, HerdError
 from herd.model.config import LayerSpec, ModelConfig, MoEConfig, RopeScaling, hidden_dim_of, irope, plain
-from herd.model.init import init_weights
+from herd.model.init import drawn
+from herd.model.late import Index, outline, promise, promises
 from herd.model.llama import Llama
 from herd.model.presets import find
 from herd.model.rope import Rope
+from herd.parallel.settle import settle
 from herd.tokenizer.tokenizer import Tokenizer
 from herd.train.config import MethodPart, ModelPart, RunConfig
 from herd.train.typed import nearest
 
-__all__ = ["Start", "adapt", "device_of", "model_config", "shape_config", "start", "stored_dtype"]
+__all__ = [
+    "Start", "adapt", "device_of", "model_config", "random_model", "shape_config", "start", "stored_dtype",
+]  # fmt: skip
 
 SHAPE_KEYS = (
     "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "norm_eps", "rope_theta", "rope_scaling",
@@ -67,21 +73,52 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def start(config: RunConfig, device: torch.device, tick: Callable[[int, int], None] | None = None) -> Start:
-    """Open or make the model of a run. Raises ConfigError, CheckpointError, UnknownModelError and TokenizerError."""
+def start(
+    config: RunConfig,
+    device: torch.device,
+    tick: Callable[[int, int], None] | None = None,
+    *,
+    later: bool = False,
+) -> Start:
+    """Open or make the model of a run. Raises ConfigError, CheckpointError, UnknownModelError and TokenizerError.
+
+    With `later` its numbers are promised (`herd.model.late`): `herd.parallel.prepare` makes those that this rank holds.
+    """
     part, method = config.model, config.method
     if part.source:
-        begun = _opened(part, method, device, tick)
+        begun = _opened(part, method, device, tick, later=later)
     else:
         tokenizer = load_tokenizer(part.tokenizer)
-        torch.manual_seed(part.seed)
         geometry = model_config(part, tokenizer, config.data.length)
-        model = init_weights(Llama(geometry)).to(device, _dtype(part, method, device))
+        model = random_model(geometry, part.seed, _dtype(part, method, device), device)
+        if not later:
+            settle(model)
         stop = GenerationDefaults(tokenizer.special.stop)
         begun = Start(model, tokenizer, format_named("base", tokenizer), stop, "", torch.bfloat16)
     if part.save_dtype is not None:
         begun = replace(begun, stored=getattr(torch, part.save_dtype))
     return replace(begun, format=_format(config, begun))
+
+
+def random_model(config: ModelConfig, seed: int, dtype: torch.dtype, device: torch.device) -> Llama:
+    """A model of random weights that are promised: they depend on the seed and on where they are in the model alone."""
+    with without_storage():
+        model = Llama(config)
+    with torch.device(device):
+        model.rope = Rope(config)
+
+    def make(name: str, shape: tuple[int, ...], index: Index | None = None) -> Tensor:
+        return drawn(seed, name, shape, config, index).to(device, dtype)
+
+    for name, shape in shapes(config).items():
+        home, _, field = name.rpartition(".")
+        module = model.get_submodule(home)
+        module.register_parameter(field, outline(shape, dtype, trains=True))
+        promise(module, field, partial(make, name, shape))
+    if config.tie_embeddings:
+        model.output.weight = model.tok_embeddings.weight
+        promise(model.output, "weight", promises(model.tok_embeddings)["weight"])
+    return model
 
 
 def adapt(model: Llama, method: MethodPart, seed: int) -> Llama:
@@ -163,18 +200,18 @@ def shape_config(shape: Mapping[str, Any], vocab_size: int) -> ModelConfig:
         raise ConfigError(f"model.shape: {error}") from error
 
 
-def _opened(part: ModelPart, method: MethodPart, device: torch.device, tick: Any) -> Start:
+def _opened(part: ModelPart, method: MethodPart, device: torch.device, tick: Any, *, later: bool) -> Start:
     path = resolve(part.source)
     store = open_store(path)
     stored = _stored(store)
     weights = "nf4" if method.kind == "qlora" else "plain"
-    model = fill(store, _dtype(part, method, device), device, weights=weights, tick=tick)
+    model = fill(store, _dtype(part, method, device), device, weights=weights, tick=tick, later=later)
     changed = _reshaped(model.config, part)
     if changed != model.config:
         model.config = changed
         with torch.device(device):
             model.rope = Rope(changed)
-    if method.kind == "full":
+    if method.kind == "full" and not later:
         _own(model)
     tokenizer = tokenizer_of(store)
     generation = getattr(store, "generation", GenerationDefaults())

@@ -12,7 +12,6 @@ from herd.errors import ConfigError
 from herd.model.config import ModelConfig, plain
 from herd.model.llama import Llama
 from herd.model.shapes import LLAMA_31_8B, LLAMA_31_70B, LLAMA_31_405B, SCOUT
-from herd.parallel import fsdp
 from herd.parallel.config import ParallelPart
 from herd.parallel.fake import Trial, pretend, trial
 from herd.parallel.mesh import Mesh
@@ -171,13 +170,12 @@ def test_what_cannot_be_shared(config: ModelConfig, part: ParallelPart, match: s
         trial(config, part, 0, step=False)
 
 
-def test_tied_models_need_a_torch_that_shares_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tied_matrix_is_held_once() -> None:
     tied = replace(LLAMA_31_8B, dim=64, hidden_dim=96, vocab_size=128, layers=plain(1), tie_embeddings=True)
-    assert trial(tied, ParallelPart(dp_shard=2), 0, step=False).held
-    monkeypatch.setattr(fsdp, "TIED_FROM", "99.0")
-    with pytest.raises(ConfigError, match=r"tied to its embedding.*install torch 99\.0 or newer"):
-        trial(tied, ParallelPart(dp_shard=2), 0, step=False)
-    assert trial(tied, ParallelPart(tp=1), 0, step=False).held
+    found = trial(tied, ParallelPart(dp_shard=2), 0)
+    assert found.held == 2 * sum(weight.numel() for weight in Llama(tied).parameters())  # half of it, four bytes each
+    assert found.shapes["tok_embeddings.weight"] == (64, 64)
+    assert "output.weight" not in found.shapes
 
 
 @pytest.mark.parametrize(

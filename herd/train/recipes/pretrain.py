@@ -51,7 +51,7 @@ def run(
     mesh = launch.start(config.parallel, device_of(config.device).type)
 
     # The model: an existing one, or random weights and a tokenizer.
-    begun = start(config, mesh.device)
+    begun = start(config, mesh.device, later=mesh.world > 1)
     model = adapt(begun.model, config.method, config.model.seed)
 
     # The data: tokenized once, kept, and drawn in an order that depends on the seed alone. Texts need no prompt format.

@@ -53,7 +53,7 @@ def run(
     mesh = launch.start(config.parallel, device_of(config.device).type)
 
     # The model, and the prompt format in which it is asked and answers.
-    begun = start(config, mesh.device)
+    begun = start(config, mesh.device, later=mesh.world > 1)
     if isinstance(begun.format, BaseFormat):
         raise ConfigError(
             f"data.chat_format: the files of {config.model.source or config.model.tokenizer} do not say how it chats: name the "
