@@ -39,7 +39,8 @@ class SourceReport:
     """One source: its files and their kinds, what reading did, and what became of its documents.
 
     share: of the rows of the run (of the last stage, when stages differ: see `DataReport.shares`). epochs: how often the run
-    will read it, when its length is known, and `often` that this is more than was asked for. padding: share of positions that hold nothing.
+    will read it, when its length is known, and `often` that this is more than was asked for. padding: share of
+    positions that hold nothing.
     """
 
     name: str
