@@ -20,9 +20,8 @@ def main() -> None:
     """Print one line of JSON when the first token is there: seconds of imports, of loading, of prompt and token."""
     began = time.perf_counter()
     module = import_module(PLAYERS[sys.argv[1]])
-    if (
-        sys.argv[1] != "herd"
-    ):  # herd's player imports what it needs above; the others look for their package when opened
+    # herd's player imports what it needs above; the others look for their package when opened.
+    if sys.argv[1] != "herd":
         import_module({"llama.cpp": "llama_cpp", "transformers": "transformers"}[sys.argv[1]])
     imported = time.perf_counter()
     player = module.open_player(Setup(**json.loads(sys.argv[2])))

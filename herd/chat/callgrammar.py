@@ -135,9 +135,8 @@ def _arguments(tool: ToolSpec) -> dict[str, Any]:
     schema = {key: value for key, value in parameters_of(tool).items() if key != "strict"}
     schema.setdefault("type", "object")
     if schema.get("properties") is not None:
-        schema.setdefault(
-            "additionalProperties", False
-        )  # a model invents arguments otherwise, and no schema means to ask for that
+        # A model invents arguments otherwise, and no schema means to ask for that.
+        schema.setdefault("additionalProperties", False)
     return schema
 
 

@@ -219,9 +219,8 @@ def _show_lengths(found: Lint, length: int | None) -> None:
     wide = len(f"{1 << max(last - 1, 0):,}-{1 << last:,}")
     for bucket in range(first, last + 1):
         count = buckets[bucket]
-        if not any(
-            buckets[near] for near in range(bucket - 1, bucket + 2)
-        ):  # one outlier is no reason for a page of nothing
+        # One outlier is no reason for a page of nothing.
+        if not any(buckets[near] for near in range(bucket - 1, bucket + 2)):
             if buckets[bucket - 2]:
                 print(f"  {'...':>{wide}}")
             continue

@@ -146,9 +146,8 @@ def run(args: Sequence[str]) -> int:
     except (click.Abort, KeyboardInterrupt):
         return 130
     except click.ClickException as error:
-        if (
-            type(error).__name__ == "NoArgsIsHelpError"
-        ):  # a group alone: its help, as it is (click 8.1 has no such class)
+        # A group alone: its help, as it is (click 8.1 has no such class).
+        if type(error).__name__ == "NoArgsIsHelpError":
             print(error.format_message(), file=sys.stderr)
             return error.exit_code
         return _fail(error, _usage_line(error), error.exit_code)

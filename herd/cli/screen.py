@@ -70,9 +70,8 @@ class Screen:
                 out.append(char)
                 continue
             wide = 8 - self._column % 8 if char == "\t" else get_character_cell_size(char)
-            if (
-                self._column + wide >= width and not self._code
-            ):  # the last column stays free: a cursor there may not move back
+            # The last column stays free: a cursor there may not move back.
+            if self._column + wide >= width and not self._code:
                 if char == " ":
                     self._new_line(code=False)
                     out.append("\n")

@@ -37,9 +37,8 @@ SLICE = 1 << 20
 
 def readings(store: TensorStore) -> int:
     """About how many bytes of `store` a measurement reads: all for the errors of matrices, all for running the model."""
-    table = (
-        store.info("tok_embeddings.weight").nbytes if store.config.tie_embeddings else 0
-    )  # which is read at both ends
+    # A shared table is read at both ends.
+    table = store.info("tok_embeddings.weight").nbytes if store.config.tie_embeddings else 0
     return 2 * tensor_bytes(store) + table
 
 

@@ -241,9 +241,8 @@ class Build:
                 f"{one.folder / 'index.json'}: is not as it was written ({error!r}); delete the folder"
             ) from error
         named = zip(one.shards, one.contents, strict=True)
-        whole = [
-            self._whole(shard, one.file, content) for shard, content in named
-        ]  # all of them: each damaged one is said
+        # All of them: each damaged one is said.
+        whole = [self._whole(shard, one.file, content) for shard, content in named]
         return all(whole)
 
     def _whole(self, path: Path, file: Path, content: str | None = None) -> bool:

@@ -136,9 +136,8 @@ def decode_attention(q: Tensor, layer: Layer, positions: Tensor, tables: Tensor,
         seen = seen & (at >= (positions // chunk * chunk)[:, None])
     hidden = ~seen[..., None, None]
     k, v = k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)  # 0 times what a damaged request left there is not 0
-    grouped = q.unflatten(
-        1, (k.shape[2], -1)
-    )  # the heads that share a key stand in for positions, so that it is read once
+    # The heads that share a key stand in for positions, so that it is read once.
+    grouped = q.unflatten(1, (k.shape[2], -1))
     out = scaled_dot_product_attention(grouped, k.transpose(1, 2), v.transpose(1, 2), seen[:, None, None])
     return out.flatten(1, 2)
 

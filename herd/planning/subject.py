@@ -65,9 +65,8 @@ def subject(path_or_name: str | os.PathLike[str]) -> Subject:
     try:
         asked = wanted(name)
     except UnknownModelError:
-        return _from_headers(
-            resolve(name), name
-        )  # a repository in the local cache, or the error with the nearest names
+        # A repository in the local cache, or the error with the nearest names.
+        return _from_headers(resolve(name), name)
     made = _from_release(asked.release)
     if asked.quant is None:
         return made

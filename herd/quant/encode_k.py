@@ -200,9 +200,8 @@ def _six_bits(numbers: Tensor) -> tuple[Tensor, Tensor]:
     inverse = torch.full_like(largest, 63.0).div_(largest)
     inverse.masked_fill_((largest == 0) | inverse.isinf(), 0.0)
     small = numbers.mul(inverse).round_()
-    small = torch.where(
-        small < 0, 63.0, small
-    )  # a negative number wraps around in llama.cpp's byte and is then cut to 63
+    # A negative number wraps around in llama.cpp's byte and is then cut to 63.
+    small = torch.where(small < 0, 63.0, small)
     return small.clamp_(max=63), largest.div_(63).half()
 
 

@@ -96,9 +96,8 @@ class _Patient(H11Protocol):
                 self._await("head", self.limits.head)
         elif self._receiving is not None and not (theirs is h11.IDLE and self.cycle is None):
             self._receiving.cancel()
-            if (
-                self._waits_for == "rest" and theirs is h11.IDLE
-            ):  # it came after all: the connection is idle from now on
+            # It came after all: the connection is idle from now on.
+            if self._waits_for == "rest" and theirs is h11.IDLE:
                 self.timeout_keep_alive_task = self.loop.call_later(
                     self.timeout_keep_alive, self.timeout_keep_alive_handler
                 )

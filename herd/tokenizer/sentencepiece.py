@@ -128,9 +128,8 @@ class SentencePieceTokenizer:
                 run.append(self.first_bytes(id) if start else self.bytes_of(id))
                 start = False
                 continue
-            done.append(
-                b"".join(run).decode("utf-8", self.utf8_errors)
-            )  # a special token ends a character, broken or not
+            # A special token ends a character, broken or not.
+            done.append(b"".join(run).decode("utf-8", self.utf8_errors))
             run.clear()
             if not skip_special:
                 done.append(self.piece(id))

@@ -84,9 +84,8 @@ def sample(
 ) -> Sample:
     """The texts of `paths`, or a sample of at most `budget` bytes. Raises DataError for bad rows (`bad`) and for no text."""
     made = Sample()
-    kept: list[
-        tuple[int, int, bytes]
-    ] = []  # minus the number drawn, place, text: the highest number is the first to go
+    # Minus the number drawn, place, text: the highest number is the first to go.
+    kept: list[tuple[int, int, bytes]] = []
     held = place = 0
     for _, text in read_texts(paths, kind=kind, bad=bad, report=made.report, tick=tick):
         made.documents += 1

@@ -70,9 +70,8 @@ def export(model: Llama, begun: Start, config: RunConfig) -> Exported:
         return _adapter(model, begun, config, out / "adapter", device)
     folder = out / "model"
     chat = None if isinstance(begun.format, BaseFormat) else begun.format
-    template = (
-        begun.tokenizer.template if begun.base else None
-    )  # of random weights: who lent the vocabulary chats, they do not
+    # Of random weights: who lent the vocabulary chats, they do not.
+    template = begun.tokenizer.template if begun.base else None
     if chat is not None and (template is None or config.data.chat_format is not None):
         template = template_of(chat.name)
     stops = begun.generation.stop_ids | (frozenset() if chat is None else chat.stop_ids) | begun.tokenizer.special.stop

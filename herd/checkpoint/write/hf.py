@@ -113,9 +113,8 @@ def _configs(source: Source, dtype: torch.dtype, ids: TokenIds) -> tuple[dict[st
         return config_json(source.store.config, ids, word), generation_json(source.generation, ids)
     carried = carried_keys(store.metadata())
     config = config_json(source.store.config, ids, word, carried)
-    config |= {
-        key: carried[key] for key in ids.fields() if key in carried
-    }  # it may name other ids than the defaults do
+    # It may name other ids than the defaults do.
+    config |= {key: carried[key] for key in ids.fields() if key in carried}
     named = store.folder / "generation_config.json"
     if source.generation == store.generation and named.is_file():
         return config, json.loads(named.read_text(encoding="utf-8"))
