@@ -111,9 +111,8 @@ def walked(grammar: str, most: int = 400) -> str | None:
     out = bytearray()
     for _ in range(most):
         if matcher.is_accepting() and random.random() < 0.5:
-            return (
-                out.decode("utf-8", "replace") if b"\\u" not in out else None
-            )  # halves of pairs are no calls, by design
+            # Halves of pairs are no calls, by design.
+            return out.decode("utf-8", "replace") if b"\\u" not in out else None
         bits = matcher.compute_bitmask()
         allowed = [i for i in range(256) if bits[i // 8] >> (i % 8) & 1]
         closing = [i for i in allowed if i in b'"}])' and random.random() < 0.6]

@@ -76,9 +76,8 @@ def test_a_quantized_file_loads_in_any_dtype(tmp_path: Path) -> None:
     wide, narrow = load_model(path, torch.float32), load_model(path, weights="plain")
     for name, weight in wide.state_dict().items():
         assert weight.dtype == torch.float32
-        assert torch.equal(
-            narrow.state_dict()[name], weight.bfloat16()
-        )  # the default: float32 would be eight times the file
+        # The default: float32 would be eight times the file.
+        assert torch.equal(narrow.state_dict()[name], weight.bfloat16())
     ids = tokens(WIDE, 16)
     with torch.no_grad():
         assert (wide(ids) - narrow(ids).float()).abs().max() < 0.2 * wide(ids).abs().max()

@@ -92,9 +92,8 @@ def test_what_is_unchanged_is_found_again_and_what_is_changed_is_not(tmp_path, s
     assert [(one.documents, one.tokens, one.learned) for one in again] == [
         (one.documents, one.tokens, one.learned) for one in first
     ]
-    moved = sources[0].rename(
-        sources[0].with_name("moved.jsonl")
-    )  # same content, another name: nothing to do but to name it
+    # Same content, another name: nothing to do but to name it.
+    moved = sources[0].rename(sources[0].with_name("moved.jsonl"))
     assert build(tmp_path / "out", moved)[0].tokens == first[0].tokens
     write(sources[1], chats(121))
     changed = build(tmp_path / "out", sources[1])[0]
@@ -280,9 +279,8 @@ def test_bad_rows_stop_or_are_named(tmp_path, bad_source, processes):
     assert built.documents == 330 - len(BAD)
     again = build(tmp_path / "out", bad_source, bad="skip")[0]
     assert again.report == built.report
-    with pytest.raises(
-        DataError, match=r"bad\.jsonl:17: .*\(4 such rows"
-    ):  # strict again: shards that are there do not hide them
+    # Strict again: shards that are there do not hide them.
+    with pytest.raises(DataError, match=r"bad\.jsonl:17: .*\(4 such rows"):
         build(tmp_path / "out", bad_source)
 
 

@@ -42,9 +42,8 @@ def test_values_are_those_of_the_decoders_bit_for_bit(kind: str) -> None:
         q = blocks(kind, rows, columns)
         wanted, got = q.dequantize(), native.values(q.type.id, q.blocks, columns)
         assert got.shape == (rows, columns)
-        assert torch.equal(
-            got.isnan(), wanted.isnan()
-        )  # infinity times zero; which NaN it is, is the processor's choice
+        # Infinity times zero; which NaN it is, is the processor's choice.
+        assert torch.equal(got.isnan(), wanted.isnan())
         known = ~wanted.isnan()
         assert torch.equal(got.view(torch.int32)[known], wanted.view(torch.int32)[known])
 

@@ -101,9 +101,8 @@ def test_blocks_share_graphs_in_serving(name: str) -> None:
     assert graphs.count == kinds(model.config)
 
 
-@pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor that is not a leaf"
-)  # dynamo looks at every input's
+# dynamo looks at the gradient of every input.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("documents", [False, True], ids=["whole", "packed"])
 @pytest.mark.parametrize("name", ["llama-2", "llama-3.2", "llama-4-scout", "llama-4-maverick", "llama-guard-4"])
 def test_blocks_share_graphs_in_training(name: str, documents: bool) -> None:

@@ -140,7 +140,6 @@ def test_quantized_weights(name: str, weights: str, monkeypatch: pytest.MonkeyPa
     assert seen.worst <= MODES_BOUND
     layers = [m for module in model.modules() for m in getattr(module, "matrices", tuple)()]
     kept = [m for m in layers if m.blocks is not None]
-    assert len(kept) == (
-        0 if model.config.tie_embeddings or weights == "fp8" else 1
-    )  # an embedding that is only looked up in
+    # What stays in blocks is an embedding that is only looked up in.
+    assert len(kept) == (0 if model.config.tie_embeddings or weights == "fp8" else 1)
     assert bool(tape.made) == (model.config.moe is None)  # quantized experts ask how many rows each has

@@ -183,9 +183,8 @@ def test_published_runs(
 
 def test_compute_optimal_is_what_llama_3_says() -> None:
     parameters, tokens = compute_optimal(3.8e25)
-    assert parameters == pytest.approx(
-        402e9, rel=0.6
-    )  # the paper: 402B and 16.55T, by a fit whose printed digits are few
+    # The paper: 402B and 16.55T, by a fit whose printed digits are few.
+    assert parameters == pytest.approx(402e9, rel=0.6)
     assert tokens == pytest.approx(16.55e12, rel=0.4)
     assert compute_optimal(1e22)[0] < parameters
 

@@ -52,9 +52,8 @@ def test_the_bound_is_reached(kind: str) -> None:
     values = rows("bell", count=24)
     error = (values.double() - values_of(encode(values, kind)).double()).abs()
     assert (error / bound(values, kind)).max() > 0.9
-    assert (
-        error.sum() > 0.25 * bound(values, kind).double().sum()
-    )  # half of the bound is what rounding loses on average
+    # Half of the bound is what rounding loses on average.
+    assert error.sum() > 0.25 * bound(values, kind).double().sum()
 
 
 def add(stored: QuantTensor, at: slice, amount: int) -> torch.Tensor:

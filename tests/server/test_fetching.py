@@ -283,9 +283,8 @@ def test_tls_is_of_the_name_and_not_of_the_address(certificate: tuple[Path, Path
             one = fetcher(port, names, tls=ours)
             assert await one.fetch(f"https://localhost:{port}/", MOST) == b"fine"
             await refused(one.fetch(f"https://other.test:{port}/", MOST), "public")  # a certificate of another name
-            await refused(
-                fetcher(port, names).fetch(f"https://localhost:{port}/", MOST), "public"
-            )  # nobody has signed it
+            # Nobody has signed it.
+            await refused(fetcher(port, names).fetch(f"https://localhost:{port}/", MOST), "public")
             assert len(asked) == 1
         async with web(lambda path, headers: http(b"", "302 Found", location="http://localhost/"), theirs) as (port, _):
             await refused(
