@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, linear
+from torch.nn.functional import linear
 
 from herd.adapters.apply import LINEAR, LoraConfig, LowRankLinear, adapter_of, apply_adapter, apply_lora, trained
 from herd.adapters.lora import Factors, LoraAdapter
@@ -26,6 +26,7 @@ from herd.train.config import Budget, OptimConfig, ScheduleConfig, TrainConfig
 from herd.train.objective import NextToken
 from herd.train.trainer import Trainer
 from herd.train.watch import Recorder
+from tests.adapters.steps import losses
 from tests.build import build, tokens
 from tests.checkpoint.folders import oracle
 from tests.checkpoint.test_adapters import SETTINGS, saved_by_peft
@@ -90,20 +91,8 @@ def test_twenty_steps_lose_what_peft_loses(kind: str, tied: bool, tmp_path: Path
     pairs = {n: Factors(p.a, torch.zeros_like(p.b), p.alpha, p.magnitude) for n, p in adapter.factors.items()}
     mine = apply_adapter(model, LoraAdapter(pairs, adapter.rank, adapter.alpha, adapter.rslora))
     model.train()
-    batches = [tokens(model.config, 33, batch=2, seed=s) for s in range(20)]
-
-    def losses(forward: Any, params: list[nn.Parameter]) -> list[float]:
-        optimiser, found = torch.optim.AdamW(params, lr=3e-3, weight_decay=0.01), []
-        for batch in batches:
-            loss = cross_entropy(forward(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            found.append(float(loss.detach()))
-        return found
-
-    expected = losses(lambda ids: theirs(input_ids=ids).logits, [p for p in theirs.parameters() if p.requires_grad])
-    found = losses(model, mine)
+    expected = losses(lambda ids: theirs(input_ids=ids).logits, theirs.parameters(), model.config)
+    found = losses(model, mine, model.config)
     assert max(abs(x - y) for x, y in zip(expected, found, strict=True)) <= LOSSES
     assert expected[0] != expected[1]
 

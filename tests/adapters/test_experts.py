@@ -11,8 +11,8 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, silu
+from torch import Tensor
+from torch.nn.functional import silu
 
 from herd.adapters.apply import LoraConfig, adapter_of, apply_adapter, apply_lora, trained
 from herd.adapters.experts import LowRankExperts, fused
@@ -22,6 +22,7 @@ from herd.errors import CheckpointError, ConfigError
 from herd.model.llama import Llama
 from herd.model.moe import Experts
 from herd.quant.apply import dequantize, quantize
+from tests.adapters.steps import losses
 from tests.adapters.test_apply import frozen, train, write
 from tests.build import build, tiny, tokens
 from tests.checkpoint.folders import oracle
@@ -158,20 +159,8 @@ def test_twenty_steps_lose_what_peft_loses(tmp_path: Path) -> None:
     theirs = by_peft(tmp_path, model, target_parameters=[GATE_UP, DOWN], target_modules=["q_proj"]).train()
     mine = apply_adapter(model, read_peft(tmp_path, model.config))
     model.train()
-    batches = [tokens(model.config, 33, batch=2, seed=s) for s in range(20)]
-
-    def losses(forward: Any, params: list[nn.Parameter]) -> list[float]:
-        optimiser, found = torch.optim.AdamW(params, lr=3e-3, weight_decay=0.01), []
-        for batch in batches:
-            loss = cross_entropy(forward(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            found.append(float(loss.detach()))
-        return found
-
-    expected = losses(lambda ids: theirs(input_ids=ids).logits, [p for p in theirs.parameters() if p.requires_grad])
-    found = losses(model, mine)
+    expected = losses(lambda ids: theirs(input_ids=ids).logits, theirs.parameters(), model.config)
+    found = losses(model, mine, model.config)
     assert max(abs(x - y) for x, y in zip(expected, found, strict=True)) <= LOSSES
     assert expected[0] != expected[1]
 

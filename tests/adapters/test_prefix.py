@@ -11,7 +11,6 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.nn.functional import cross_entropy
 
 from herd.adapters.prefix import Prefix, PrefixTuned, Prompt, PromptTuned, tune_prefix, tune_prompt
 from herd.checkpoint.adapter import read_adapter
@@ -21,6 +20,7 @@ from herd.errors import CheckpointError, ConfigError
 from herd.model.attend import packed
 from herd.model.llama import Llama
 from herd.quant.apply import quantize
+from tests.adapters.steps import losses
 from tests.adapters.test_apply import LOGITS, LOSSES, train
 from tests.build import build, tokens
 from tests.checkpoint.folders import oracle
@@ -85,20 +85,8 @@ def test_twenty_steps_lose_what_peft_loses(kind: str, tmp_path: Path) -> None:
     model = build("llama-3")
     theirs = saved_by_peft(tmp_path, model, kind).train()
     ours = tuned(model, tmp_path).train()
-    batches = [tokens(model.config, 33, batch=2, seed=s) for s in range(20)]
-
-    def losses(forward: Any, module: torch.nn.Module) -> list[float]:
-        params = [p for p in module.parameters() if p.requires_grad]
-        optimiser, found = torch.optim.AdamW(params, lr=3e-3, weight_decay=0.01), []
-        for batch in batches:
-            loss = cross_entropy(forward(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            found.append(float(loss.detach()))
-        return found
-
-    expected, found = losses(lambda ids: theirs_on(theirs, ids), theirs), losses(ours, ours)
+    expected = losses(lambda ids: theirs_on(theirs, ids), theirs.parameters(), model.config)
+    found = losses(ours, ours.parameters(), model.config)
     assert max(abs(x - y) for x, y in zip(expected, found, strict=True)) <= LOSSES
 
 
