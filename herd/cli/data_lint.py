@@ -150,6 +150,7 @@ def _as_json(found: Lint, evaluation: Any) -> dict[str, Any]:
             for d in found.duplicates.values()
         ],
         "languages": dict(found.languages),
+        "marks": {"count": found.spelled_count, "names": dict(found.spelled), "rows": found.spelled_rows},
         "leaks": None
         if evaluation is None
         else {
@@ -189,6 +190,11 @@ def _show(found: Lint, path: str, length: int | None, evaluation: Any, shown: in
     if found.unlearned_count:
         _head("Nothing learned", f"{found.unlearned_count:,} rows have no token that carries loss", "red")
         _places(found.unlearned, found.unlearned_count, shown, "rows")
+    if found.spelled_count:
+        marks = safe(", ".join(name for name, _ in found.spelled.most_common(4)))
+        _head("Marks", f"{found.spelled_count:,} rows spell {marks}: read as letters, never as tokens", "yellow")
+        print("  (conversations that a template has written already? give their messages instead)")
+        _places(found.spelled_rows, found.spelled_count, shown, "rows")
     _show_duplicates(found, shown)
     if evaluation is not None:
         _show_leaks(found, evaluation, shown)

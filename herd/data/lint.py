@@ -6,6 +6,7 @@ and a prompt format make of the rest is counted.
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections import Counter
 from collections.abc import Callable
@@ -52,6 +53,10 @@ class Lint:
     """(row, what it shares with the evaluation row that it shares most with)."""
     leak_count: int = 0
     leaked_rows: set[int] = field(default_factory=set)
+    spelled: Counter[str] = field(default_factory=Counter)
+    """Marks of prompt formats that stand in texts, and in how many rows each does."""
+    spelled_rows: list[str] = field(default_factory=list)
+    spelled_count: int = 0
     samples: list[Record] = field(default_factory=list)
     whole: bool = True
     """False when `limit` ended the reading."""
@@ -121,6 +126,10 @@ def lint(
         if length is not None and size > length:
             found.too_long_count += 1
             found.too_long += [(record.where, size)][: NAMED - len(found.too_long)]
+        if marks := set(_MARK.findall(text)):
+            found.spelled.update(sorted(marks))
+            found.spelled_count += 1
+            found.spelled_rows += [record.where][: NAMED - len(found.spelled_rows)]
         seen.add(text, row.path, row.line)
         if against is not None and (leaks := against.leaks(text)):
             found.leak_count += 1
@@ -133,6 +142,9 @@ def lint(
     found.compared_fully = not seen.passed_over
     return found
 
+
+_MARK = re.compile(r"<\|[a-z][a-z0-9_]*\|>|\[/?INST\]|<</?SYS>>")
+"""How Llama's formats and ChatML write their special tokens. In a text they are letters, and never become the tokens."""
 
 _NAMES = {
     "TextRecord": "text",

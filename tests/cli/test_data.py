@@ -63,6 +63,16 @@ def test_lint_says_that_nothing_trains_on_preferences_and_prompts_alone(tmp_path
         assert f"no recipe trains on {kind} rows yet" in capsys.readouterr().out
 
 
+def test_texts_that_a_template_has_written_are_told(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"text": "<|im_start|>user\nHi<|im_end|>"}) + "\n")
+    assert run(["data", "lint", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "1 rows spell <|im_end|>, <|im_start|>: read as letters, never as tokens" in out
+    assert run(["data", "lint", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["marks"]["rows"] == [f"{path}:1"]
+
+
 def test_a_far_outlier_does_not_make_a_page_of_empty_lengths(tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"text": "word " * size}) + "\n" for size in (3, 3, 20_000)))

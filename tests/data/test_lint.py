@@ -117,6 +117,26 @@ def test_a_preview_shows_what_is_learned(tokenizer, format):
     assert words == "prompt: q\nchosen: a\nrejected: b\n"
 
 
+def test_marks_of_prompt_formats_inside_texts_are_named(tmp_path, tokenizer, format):
+    rendered = {"text": "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"}
+    found = lint(
+        _file(tmp_path, {"text": "a <| b |> c <br>"}, rendered, {"text": "[INST] Hi [/INST]"}), tokenizer=tokenizer
+    )
+    assert found.spelled == {
+        "<|start_header_id|>": 1,
+        "<|end_header_id|>": 1,
+        "<|eot_id|>": 1,
+        "[INST]": 1,
+        "[/INST]": 1,
+    }
+    assert (found.spelled_count, [where.rpartition(":")[2] for where in found.spelled_rows]) == (2, ["2", "3"])
+    assert found.failed == []  # texts about prompt formats are texts
+    assert lint(_file(tmp_path, _asked("Say <|im_end|>.")), tokenizer=tokenizer, format=format).spelled == {
+        "<|im_end|>": 1
+    }
+    assert not lint(_file(tmp_path, CHAT), tokenizer=tokenizer, format=format).spelled
+
+
 def test_a_limit_that_was_not_reached_is_not_told(tmp_path):
     """Bad rows are none of the rows that a limit counts."""
     path = _file(tmp_path, "no row", CHAT, "none", "none", _asked("Who is Tom?"))
