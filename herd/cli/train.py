@@ -30,6 +30,7 @@ Examples:
 \b
   herd train pretrain data.sources=texts/              a new model from texts
   herd train lora model.source=MODEL data.sources=chats.jsonl
+  herd train lora ... 'method.targets=[wq,wo,experts]' LoRA on the routed experts of a Llama 4, too
   herd train run.yaml train.optim.lr=1e-4 out=runs/b   a file of your own, with two keys changed
   herd train runs/b                                    go on with a run, by its folder
   herd train run.yaml --dry-run                        what would be trained, and how much memory it takes

@@ -25,6 +25,7 @@ Examples:
   herd verify ./Llama-3.2-1B ./llama-3.2-1b.gguf       is the file the model in the folder?
   herd verify ORIGINAL QUANTIZED --json | jq .passed
   herd verify A B --greedy 0                           without generating: reads each side twice
+  herd verify lora/ lora.gguf --base MODEL             two LoRA adapters, by their factors and changes
   herd verify A B --quality --text my-text.txt         how much B lost: perplexity, KL divergence, errors of layers
 
 Cost: A's weights are read about 18 times (2 and one per greedy token), B's 3 times, one layer in memory at a time; from 1 GiB
@@ -66,6 +67,7 @@ def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.argument("b", metavar="B")
 @click.option("--greedy", type=click.IntRange(0, 256), help="Greedy tokens to compare (16; 4 from 1 GiB on).")
 @click.option("--quality", is_flag=True, help="Also say how much B lost, for any two models of one shape.")
+@click.option("--base", metavar="MODEL", help="Of two LoRA adapters: the model they are for (default: what A names).")
 @reading_options
 @report_options
 def command(
@@ -73,6 +75,7 @@ def command(
     b: str,
     greedy: int | None,
     quality: bool,
+    base: str | None,
     text: str | None,
     context: int | None,
     windows: int | None,
@@ -90,7 +93,7 @@ def command(
     asked = quality or (text, context, windows) != (None, None, None)
     with stages() as watch:
         reading = Reading(text, context, windows) if asked else False
-        report = verify(a, b, greedy=greedy, quality=reading, watch=watch)
+        report = verify(a, b, greedy=greedy, quality=reading, base=base, watch=watch)
     return show(report, report_file, as_json)
 
 

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from herd.checkpoint.open import open_store
 from herd.checkpoint.resolve import resolve
 from herd.checkpoint.store import GenerationDefaults, TensorStore
 from herd.checkpoint.vocabulary import MissingTokenizer, tokenizer_of
+from herd.convert.adapters import Kind, adapter_kind, compare_adapters, open_adapter
 from herd.convert.drift import BIG, FEW, check_logits, greedy_count, readings
 from herd.convert.prompts import check_prompts
 from herd.convert.quality import check_comparable, measure
@@ -56,9 +57,11 @@ def verify(
     *,
     greedy: int | None = None,
     quality: bool | Reading = False,
+    base: str | os.PathLike[str] | None = None,
     watch: Watch | None = None,
 ) -> Report:
-    """Whether checkpoint `b` is `a` in other clothes; each a path, or any name that `resolve` knows.
+    """Whether checkpoint `b` is `a` in other clothes; each a path, or any name that `resolve` knows. Two LoRA adapters
+    are compared by their factors and changes, over the model `base` (default: the one that A names).
 
     Nothing is written and never is more than one layer of each side in memory. All of B's tensors must be A's: exactly, or
     where their stored type is lower, inside the bound of that type. `greedy` is how many greedy tokens are compared (default
@@ -70,12 +73,37 @@ def verify(
 
     Raises a HerdError when one of the two cannot be opened or read, or quality cannot be measured.
     """
-    one, other = open_side(resolve(a)), open_side(resolve(b))
+    paths = resolve(a), resolve(b)
+    kinds: list[Kind | None] = [adapter_kind(path) for path in paths]
+    if any(kinds):
+        return _adapters(paths, kinds, base, generates=greedy is not None or quality is not False)
+    if base is not None:
+        raise ConfigError("these are models, and --base is for LoRA adapters: leave it out")
+    one, other = (open_side(path) for path in paths)
     reading = quality if isinstance(quality, Reading) else Reading() if quality else None
     sample = None if reading is None else sample_for(one, other, reading)
     title = "verify: B is A" if one.store.kind == other.store.kind else "verify: B is A in another format"
     with threads_for(one.store.config):
         return compare(one, other, title=title, greedy=greedy, watch=watch, sample=sample)
+
+
+def _adapters(
+    paths: tuple[Path, Path], kinds: list[Kind | None], base: str | os.PathLike[str] | None, *, generates: bool
+) -> Report:
+    one, other = kinds
+    if one is None or other is None:
+        raise ConfigError(
+            f"{paths[one is None]} is an adapter and {paths[one is not None]} none: they cannot be compared"
+        )
+    if generates:
+        raise ConfigError(
+            "adapters are compared by their numbers: --greedy and --quality are for models (herd merge makes one)"
+        )
+    a = open_adapter(paths[0], base)
+    report = compare_adapters(a, paths[1], other, notes=(), shown_as=str(paths[1]))
+    return replace(
+        report, title="verify: adapter B is A" if one == other else "verify: adapter B is A in another format"
+    )
 
 
 def sample_for(a: Opened, b: Opened, reading: Reading) -> Sample:

@@ -283,8 +283,9 @@ class MethodPart:
     dropout: float = 0.0
     """lora, dora, qlora: dropout on what goes into the factors."""
     targets: tuple[str, ...] = ()
-    """lora, dora, qlora: kinds of matrices (wq wk wv wo w1 w2 w3 tok_embeddings output), or single ones by name. Empty: the
-    seven matrices of every layer."""
+    """lora, dora, qlora: kinds of matrices (wq wk wv wo w1 w2 w3 tok_embeddings output; in lora and qlora without dropout:
+    experts, or of them experts.w13, which is gate with up, and experts.w2), or single ones by name. Empty: the first seven, of
+    every layer; of a layer with experts w1 w2 w3 are the shared expert's."""
     rslora: bool = False
     """lora, dora, qlora: scale by alpha / sqrt(rank) instead."""
     tokens: int = 20

@@ -13,10 +13,12 @@ import torch
 
 import herd
 from herd.adapters.apply import LoraConfig, adapter_of, apply_lora, trained
+from herd.adapters.lora import Factors, LoraAdapter
 from herd.checkpoint.gguf import GGUFFile
+from herd.checkpoint.gguf_lora import write_gguf_lora
 from herd.checkpoint.load import load_model
 from herd.checkpoint.open import open_store
-from herd.checkpoint.peft import write_peft
+from herd.checkpoint.peft import read_peft, write_peft
 from herd.checkpoint.store import GenerationDefaults
 from herd.checkpoint.write.gguf_model import write_gguf
 from herd.checkpoint.write.source import Source
@@ -139,6 +141,48 @@ def test_to_gguf_and_back_with_reports(tmp_path: Path, capsys: pytest.CaptureFix
         assert sorted(config["target_parameters"]) == [DOWN, GATE_UP]
     one, other = ((folder / "adapter_model.safetensors").read_bytes() for folder in (tmp_path / "lora", back))
     assert one[-1000:] == other[-1000:]
+
+
+def test_verify_compares_adapters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = build("llama-4-scout")
+    write_hf(tmp_path / "base", model)
+    tuned(model, tmp_path / "lora", ("experts",))
+    write_gguf_lora(adapter_of(model), tmp_path / "lora.gguf", model.config, lambda _: None)
+    asked = ["verify", str(tmp_path / "lora"), str(tmp_path / "lora.gguf"), "--base", str(tmp_path / "base")]
+    assert run(asked) == 0
+    assert "PASS" in capsys.readouterr().out
+    assert run([*asked, "--greedy", "2"]) == 1
+    assert "are for models" in capsys.readouterr().err
+    assert run(["verify", str(tmp_path / "lora"), str(tmp_path / "base"), "--base", str(tmp_path / "base")]) == 1
+    assert "is an adapter and" in capsys.readouterr().err
+    assert run(["verify", str(tmp_path / "base"), str(tmp_path / "base"), "--base", "nano"]) == 1
+    assert "--base is for LoRA adapters" in capsys.readouterr().err
+    with torch.no_grad():
+        trained(model)["layers.2.feed_forward.experts.b2"].mul_(1.001)
+    other = adapter_of(model)
+    write_gguf_lora(other, tmp_path / "other.gguf", model.config, lambda _: None)
+    assert not herd.verify(tmp_path / "lora", tmp_path / "other.gguf", base=tmp_path / "base").passed
+
+
+def test_gate_and_up_of_their_own_become_pefts_one_parameter(tmp_path: Path) -> None:
+    model = build("llama-4-scout")
+    write_hf(tmp_path / "base", model)
+    moe = model.config.moe
+    assert moe is not None
+    torch.manual_seed(0)
+
+    def pair(rank: int, alpha: float) -> Factors:
+        a = torch.randn(moe.n_experts, rank, model.config.dim)
+        return Factors(a, torch.randn(moe.n_experts, moe.hidden_dim, rank), alpha)
+
+    home = "layers.{}.feed_forward.experts.{}"
+    pairs = {home.format(0, "w1"): pair(2, 4.0), home.format(0, "w3"): pair(3, 6.0), home.format(1, "w3"): pair(2, 4.0)}
+    write_gguf_lora(LoraAdapter(pairs, 2, 4.0), tmp_path / "lora.gguf", model.config, lambda _: None)
+    report = herd.convert(tmp_path / "lora.gguf", tmp_path / "lora", to="peft", base=tmp_path / "base")
+    assert report.passed, report.text()
+    again = read_peft(tmp_path / "lora", model.config)
+    assert again.factors[home.format(0, "w1")].rank == 5
+    assert not again.factors[home.format(1, "w1")].b.any()
 
 
 def test_inspect_names_the_parameters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
