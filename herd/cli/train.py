@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
 import os
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -298,7 +300,15 @@ def _verify(config: RunConfig, nproc: int = 1) -> int:
 
     proof = verify_resume(run, folder, steps=steps, tell=note)
     click.echo(str(proof))
-    return 0 if proof.exact else 1
+    if not proof.exact:
+        note(f"both runs are left in {folder}", "yellow")
+        return 1
+    for part in ("straight", "resumed"):
+        shutil.rmtree(folder / part)
+    (folder / "config.yaml").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # something of the user's lies there, too
+        folder.rmdir()
+    return 0
 
 
 def _dp(config: RunConfig, nproc: int | None) -> int:

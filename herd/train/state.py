@@ -255,7 +255,11 @@ def _named(error: OSError, folder: Path, need: int) -> SaveError:
     with contextlib.suppress(OSError):
         free = shutil.disk_usage(folder).free
     why = error.strerror or str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno == errno.EFBIG:
+        why = (
+            f"no file may be so large here (ulimit -f, or the file system's limit): a checkpoint needs {_amount(need)}"
+        )
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
         left = "" if free is None else f", {_amount(free)} are free now"
         why = f"the disk is full ({why}): a checkpoint needs {_amount(need)}{left}"
     return SaveError(

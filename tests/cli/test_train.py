@@ -269,7 +269,20 @@ def test_a_folder_without_a_run_is_named(tmp_path: Path, capsys: pytest.CaptureF
 def test_a_proof_of_exact_resume(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([*arguments(tmp_path, texts, steps=4), "--verify-resume"]) == 0
     assert capsys.readouterr().out.startswith("exact: 4 steps")
-    assert not (tmp_path / "runs" / "a").exists()
+    assert list((tmp_path / "runs").iterdir()) == []  # what proved it is gone: the same command can be given again
+
+
+def test_a_proof_that_fails_says_where_the_two_runs_lie(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proof = dataclasses.make_dataclass("Proof", [("exact", bool)])(False)
+    monkeypatch.setattr(
+        "herd.train.verify_resume.verify_resume", lambda run, folder, **how: folder.mkdir(parents=True) or proof
+    )
+    assert run([*arguments(tmp_path, texts, steps=4), "--verify-resume"]) == 1
+    folder = tmp_path / "runs" / "a-verify"
+    assert folder.exists()
+    assert f"both runs are left in {folder}" in capsys.readouterr().err
 
 
 @pytest.mark.slow

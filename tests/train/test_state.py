@@ -178,6 +178,7 @@ class Failing(OneFile):
     ("number", "told"),
     [
         (errno.ENOSPC, "the disk is full .* needs .* are free now"),
+        (errno.EFBIG, r"no file may be so large here \(ulimit -f.*: a checkpoint needs"),
         (errno.EDQUOT, "full"),
         (errno.EIO, "Input/output error"),
     ],
