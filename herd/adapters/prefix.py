@@ -176,10 +176,11 @@ class PromptTuned(_Tuned):
     def __init__(self, base: Llama, prompt: Prompt) -> None:
         prompt.check(base.config)
         super().__init__(base)
+        self.tokens = prompt.count  # of which several ranks may each compute with a part
         self.prompt = nn.Parameter(prompt.embeddings.to(lives_on(base), torch.float32, copy=True))
 
     def virtual(self) -> tuple[Tensor, Tensor]:
-        return keys_and_values(self, self.prompt)
+        return keys_and_values(self, self.prompt, self.tokens)
 
     def adapter(self, base: str | None = None) -> Prompt:
         """What was trained, detached."""
@@ -229,10 +230,14 @@ class _Heard:
         return masked_attention(q, k, v, None)
 
 
-def keys_and_values(model: Llama, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values [L, P, Hkv, Dh] that `model` makes of embeddings x [P, D] at positions 0 to P - 1."""
+def keys_and_values(model: Llama, x: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
+    """Keys and values [L, P, Hkv, Dh] that `model` makes of embeddings x [P, D] at positions 0 to P - 1.
+
+    `count` says P where x is one rank's part of them (`herd.parallel.tensor`).
+    """
     heard = [_Heard() for _ in model.layers]
-    Llama.hidden(model, x.to(_dtype(model))[None], None, heard)
+    positions = torch.arange(len(x) if count is None else count, device=x.device)
+    Llama.hidden(model, x.to(_dtype(model))[None], positions, heard)
     keys, values = ([one.k if part == "k" else one.v for one in heard] for part in "kv")
     return _stack(keys), _stack(values)
 

@@ -69,7 +69,7 @@ def known(name: str) -> bool:
     home, _, kind = row.rpartition(".")
     if kind in ("a", "b", "magnitude"):
         return f"{home}.weight" in CUTS
-    return cut_of(name) is not None or row.endswith(("norm.weight", "router.weight"))
+    return cut_of(name) is not None or row == "prompt" or row.endswith(("norm.weight", "router.weight"))
 
 
 def kv_copies(config: ModelConfig, ranks: int) -> int:

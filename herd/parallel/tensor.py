@@ -36,6 +36,8 @@ __all__ = ["shard", "sum_gradients"]
 
 HEADS = 2
 """The dimension of virtual keys and values [L, P, Hkv, Dh] that is cut."""
+PROMPT = "prompt"
+"""Virtual embeddings [P, D]: whole on every rank, and computed with as tokens are, each rank its part."""
 
 
 def shard(model: Llama, devices: DeviceMesh, *, experts: str = "width") -> Llama:
@@ -58,6 +60,8 @@ def shard(model: Llama, devices: DeviceMesh, *, experts: str = "width") -> Llama
                 cut = cut_of(f"{name}.{key}" if name else key, experts=experts)
                 if whole and cut is not None:
                     _pieces(module)[key] = slice(head * config.head_dim, (head + 1) * config.head_dim)
+                elif not name and key == PROMPT:
+                    _pieces(module)[key] = _tokens_of(len(parameter), group)
                 elif copies > 1 and not name and cut == HEADS:
                     _pieces(module)[key], cut = (slice(None), slice(None), slice(head, head + 1)), None
                 if id(parameter) not in made:
@@ -110,6 +114,16 @@ def _share(name: str, module: nn.Module, group: ProcessGroup, parts: int, own: i
         return value
 
     share(dim, cut, total)
+
+
+def _tokens_of(count: int, group: ProcessGroup) -> slice:
+    """This rank's part of `count` virtual tokens. Raises ConfigError."""
+    if count % group.size():
+        raise ConfigError(
+            f"{count} virtual tokens cannot be shared by parallel.tp={group.size()}: method.tokens must be a multiple"
+        )
+    each = count // group.size()
+    return slice(group.rank() * each, (group.rank() + 1) * each)
 
 
 def _pieces(module: nn.Module) -> dict[str, Any]:

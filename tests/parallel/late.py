@@ -88,6 +88,8 @@ def _local(model: Llama) -> list[Tensor]:
     for module in model.modules():
         if isinstance(module, QuantLinear | QuantEmbedding | QuantExperts):
             for matrix in module.matrices():
-                stored = getattr(matrix, "stored", None)
+                stored: Any = getattr(matrix, "stored", None)
+                panels = None if matrix.panels is None else matrix.panels.storage
                 found += [stored.codes, stored.absmax] if stored is not None else []
+                found += [tensor for tensor in (matrix.blocks, panels) if tensor is not None]
     return found

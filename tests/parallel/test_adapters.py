@@ -61,6 +61,9 @@ SLOW = [
     ("llama3", "prefix", {"dp_shard": 2, "tp": 2}),
     ("llama3", "prompt", {"dp_shard": 2}),
     ("llama3", "prompt", {"cp": 2}),
+    ("few", "prompt", {"tp": 4}),
+    ("llama3", "prompt", {"tp": 2}),
+    ("llama3", "prompt", {"dp_shard": 2, "tp": 2}),
 ]
 
 
@@ -120,7 +123,6 @@ def refused(name: str, method: str, part: ParallelPart) -> str:
 @pytest.mark.parametrize(
     ("name", "method", "part", "why"),
     [
-        ("llama3", "prompt", {"tp": 2}, "parallel.tp cannot cut prompt"),
         ("llama3", "prefix", {"pp": 2}, "parallel.pp cannot share prefix_keys"),
         ("llama3", "prompt", {"pp": 2}, "parallel.pp cannot share prompt"),
         ("llama4", "experts", {"tp": 2}, "parallel.tp cannot cut layers.1.feed_forward.experts.a13"),

@@ -8,13 +8,16 @@ from itertools import combinations
 
 import pytest
 
+from herd.adapters.prefix import tune_prompt
 from herd.errors import ConfigError
 from herd.model.config import ModelConfig, plain
+from herd.model.init import init_weights
 from herd.model.llama import Llama
 from herd.model.shapes import LLAMA_31_8B, LLAMA_31_70B, LLAMA_31_405B, SCOUT
 from herd.parallel.config import ParallelPart
 from herd.parallel.fake import Trial, pretend, trial
 from herd.parallel.mesh import Mesh
+from herd.parallel.prepare import prepare
 
 GIB = 2**30
 TITAN = ParallelPart(dp_shard=8, tp=8, pp=8)  # torchtitan's 405B on 512
@@ -192,6 +195,15 @@ def test_a_tied_matrix_is_held_once() -> None:
 def test_configs_that_make_no_sense(wrong: dict[str, object], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         ParallelPart(**wrong)  # type: ignore[arg-type]
+
+
+def test_virtual_tokens_are_shared_evenly() -> None:
+    model = tune_prompt(init_weights(Llama(SMALL)), 5)
+    with (
+        pretend(2, 0),
+        pytest.raises(ConfigError, match=r"5 virtual tokens cannot be shared by parallel\.tp=2: method\.tokens"),
+    ):
+        prepare(model, Mesh.of(ParallelPart(tp=2)))
 
 
 def test_worlds_that_do_not_fit() -> None:

@@ -159,6 +159,8 @@ def test_parts_of_drawn_matrices_are_parts_of_the_whole(monkeypatch: pytest.Monk
 LARGE = ModelConfig(dim=512, n_heads=8, n_kv_heads=8, head_dim=64, hidden_dim=2048, vocab_size=12288, layers=plain(8))
 SMALL_CHANGE = 12 * MIB
 """Blocks that are drawn or read (8 MiB at most), and holes of the heap."""
+ENCODING = 4 * prod((LARGE.vocab_size, LARGE.dim))
+"""What the encoder of Q8_0, in which QLoRA holds embedding and output, has beside a tensor that it encodes: as much again."""
 
 
 @pytest.mark.parametrize(
@@ -190,5 +192,5 @@ def test_a_rank_takes_memory_for_its_share_and_one_tensor(
         found = fresh.run("tests.parallel.late:peak", 4, base, ParallelPart(**spread), METHODS[method])
     for most, share in found:
         assert share < sum(sizes) // 2
-        assert most <= share + max(sizes) + SMALL_CHANGE
+        assert most <= share + max(sizes) + SMALL_CHANGE + (ENCODING if method == "qlora" else 0)
         assert most > share // 2, "the peak was not seen"

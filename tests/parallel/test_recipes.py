@@ -162,7 +162,7 @@ def base(home: Path) -> Path:
         pytest.param("qlora", "tp", "", marks=pytest.mark.slow),
         pytest.param("qlora", "pp", "tp", marks=pytest.mark.slow),
         pytest.param("prefix", "tp", "cp", marks=pytest.mark.slow),
-        pytest.param("prompt", "cp", "dp_shard", marks=pytest.mark.slow),
+        pytest.param("prompt", "tp", "cp", marks=pytest.mark.slow),
     ],
 )
 def test_adapters_move_to_other_ranks_and_come_out_the_same(
