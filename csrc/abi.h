@@ -6,7 +6,7 @@
 
 namespace herd {
 
-constexpr int VERSION = 6;
+constexpr int VERSION = 7;
 
 struct Matrix {            // [rows, cols]; quantized formats in panels, F32 / F16 / BF16 row by row
     const uint8_t* data;
@@ -102,6 +102,16 @@ struct Documents {         // attention of documents that lie back to back, and 
     float* by_q;           // likewise
     uint8_t* by_k;         // [rows, kv_heads, head_dim]
     uint8_t* by_v;
+};
+
+struct Dense {             // c [rows, columns] = a [rows, inner] b [inner, columns], or added to what c holds; strides in numbers
+    int64_t rows, columns, inner, add;
+    const float* a;
+    int64_t a_row, a_inner;
+    const float* b;
+    int64_t b_inner, b_column;
+    float* c;
+    int64_t c_row;
 };
 
 }  // namespace herd

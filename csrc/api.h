@@ -11,5 +11,6 @@ struct Api {
     void (*documents)(const Documents&, const DocumentBuffers&);
     void (*documents_backward)(const Documents&, const DocumentBuffers&);
     void (*pass_over)(const Pass&, const Team&);
+    void (*dense)(const Dense&, const DenseBuffers&);
 };
 }  // namespace herd

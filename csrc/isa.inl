@@ -6,9 +6,10 @@ namespace herd::HERD_ISA { inline int thread_number() { return omp_get_thread_nu
 #include "matmul.h"
 #include "documents.h"
 #include "pass.h"
+#include "dense.h"
 #include "api.h"
 
 namespace herd::HERD_ISA {
 extern const Api api;
-const Api api = {&forward, &matmul, &head, &documents, &documents_backward, &pass_over};
+const Api api = {&forward, &matmul, &head, &documents, &documents_backward, &pass_over, &dense};
 }

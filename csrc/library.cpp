@@ -231,6 +231,17 @@ HERD_PUBLIC void herd_documents(const Documents* d, int backward, int threads, u
     (backward ? chosen->documents_backward : chosen->documents)(*d, b);
 }
 
+HERD_PUBLIC int64_t herd_dense_scratch(const Dense* d, int threads) {
+    DenseBuffers b;
+    return lay_out(*d, threads, nullptr, b);
+}
+
+HERD_PUBLIC void herd_dense(const Dense* d, int threads, uint8_t* scratch) {
+    DenseBuffers b;
+    lay_out(*d, threads, scratch, b);
+    chosen->dense(*d, b);
+}
+
 HERD_PUBLIC int64_t herd_pass_scratch(int threads) {
     Team team;
     return lay_out(threads, nullptr, team);

@@ -147,4 +147,17 @@ int64_t lay_out(int threads, uint8_t* base, Team& team) {
     return arena.used();
 }
 
+int64_t lay_out(const Dense& d, int threads, uint8_t* base, DenseBuffers& b) {
+    constexpr int64_t WIDEST = 32, LANES = 16;  // of a sliver; that a vector stores
+    const int64_t parts = std::max<int64_t>(1, (d.inner + DENSE_DEPTH - 1) / DENSE_DEPTH);
+    b.depth = ((d.inner + parts - 1) / parts + LANES - 1) / LANES * LANES;
+    const int64_t stretches = (d.columns + DENSE_COLUMNS - 1) / DENSE_COLUMNS;
+    Arena arena(base);
+    b.team = take_team(arena, 2 * parts * stretches + 1, threads);
+    b.columns = arena.take<float>((std::min(d.columns, DENSE_COLUMNS) + WIDEST) * b.depth);
+    b.own = (std::min(d.rows, DENSE_ROWS) + LANES) * b.depth + LANES;
+    b.rows = arena.take<float>(threads * b.own);
+    return arena.used();
+}
+
 }  // namespace herd

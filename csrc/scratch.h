@@ -78,6 +78,17 @@ struct DocumentBuffers {
     int64_t spare_floats;
 };
 
+// A product of training: b in slivers, and those rows of a that a thread is at. DENSE_ROWS is a multiple of every DOWN but 14's, which
+// takes 98. Numbers are chosen for 1 MB of second-level cache; the inner index is cut into equal parts of at most DENSE_DEPTH.
+constexpr int64_t DENSE_ROWS = 108, DENSE_DEPTH = 640, DENSE_COLUMNS = 3072, DENSE_GROUP = 128;
+struct DenseBuffers {
+    Team team;
+    int64_t depth;
+    float* columns;
+    float* rows;                       // per thread `own`
+    int64_t own;
+};
+
 // Rows of keys that lie side by side as columns: whole lines, and so whole vectors of every instruction set.
 static inline int64_t whole_lines(int64_t rows) { return (rows + 15) / 16 * 16; }
 
@@ -86,5 +97,6 @@ int64_t lay_out(const Model& m, const Step& s, int threads, uint8_t* base, Buffe
 int64_t lay_out(const Matrix& m, int64_t rows, int threads, uint8_t* base, MatmulBuffers& b, bool head = false);
 int64_t lay_out(const Documents& d, bool backward, int threads, uint8_t* base, DocumentBuffers& b);
 int64_t lay_out(int threads, uint8_t* base, Team& team);
+int64_t lay_out(const Dense& d, int threads, uint8_t* base, DenseBuffers& b);
 
 }  // namespace herd

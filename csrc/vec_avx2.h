@@ -48,6 +48,21 @@ struct V {
         const F u = quad(pair(a[0], a[1]), pair(a[2], a[3])), v = quad(pair(a[4], a[5]), pair(a[6], a[7]));
         return _mm256_add_ps(_mm256_permute2f128_ps(u, v, 0x20), _mm256_permute2f128_ps(u, v, 0x31));
     }
+    static void turn(F* a) {  // rows become columns
+        F u[8];
+        for (int i = 0; i < 8; i += 4) {
+            const __m256d p = _mm256_castps_pd(_mm256_unpacklo_ps(a[i], a[i + 1])), q = _mm256_castps_pd(_mm256_unpackhi_ps(a[i], a[i + 1]));
+            const __m256d r = _mm256_castps_pd(_mm256_unpacklo_ps(a[i + 2], a[i + 3])), s = _mm256_castps_pd(_mm256_unpackhi_ps(a[i + 2], a[i + 3]));
+            u[i] = _mm256_castpd_ps(_mm256_unpacklo_pd(p, r));
+            u[i + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(p, r));
+            u[i + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(q, s));
+            u[i + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(q, s));
+        }
+        for (int i = 0; i < 4; ++i) {
+            a[i] = _mm256_permute2f128_ps(u[i], u[4 + i], 0x20);
+            a[4 + i] = _mm256_permute2f128_ps(u[i], u[4 + i], 0x31);
+        }
+    }
     static float top(F a) {
         __m128 s = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
         s = _mm_max_ps(s, _mm_movehl_ps(s, s));

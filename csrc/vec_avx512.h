@@ -53,6 +53,25 @@ struct V {
         for (int i = 0; i < 4; ++i) u[i] = quad(pair(a[4 * i], a[4 * i + 1]), pair(a[4 * i + 2], a[4 * i + 3]));
         return fold(fold(u[0], u[1]), fold(u[2], u[3]));
     }
+    static void turn(F* a) {  // rows become columns
+        F u[16];
+        for (int i = 0; i < 16; i += 4) {
+            const __m512d p = _mm512_castps_pd(_mm512_unpacklo_ps(a[i], a[i + 1])), q = _mm512_castps_pd(_mm512_unpackhi_ps(a[i], a[i + 1]));
+            const __m512d r = _mm512_castps_pd(_mm512_unpacklo_ps(a[i + 2], a[i + 3])), s = _mm512_castps_pd(_mm512_unpackhi_ps(a[i + 2], a[i + 3]));
+            u[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(p, r));
+            u[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(p, r));
+            u[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(q, s));
+            u[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(q, s));
+        }
+        for (int i = 0; i < 4; ++i) {
+            const F p = _mm512_shuffle_f32x4(u[i], u[4 + i], 0x88), q = _mm512_shuffle_f32x4(u[i], u[4 + i], 0xdd);
+            const F r = _mm512_shuffle_f32x4(u[8 + i], u[12 + i], 0x88), s = _mm512_shuffle_f32x4(u[8 + i], u[12 + i], 0xdd);
+            a[i] = _mm512_shuffle_f32x4(p, r, 0x88);
+            a[4 + i] = _mm512_shuffle_f32x4(q, s, 0x88);
+            a[8 + i] = _mm512_shuffle_f32x4(p, r, 0xdd);
+            a[12 + i] = _mm512_shuffle_f32x4(q, s, 0xdd);
+        }
+    }
     static float top(F a) { return _mm512_reduce_max_ps(a); }
     static F floats(I a) { return _mm512_cvtepi32_ps(a); }
     static I ints(int32_t x) { return _mm512_set1_epi32(x); }

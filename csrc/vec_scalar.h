@@ -69,6 +69,7 @@ struct V {
     }
     static float sum(F a) { return a; }
     static F sums(const F* a) { return *a; }
+    static void turn(F*) {}
     static float top(F a) { return a; }
     static F floats(I a) { return float(int32_t(a)); }
     static I ints(int32_t x) { return uint32_t(x); }

@@ -15,12 +15,25 @@ from pathlib import Path
 
 import herd.kernels
 
-__all__ = ["ISAS", "VERSION", "Documents", "Head", "Layer", "Matrix", "Model", "Pass", "Step", "library", "loaded"]
+__all__ = [
+    "ISAS",
+    "VERSION",
+    "Dense",
+    "Documents",
+    "Head",
+    "Layer",
+    "Matrix",
+    "Model",
+    "Pass",
+    "Step",
+    "library",
+    "loaded",
+]
 
 ISAS = ("amx", "avx512bf16", "avx512", "avx2", "neon", "scalar")
 """Best first. `HERD_ISA` chooses one, or `none` for torch alone."""
 
-VERSION = 6
+VERSION = 7
 """Of the structures below; csrc/abi.h has the same number."""
 
 
@@ -85,6 +98,15 @@ class Pass(Structure):
     )
 
 
+class Dense(Structure):
+    _fields_ = (
+        *((name, c_int64) for name in ("rows", "columns", "inner", "add")),
+        *(("a", c_void_p), ("a_row", c_int64), ("a_inner", c_int64)),
+        *(("b", c_void_p), ("b_inner", c_int64), ("b_column", c_int64)),
+        *(("c", c_void_p), ("c_row", c_int64)),
+    )
+
+
 _FUNCTIONS = (
     ("herd_use", c_int, (c_char_p,)),
     ("herd_packed_bytes", c_int64, (c_int, c_int64, c_int64)),
@@ -100,6 +122,8 @@ _FUNCTIONS = (
     ("herd_documents", None, (POINTER(Documents), c_int, c_int, c_void_p)),
     ("herd_pass_scratch", c_int64, (c_int,)),
     ("herd_pass", None, (POINTER(Pass), c_int, c_void_p)),
+    ("herd_dense_scratch", c_int64, (POINTER(Dense), c_int)),
+    ("herd_dense", None, (POINTER(Dense), c_int, c_void_p)),
     ("herd_forward", c_char_p, (POINTER(Model), POINTER(Step), c_int, c_void_p)),
 )
 

@@ -43,28 +43,23 @@ def linear_nll(
     chunk = min(chunk, len(rows))
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     by_rows = torch.empty_like(rows) if for_hidden else hidden.new_empty(0)
-    by_weight = hidden.new_zeros(weight.shape, dtype=torch.float32) if for_weight else hidden.new_empty(0)
-    fast = wide and hidden.is_cpu and dense.available()
+    by_weight = hidden.new_empty(weight.shape if for_weight else 0, dtype=torch.float32)
+    if for_weight and (not wide or len(rows) == 0):
+        by_weight.zero_()
     native = onepass.takes(hidden.new_empty(1, len(weight)))
-    narrow = hidden.new_empty(0 if fast else chunk, len(weight))
+    narrow = hidden.new_empty(chunk, len(weight))
     room = narrow if wide or native else hidden.new_empty(chunk, len(weight), dtype=torch.float32)
     for start in range(0, len(rows), max(1, chunk)):
         part, wanted = rows[start : start + chunk], targets[start : start + chunk]
-        if fast:
-            small = logits = dense.product(part, matrix)
-        else:
-            small, logits = narrow[: len(part)], room[: len(part)]
-            torch.mm(part, matrix.T, out=small)
+        small, logits = narrow[: len(part)], room[: len(part)]
+        dense.product(part, matrix, small)
         total += (_learned_natively if native else _learned)(small, logits, wanted, for_hidden or for_weight)
-        if for_hidden and fast:
-            by_rows[start : start + chunk] = dense.product(small, matrix.T)
-        elif for_hidden:
-            torch.mm(small, matrix, out=by_rows[start : start + chunk])
+        if for_hidden:
+            dense.multiply(small, matrix, by_rows[start : start + chunk])
         if for_weight and wide:
-            by_weight.addmm_(small.T, part)
+            dense.multiply(small.T, part, by_weight, add=start > 0)
         elif for_weight:
             by_weight += small.T @ part
-        del small, logits  # before the next ones are made
     if for_hidden and not every:
         by_rows = torch.zeros_like(hidden).index_copy_(0, kept, by_rows)
     return total, by_rows, by_weight if weight.dtype == torch.float32 else by_weight.to(weight.dtype)

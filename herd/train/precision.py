@@ -38,7 +38,7 @@ class NarrowLinear(nn.Linear):
 
 
 class WideLinear(nn.Linear):
-    """x W^T in float32, by whichever of torch's libraries is faster (`herd.kernels.dense`)."""
+    """x W^T in float32, by whichever library is faster (`herd.kernels.dense`)."""
 
     known = True
 

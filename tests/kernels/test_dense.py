@@ -2,8 +2,11 @@ import pytest
 import torch
 from torch import nn
 
-from herd.kernels import dense
+from herd.kernels import dense, native
 from herd.train.precision import WideLinear, compute_in, compute_plainly
+from tests.kernels.native import isa
+
+__all__ = ["isa"]
 
 CLOSE = 2e-6
 """Of the largest number, against float64: sums of up to 700 products."""
@@ -11,11 +14,66 @@ CLOSE = 2e-6
 
 @pytest.fixture
 def everywhere(monkeypatch):
-    """As on a processor where oneDNN is the faster one; torch has it on every processor."""
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
-        pytest.skip("this torch has no oneDNN")
+    """As on a processor where the library is the faster one, and for the smallest product."""
+    if native.isa() is None:
+        pytest.skip(native.missing() or "")
     monkeypatch.setattr(dense, "available", lambda: True)
     monkeypatch.setattr(dense, "_LEAST", 1)
+
+
+def laid(rows: int, columns: int, turned: bool) -> torch.Tensor:
+    """A matrix whose rows lie side by side, or whose columns do, with a gap between them."""
+    return torch.randn(columns, rows + 3).T[:rows] if turned else torch.randn(rows, columns + 3)[:, :columns]
+
+
+@pytest.mark.parametrize("turned", [(False, False), (False, True), (True, False), (True, True)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (15, 17, 33), (99, 641, 31), (113, 1300, 65), (29, 16, 3105)], ids=str)
+def test_any_strides_and_sizes_on_every_instruction_set(isa, everywhere, shape, turned):
+    rows, inner, columns = shape
+    torch.manual_seed(0)
+    a, b = laid(rows, inner, turned[0]), laid(inner, columns, turned[1])
+    wanted = a.double() @ b.double()
+    bound = CLOSE * (a.double().abs() @ b.double().abs())
+    assert ((dense.multiply(a, b) - wanted).abs() <= bound).all()
+    room = torch.full((rows + 2, columns + 5), 7.0)  # what lies around the result stays
+    held = room[1:-1, 2:-3]
+    assert dense.multiply(a, b, held) is held
+    dense.multiply(a, b, held, add=True)
+    assert ((held - 2 * wanted).abs() <= 3 * bound).all()
+    held.fill_(7)
+    assert (room == 7).all()
+
+
+def test_a_row_is_the_same_bits_alone_and_in_company_and_on_any_number_of_threads(isa, everywhere):
+    a, b = torch.randn(130, 700), torch.randn(700, 300)
+    before, whole = torch.get_num_threads(), dense.multiply(a, b)
+    assert torch.equal(dense.multiply(a[37:41], b), whole[37:41])
+    assert torch.equal(dense.multiply(a, b[:, 33:90]), whole[:, 33:90])
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(dense.multiply(a, b), whole)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_is_not_finite_stays_in_its_row(isa, everywhere):
+    a, b = torch.randn(31, 40), torch.randn(40, 35)
+    a[9, 3], b[5, 34] = float("nan"), float("inf")
+    found = dense.multiply(a, b)
+    assert found[9].isnan().all()
+    assert not found[:, 34].isfinite().any()
+    found[9], found[:, 34] = 0, 0
+    assert found.isfinite().all()
+
+
+def test_sizes_that_do_not_meet_are_refused(everywhere):
+    with pytest.raises(AssertionError):
+        dense.multiply(torch.randn(4, 5), torch.randn(6, 3))
+    with pytest.raises(AssertionError):
+        dense.multiply(torch.randn(4, 5), torch.randn(5, 3), torch.empty(3, 4).T)
+    with pytest.raises(AssertionError):
+        dense.multiply(torch.randn(4, 5), torch.randn(5, 3), torch.empty(4, 4))
 
 
 @pytest.mark.parametrize("shape", [(7, 40, 24), (130, 640, 96), (1, 16, 700)], ids=str)
