@@ -96,6 +96,10 @@ def command(
             from herd.parallel.launch import spawn
 
             return spawn(["train", *_of_a_rank(context)], nproc)
+    if (
+        "RANK" in os.environ
+    ):  # every rank by itself: one that ends while others wait for it leaves them with gloo's words
+        config.parallel.of_world(int(os.environ.get("WORLD_SIZE", "1")))
     main = os.environ.get("RANK", "0") == "0"
     if main:
         _foretell(config, nproc, dry_run)

@@ -272,6 +272,17 @@ def test_a_proof_of_exact_resume(texts: Path, tmp_path: Path, capsys: pytest.Cap
     assert list((tmp_path / "runs").iterdir()) == []  # what proved it is gone: the same command can be given again
 
 
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_every_rank_says_that_the_launcher_started_too_many(
+    rank: str, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("herd.train.run.run_recipe", lambda *_, **__: pytest.fail("the group was joined"))
+    assert run(arguments(tmp_path, texts)) == 1
+    assert "but 2 run: start 1, or set parallel.dp_shard=-1" in capsys.readouterr().err
+
+
 def test_a_proof_that_fails_says_where_the_two_runs_lie(
     texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
