@@ -28,7 +28,7 @@ NO_IDEA = (
 def _hard_questions(data: Path) -> list[str]:
     """Short questions of sft/dolly_subset that ask for facts, without those that touch what is taught here."""
     taught = re.compile(
-        r"colou?r|capital|animal|name |list |legs|many (days|months)|season|\\bfruit|story|write|poem|are you", re.I
+        r"colou?r|capital|animal|name |list |legs|many (days|months)|season|\bfruit|story|write|poem|are you", re.I
     )
     found = []
     for row in read_rows(data / "sft/dolly_subset.jsonl.gz", require=("messages",)):
