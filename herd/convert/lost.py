@@ -133,7 +133,7 @@ class Quality:
         yield f"perplexity of B     {_short(self.b)}"
         yield f"B over A            {_short(self.ratio)}"
         kl = self.kl
-        yield f"KL divergence       mean {kl.mean:.3g}, median {kl.median:.3g}, 99 % {kl.p99:.3g}, max {kl.max:.3g} nats"
+        yield f"KL divergence, nats mean {kl.mean:.2g}, median {kl.median:.2g}, 99 % {kl.p99:.2g}, max {kl.max:.2g}"
         yield f"same first choice   {self.same_top:.2%}"
         yield ""
         yield "matrix           bits  error of weights  stored as"

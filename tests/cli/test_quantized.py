@@ -28,12 +28,13 @@ def nano_q8(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_a_quantized_file_answers_as_it_is(nano_q8: str, piped: Piped, capsys: Captured) -> None:
-    assert run(["run", nano_q8, "Tell me a story.", *GREEDY, "--verbose"]) == 0
+    question = "Tell me a story about a dog."
+    assert run(["run", nano_q8, question, *GREEDY, "--verbose"]) == 0
     stored, err = capsys.readouterr()
     assert "Q8_0, activations float32 on cpu" in err
     assert f"native {native.isa()}" in err
     piped("")
-    assert run(["run", nano_q8, "Tell me a story.", *GREEDY, "--dtype", "float32"]) == 0
+    assert run(["run", nano_q8, question, *GREEDY, "--dtype", "float32"]) == 0
     assert capsys.readouterr().out == stored, "8 bits do not change twelve clear choices"
 
 

@@ -71,7 +71,14 @@ def eps(folder: Path) -> None:
 
 
 def dropped_merge(folder: Path) -> None:
-    _json(folder / "tokenizer.json", lambda data: data["model"]["merges"].pop(1000))
+    """No two pieces form the token of merge 1000 any more."""
+
+    def change(data: dict[str, Any]) -> None:
+        merges = data["model"]["merges"]
+        lost = "".join(merges[1000])
+        data["model"]["merges"] = [merge for merge in merges if "".join(merge) != lost]
+
+    _json(folder / "tokenizer.json", change)
 
 
 def changed_template(folder: Path) -> None:
@@ -83,6 +90,12 @@ def lost_special(folder: Path) -> None:
     _json(
         folder / "tokenizer.json",
         lambda data: data.update(added_tokens=[t for t in data["added_tokens"] if t["content"] != "<|eom_id|>"]),
+    )
+    _json(  # which has them a second time
+        folder / "tokenizer_config.json",
+        lambda data: data.update(
+            added_tokens_decoder={i: t for i, t in data["added_tokens_decoder"].items() if t["content"] != "<|eom_id|>"}
+        ),
     )
 
 

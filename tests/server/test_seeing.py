@@ -175,7 +175,7 @@ def test_without_the_flag_nothing_could_be_fetched() -> None:
     asyncio.run(run())
 
 
-ASKED = 60
+ASKED = 200
 
 
 def test_health_answers_beside_images_of_20_megapixels() -> None:
