@@ -19,7 +19,7 @@ import pytest
 
 from herd.checkpoint.store import GenerationDefaults
 from herd.checkpoint.write import atomic
-from herd.checkpoint.write.atomic import PREFIX, new_file, new_folder, remove_leftovers
+from herd.checkpoint.write.atomic import PREFIX, YOUNG, new_file, new_folder, remove_leftovers
 from herd.checkpoint.write.hf import write_hf
 from herd.checkpoint.write.meta import write_meta
 from herd.checkpoint.write.model_store import ModelStore
@@ -46,9 +46,16 @@ def hidden(folder: Path) -> list[Path]:
     return list(folder.glob(PREFIX + "*"))
 
 
-def left(folder: Path) -> list[Path]:
-    """Hidden folders that hold something. An empty one is of a run killed before it had its lock: it stays while it is YOUNG."""
-    return [found for found in hidden(folder) if any(found.iterdir())]
+def locked(folder: Path) -> list[Path]:
+    """Hidden folders with a lock. One without was killed before it had it, or while it gave it up: it stays while YOUNG."""
+    return [found for found in hidden(folder) if (found / "herd.lock").exists()]
+
+
+def age(folder: Path) -> None:
+    """Hidden folders look as if nobody had touched them for longer than YOUNG."""
+    then = time.time() - 2 * YOUNG
+    for found in hidden(folder):
+        os.utime(found, (then, then))
 
 
 def whole(folder: Path) -> bool:
@@ -82,12 +89,15 @@ def test_kill_at_any_moment(tmp_path: Path, before: bool) -> None:
         else:
             assert not before
             seen.add("absent")
-        assert len(left(tmp_path)) <= 1  # each run cleans up after the one before
-    last = start(dst)
-    last.communicate()
-    assert last.returncode == 0
-    assert whole(dst)
-    assert left(tmp_path) == []
+        assert len(locked(tmp_path)) <= 1  # each run cleans up after the one before
+    for left in (locked, hidden):
+        if left is hidden:
+            age(tmp_path)
+        last = start(dst)
+        last.communicate()
+        assert last.returncode == 0
+        assert whole(dst)
+        assert left(tmp_path) == []
     assert seen & {"old", "absent"}, "no kill came early enough to test anything"
 
 
@@ -99,6 +109,15 @@ def test_a_live_run_is_left_alone(tmp_path: Path) -> None:
             file.write_text("b")
     assert (tmp_path / "one" / "a").read_text() == "a"
     assert (tmp_path / "two").read_text() == "b"
+    assert hidden(tmp_path) == []
+
+
+def test_killed_before_its_lock(tmp_path: Path) -> None:
+    """It may belong to a run that is just starting, until it is old."""
+    (tmp_path / (PREFIX + "abc")).mkdir()
+    assert remove_leftovers(tmp_path) == 0
+    age(tmp_path)
+    assert remove_leftovers(tmp_path) == 1
     assert hidden(tmp_path) == []
 
 
