@@ -69,9 +69,11 @@ class QuantLinear(_Stored):
 
 
 class QuantEmbedding(_Stored):
-    """tokens [...] int -> rows of a stored table [V, D] as [..., D] in `dtype`, which follows the module's."""
+    """tokens [...] int -> rows of a stored table [V, D] as [..., D] in `dtype`, which follows the module's, or with `narrow` (set
+    by `herd.train.precision`) in bfloat16."""
 
     like: Tensor
+    narrow = False
 
     def __init__(self, weight: Matrix, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -88,7 +90,7 @@ class QuantEmbedding(_Stored):
         self.num_embeddings = self.matrix.rows
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.matrix.look_up(tokens, self.like.dtype)
+        return self.matrix.look_up(tokens, torch.bfloat16 if self.narrow else self.like.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.matrix.type.name}"

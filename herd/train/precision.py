@@ -113,7 +113,9 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
 
 def computed_in(model: Llama) -> torch.dtype:
     """What the activations of `model` are: not the dtype of its weights after `compute_in` bfloat16."""
-    return torch.bfloat16 if isinstance(model.tok_embeddings, NarrowEmbedding) else model.norm.weight.dtype
+    table = getattr(model.tok_embeddings, "base", model.tok_embeddings)  # of an adapter
+    narrow = isinstance(table, NarrowEmbedding) or getattr(table, "narrow", False)
+    return torch.bfloat16 if narrow else model.norm.weight.dtype
 
 
 def compute_plainly(model: nn.Module) -> None:

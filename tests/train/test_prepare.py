@@ -8,10 +8,12 @@ from herd.model.attend import packed
 from herd.model.config import LayerSpec, ModelConfig, MoEConfig, plain
 from herd.model.init import init_weights
 from herd.model.llama import Llama
+from herd.quant.apply import quantize
 from herd.train.config import Budget, TrainConfig
 from herd.train.float8 import Float8Linear, apply_float8, scaled
 from herd.train.losses import linear_cross_entropy
 from herd.train.prepare import prepare_model, unprepared
+from herd.train.qat import prepare_qat
 from herd.train.samples import continuation
 from tests.train.memory import Held
 
@@ -128,6 +130,23 @@ def test_a_frozen_base_of_sixteen_bits_with_factors_of_float32():
     assert 0 < distance(exact, found) < BESIDE_PLAIN * of_plain_bfloat16(exact, "plain", True)
 
 
+def test_bfloat16_over_a_quantized_base():
+    def made():
+        model = build()
+        quantize(model, "int8")
+        apply_lora(model, LoraConfig(4, 8.0))
+        for name, p in trained(model).items():
+            if name.endswith(".b"):
+                nn.init.normal_(p, std=0.1)
+        return model
+
+    exact = gradients(made())[1]
+    found = gradients(prepare_model(made(), told(precision="bfloat16")))[1]
+    plain = distance(exact, gradients(made().bfloat16())[1])
+    assert all(g.dtype == torch.float32 for g in found.values())
+    assert 0 < distance(exact, found) < BESIDE_PLAIN * plain
+
+
 def test_float8_is_refused_where_it_cannot_be_multiplied():
     with pytest.raises(ConfigError, match="compute capability"):
         prepare_model(build(), told(precision="float8"))
@@ -192,9 +211,24 @@ def test_compiled_blocks_agree_and_are_compiled_once(kind, precision, checkpoint
     assert model.state_dict().keys() == build(kind).state_dict().keys()
 
 
-def test_a_model_that_computes_in_bfloat16_writes_samples():
+@pytest.mark.parametrize("kind", ["plain", "tuned embedding", "rounded", "quantized", "quantized, tuned embedding"])
+def test_a_model_that_computes_in_bfloat16_writes_samples(kind):
     """Keys and values are then of 16 bits, the weights are not."""
-    plain_ids = list(continuation(build(), [1, 2, 3], frozenset(), 6))
-    model = prepare_model(build(), TrainConfig(budget=Budget(steps=1), precision="bfloat16"))
+
+    def made():
+        model = build()
+        if "quantized" in kind:
+            quantize(model, "int8")
+        if "embedding" in kind:
+            apply_lora(model, LoraConfig(4, 8.0, targets=("tok_embeddings", "wq")))
+        if kind == "rounded":
+            prepare_qat(model, "q8_0")
+        return model
+
+    plain_ids = list(continuation(made(), [1, 2, 3], frozenset(), 6))
+    model = prepare_model(made(), told(precision="bfloat16"))
+    seen = []
+    model.layers[-1].feed_forward.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
     assert len(list(continuation(model, [1, 2, 3], frozenset(), 6))) == 6
+    assert set(seen) == {torch.bfloat16}
     assert list(continuation(unprepared(model), [1, 2, 3], frozenset(), 6)) == plain_ids
