@@ -107,7 +107,8 @@ def expert_shapes(module: Experts | QuantExperts) -> dict[str, tuple[int, int]]:
 class LowRankExperts(nn.Module):
     """Frozen experts with trained factors. x [T, D] sorted by expert, counts [E] int64 -> [T, D], as `Experts`.
 
-    `name` is where they are in the model. The factors are float32, or multiplied in x's dtype when `narrow` is set.
+    `name` is where they are in the model. The factors are float32, or multiplied in x's dtype when `narrow` is set. b13 is
+    [E, 2, F, r], gate before up: so ranks that share every expert (`herd.parallel.tensor`) can each have their units of both.
     """
 
     narrow = False
@@ -132,6 +133,8 @@ class LowRankExperts(nn.Module):
                 weight = None
                 if pair is not None:
                     values: Tensor = getattr(pair, word)
+                    if word == "b" and len(PARTS[part]) > 1:
+                        values = values.unflatten(1, (len(PARTS[part]), -1))
                     weight = nn.Parameter(values.to(device, torch.float32, copy=True).contiguous())
                     if late:
                         promise(self, f"{word}{part[1:]}", derived(values.float))
@@ -143,7 +146,8 @@ class LowRankExperts(nn.Module):
         return {part: Factors(a.detach(), b.detach(), self.alphas[part]) for part, (a, b) in found.items()}
 
     def _pair(self, part: str) -> tuple[Tensor, Tensor]:
-        return getattr(self, f"a{part[1:]}"), getattr(self, f"b{part[1:]}")
+        a, b = getattr(self, f"a{part[1:]}"), getattr(self, f"b{part[1:]}")
+        return a, b if b.ndim == 3 else b.flatten(1, 2)
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         changes: dict[str, Change] = {}

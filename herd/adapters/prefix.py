@@ -10,7 +10,7 @@ Letters: P virtual tokens, S positions, L layers, Hkv key/value heads, Dh head_d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -26,6 +26,12 @@ from herd.model.llama import Llama
 __all__ = [
     "Prefix", "PrefixTuned", "Prompt", "PromptTuned", "Virtual", "keys_and_values", "prefixed", "tune_prefix", "tune_prompt",
 ]  # fmt: skip
+
+
+PerLayer = Tensor | Sequence[Tensor]
+"""Something [P, Hkv, Dh] of each layer, also as one tensor [L, P, Hkv, Dh]."""
+Through = Callable[[Tensor, Tensor, Sequence[Attend]], Tensor]
+"""Some neighbouring layers: x [1, P, D], positions, the attention of each -> x."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +103,9 @@ class Prefixed:
         return masked_attention(q, keys, values, self.mask)
 
 
-def prefixed(inner: Sequence[Attend], keys: Tensor, values: Tensor, length: int) -> Sequence[Attend]:
-    """`inner`, one function per layer for documents of `length` positions in a row, with keys and values [L, P, Hkv, Dh] before
-    each document. Raises ConfigError for attention whose mask is not known (bound to a cache)."""
+def prefixed(inner: Sequence[Attend], keys: PerLayer, values: PerLayer, length: int) -> Sequence[Attend]:
+    """`inner`, one function per layer for documents of `length` positions in a row, with the layer's keys and values
+    [P, Hkv, Dh] before each document. Raises ConfigError for attention whose mask is not known (bound to a cache)."""
     masks: dict[int, Tensor] = {}
     out = []
     for see, k, v in zip(inner, keys, values, strict=True):
@@ -124,6 +130,28 @@ def _mask(see: Attend, length: int, device: torch.device) -> Tensor:
     )
 
 
+class LayerPrefix(nn.Module):
+    """The trained keys and values [P, Hkv, Dh] of one layer; called, it gives them."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values = nn.Parameter(keys), nn.Parameter(values)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        return self.keys, self.values
+
+
+class PromptEmbeddings(nn.Module):
+    """Trained embeddings [P, D]; called, it gives them, or what of them is this rank's."""
+
+    def __init__(self, embeddings: Tensor) -> None:
+        super().__init__()
+        self.embeddings = nn.Parameter(embeddings)
+
+    def forward(self) -> Tensor:
+        return self.embeddings
+
+
 class _Tuned(Llama):
     """A Llama over the children of another, frozen one, which stays as it was. Names of parameters are the same, too."""
 
@@ -137,8 +165,12 @@ class _Tuned(Llama):
             self.add_module(name, child)
         self.requires_grad_(False).train(base.training)
 
-    def virtual(self) -> tuple[Tensor, Tensor]:
-        """The keys and values [L, P, Hkv, Dh] before every document."""
+    def virtual(self) -> tuple[PerLayer, PerLayer]:
+        """The keys and values [P, Hkv, Dh] of every layer before every document."""
+        raise NotImplementedError
+
+    def before(self, layers: range) -> nn.Module:
+        """What a pipeline's stage of `layers` has of the virtual tokens: a `herd.parallel.pipeline.Before`."""
         raise NotImplementedError
 
     def hidden(self, x: Tensor, positions: Tensor | None = None, attend: Sequence[Attend] | None = None) -> Tensor:
@@ -146,7 +178,7 @@ class _Tuned(Llama):
         keys, values = self.virtual()
         positions = torch.arange(x.shape[-2], device=x.device) if positions is None else positions
         attend = uncached(len(self.layers)) if attend is None else attend
-        return super().hidden(x, positions + keys.shape[1], prefixed(attend, keys, values, x.shape[-2]))
+        return super().hidden(x, positions + len(keys[0]), prefixed(attend, keys, values, x.shape[-2]))
 
 
 class PrefixTuned(_Tuned):
@@ -156,15 +188,21 @@ class PrefixTuned(_Tuned):
         prefix.check(base.config)
         super().__init__(base)
         device = lives_on(base)
-        self.prefix_keys = nn.Parameter(prefix.keys.to(device, torch.float32, copy=True))
-        self.prefix_values = nn.Parameter(prefix.values.to(device, torch.float32, copy=True))
+        self.prefix = nn.ModuleList(
+            LayerPrefix(*(part.to(device, torch.float32, copy=True) for part in pair))
+            for pair in zip(prefix.keys, prefix.values, strict=True)
+        )
 
-    def virtual(self) -> tuple[Tensor, Tensor]:
-        return self.prefix_keys, self.prefix_values
+    def virtual(self) -> tuple[PerLayer, PerLayer]:
+        return _both(self.prefix)
+
+    def before(self, layers: range) -> nn.Module:
+        return _PrefixBefore(self.prefix[i] for i in layers)
 
     def adapter(self, base: str | None = None) -> Prefix:
         """What was trained, detached."""
-        return Prefix(self.prefix_keys.detach(), self.prefix_values.detach(), base)
+        keys, values = (torch.stack([part.detach() for part in parts]) for parts in self.virtual())
+        return Prefix(keys, values, base)
 
 
 class PromptTuned(_Tuned):
@@ -177,14 +215,17 @@ class PromptTuned(_Tuned):
         prompt.check(base.config)
         super().__init__(base)
         self.tokens = prompt.count  # of which several ranks may each compute with a part
-        self.prompt = nn.Parameter(prompt.embeddings.to(lives_on(base), torch.float32, copy=True))
+        self.prompt = PromptEmbeddings(prompt.embeddings.to(lives_on(base), torch.float32, copy=True))
 
-    def virtual(self) -> tuple[Tensor, Tensor]:
-        return keys_and_values(self, self.prompt, self.tokens)
+    def virtual(self) -> tuple[PerLayer, PerLayer]:
+        return keys_and_values(self, self.prompt(), self.tokens)
+
+    def before(self, layers: range) -> nn.Module:
+        return _PromptBefore(self.prompt if layers.start == 0 else None, self.tokens, [self.layers[i] for i in layers])
 
     def adapter(self, base: str | None = None) -> Prompt:
         """What was trained, detached."""
-        return Prompt(self.prompt.detach(), base)
+        return Prompt(self.prompt.embeddings.detach(), base)
 
 
 Start = Literal["vocabulary", "zero", "random"] | Sequence[int]
@@ -240,6 +281,51 @@ def keys_and_values(model: Llama, x: Tensor, count: int | None = None) -> tuple[
     Llama.hidden(model, x.to(_dtype(model))[None], positions, heard)
     keys, values = ([one.k if part == "k" else one.v for one in heard] for part in "kv")
     return _stack(keys), _stack(values)
+
+
+class _PrefixBefore(nn.Module):
+    """The prefixes of a stage's layers."""
+
+    travels = False
+
+    def __init__(self, prefixes: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.prefix = nn.ModuleList(prefixes)
+
+    def forward(
+        self, through: Through, see: Sequence[Attend], positions: Tensor, arrived: Tensor | None
+    ) -> tuple[Tensor, Sequence[Attend], Tensor | None]:
+        keys, values = _both(self.prefix)
+        return positions + len(keys[0]), prefixed(see, keys, values, positions.shape[-1]), None
+
+
+class _PromptBefore(nn.Module):
+    """The prompt on its way through a stage's layers, which has its embeddings when it is the first."""
+
+    travels = True
+
+    def __init__(self, prompt: PromptEmbeddings | None, count: int, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.prompt, self.count = prompt, count
+        self._layers = tuple(layers)  # the stage's own: no children
+
+    def forward(
+        self, through: Through, see: Sequence[Attend], positions: Tensor, arrived: Tensor | None
+    ) -> tuple[Tensor, Sequence[Attend], Tensor | None]:
+        if self.prompt is not None:
+            arrived = self.prompt().to(cast(Any, self._layers[0]).attention_norm.weight.dtype)[None]
+        assert arrived is not None
+        heard = [_Heard() for _ in self._layers]
+        leaving = through(arrived, torch.arange(self.count, device=arrived.device), heard)
+        keys, values = (
+            [cast(Tensor, part)[0] for part in parts] for parts in zip(*((h.k, h.v) for h in heard), strict=True)
+        )
+        return positions + self.count, prefixed(see, keys, values, positions.shape[-1]), leaving
+
+
+def _both(prefixes: nn.ModuleList) -> tuple[list[Tensor], list[Tensor]]:
+    keys, values = zip(*(prefix() for prefix in prefixes), strict=True)
+    return list(keys), list(values)
 
 
 def _stack(parts: Sequence[Tensor | None]) -> Tensor:

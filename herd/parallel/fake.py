@@ -135,7 +135,7 @@ def _micro_batch(spread: Spread, stages: list[Stage], rows: int, length: int) ->
     stage = stages[0]
     stage.see = lambda config, _: [see] * config.n_layers
     x = tokens if stage.first else torch.zeros(rows, own // mesh.part.tp, model.config.dim, requires_grad=True)
-    out = stage(x, positions)
+    out = stage(x, positions=positions)
     if stage.output is None:
         out.sum().backward()
     else:

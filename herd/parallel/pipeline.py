@@ -24,7 +24,7 @@ from herd.model.llama import Llama
 if TYPE_CHECKING:
     from herd.parallel.mesh import Mesh
 
-__all__ = ["Absent", "Beside", "Pipeline", "Stage", "Tail", "layers_of", "split"]
+__all__ = ["Absent", "Before", "Beside", "Pipeline", "Stage", "Tail", "layers_of", "split"]
 
 
 class Beside(Protocol):
@@ -32,6 +32,26 @@ class Beside(Protocol):
 
     def __call__(self, run: Callable[[], Tensor], index: int) -> tuple[Tensor, Tensor]:
         """(what `run`, the pass of micro-batch `index` through a stage, gives; what is added to the loss, a scalar)."""
+        ...
+
+
+class Before(Protocol):
+    """Virtual tokens before the rows of a stage (`herd.adapters.prefix`), a module of the stage."""
+
+    travels: bool
+    """Whether their own states [1, P, D] go from stage to stage, beside x."""
+
+    def __call__(
+        self,
+        through: Callable[[Tensor, Tensor, Sequence[Attend]], Tensor],
+        see: Sequence[Attend],
+        positions: Tensor,
+        arrived: Tensor | None,
+    ) -> tuple[Tensor, Sequence[Attend], Tensor | None]:
+        """(positions behind them, the attention of the stage's layers to them and to what `see` sees, their states after it).
+
+        `through` are the stage's layers, `arrived` the states that the stage before gave.
+        """
         ...
 
 
@@ -60,7 +80,10 @@ def layers_of(layers: int, stages: int) -> list[range]:
 
 
 class Stage(nn.Module):
-    """Some neighbouring layers of `model`, and its ends where they belong. x (tokens, or [B, S, D]) -> [B, S, D]."""
+    """Some neighbouring layers of `model`, and its ends where they belong. x (tokens, or [B, S, D]) -> [B, S, D].
+
+    Where virtual tokens travel, `states` [1, P, D] arrive with x, and leave with it unless this is the last stage.
+    """
 
     def __init__(self, model: Llama, layers: range) -> None:
         super().__init__()
@@ -70,23 +93,50 @@ class Stage(nn.Module):
         self.tok_embeddings = model.tok_embeddings if self.first else None
         self.norm = model.norm if self.last else None
         self.output = model.output if self.last else None
+        virtual = getattr(model, "before", None)
+        self.before: nn.Module | None = None if virtual is None else virtual(layers)
         self.see: See | None = None
         self.beside: Beside | None = None
 
-    def forward(self, x: Tensor, positions: Tensor, index: Tensor | None = None) -> Tensor:
-        if self.beside is None or index is None:
-            return self._pass(x, positions)
-        x, extra = self.beside(lambda: self._pass(x, positions), int(index))
-        return _Added.apply(x, extra)  # pyright: ignore[reportReturnType] (torch gives apply no types)
+    @property
+    def travels(self) -> bool:
+        """Whether states of virtual tokens go from stage to stage."""
+        return self.before is not None and cast(Before, self.before).travels
 
-    def _pass(self, x: Tensor, positions: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, states: Tensor | None = None, *, positions: Tensor, index: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        leaving: list[Tensor | None] = []
+
+        def run() -> Tensor:
+            after, left = self._pass(x, states, positions)
+            leaving.append(left)
+            return after
+
+        if self.beside is None or index is None:
+            after = run()
+        else:
+            after, extra = self.beside(run, int(index))
+            after = cast(Tensor, _Added.apply(after, extra))
+        (left,) = leaving
+        return after if left is None or self.last else (after, left)
+
+    def _pass(self, x: Tensor, states: Tensor | None, positions: Tensor) -> tuple[Tensor, Tensor | None]:
         assert self.see is not None
         if self.tok_embeddings is not None:
             x = self.tok_embeddings(x)
-        rotary, see = self.rope(positions), self.see(self.config, positions)
-        for i, block in zip(self.span, self.layers, strict=True):
-            x = block(x, rotary, see[i])
-        return x if self.norm is None else self.norm(x)
+        every, left = self.see(self.config, positions), None
+        see: Sequence[Attend] = [every[i] for i in self.span]
+        if self.before is not None:
+            positions, see, left = cast(Before, self.before)(self._through, see, positions, states)
+        x = self._through(x, positions, see)
+        return x if self.norm is None else self.norm(x), left
+
+    def _through(self, x: Tensor, positions: Tensor, see: Sequence[Attend]) -> Tensor:
+        rotary = self.rope(positions)
+        for block, attend in zip(self.layers, see, strict=True):
+            x = block(x, rotary, attend)
+        return x
 
 
 class _Added(torch.autograd.Function):
@@ -108,13 +158,16 @@ def split(model: Llama, mesh: Mesh) -> list[Stage]:
     own = [spans[i] for i in range(mesh.along("pp").get_local_rank(), len(spans), mesh.part.pp)]
     stages = [Stage(model, span) for span in own]
     here = {i for span in own for i in span}
-    for i in range(model.config.n_layers):
-        if i not in here:
-            model.layers[i] = Absent()
-    if not any(stage.first for stage in stages):
-        cast(Any, model).tok_embeddings = Absent()
+    for parts in (model.layers, getattr(model, "prefix", ())):
+        for i in range(len(parts)):
+            if i not in here:
+                cast(Any, parts)[i] = Absent()
+    gone = () if any(stage.first for stage in stages) else ("tok_embeddings", "prompt")
     if not any(stage.last for stage in stages):
-        cast(Any, model).norm, cast(Any, model).output = Absent(), Absent()
+        gone += ("norm", "output")
+    for name in gone:
+        if hasattr(model, name):
+            setattr(model, name, Absent())
     return stages
 
 
@@ -179,18 +232,19 @@ class Pipeline:
         `see` stands in for `Mesh.packed`. All ranks of the pipeline have to call it with the same batch.
         """
         pp, own = self.mesh.part.pp, self.mesh.along("pp").get_local_rank()
-        x = tokens
+        parts: tuple[Tensor, ...] = (tokens,)
         for number in range(pp * self.mesh.part.stages):
-            if number and number % pp == own:
-                x = self._receive((number - 1) % pp)
             if number % pp == own:
                 stage = self.stages[number // pp]
+                if number:
+                    parts = tuple(self._receive((number - 1) % pp) for _ in range(1 + stage.travels))
                 usual, stage.see = stage.see, see or stage.see
-                x = stage(x, positions)
+                out = stage(*parts, positions=positions)
                 stage.see = usual
-                if not stage.last:
-                    self._send(x, (number + 1) % pp)
-        return Tail(self.model, x) if self._has_last else None
+                parts = out if isinstance(out, tuple) else (out,)
+                for part in () if stage.last else parts:
+                    self._send(part, (number + 1) % pp)
+        return Tail(self.model, parts[0]) if self._has_last else None
 
     def _send(self, x: Tensor, to: int) -> None:
         group = self.mesh.group("pp")

@@ -35,14 +35,16 @@ CUTS: Mapping[str, int] = {
 }
 """Every parameter that is cut; the others (norms, routers) are whole on every rank."""
 
-_LAYER = re.compile(r"layers\.\d+\.")
+_LAYER = re.compile(r"(layers|prefix)\.\d+\.")
 
 _FACTORS: Mapping[int, Mapping[str, int]] = {0: {"b": 0, "magnitude": 0}, 1: {"a": 1}}
 """What of a low-rank change B A is cut when its matrix is cut along 0 or 1: a has the inputs, b and magnitude the outputs."""
 _LOOKED_UP: Mapping[str, int] = {"b": 0}
 """The same for the embedding, whose inputs are its rows."""
-_PREFIX = {"prefix_keys": 2, "prefix_values": 2}
-"""Virtual tokens as keys and values [L, P, Hkv, Dh]: heads."""
+_EXPERT_FACTORS: Mapping[str, int | None] = {"a13": None, "b13": 2, "a2": 2, "b2": None}
+"""The same for routed experts that are each cut: a13 [E, r, D], b13 [E, 2, F, r], a2 [E, r, F], b2 [E, D, r]."""
+_PREFIX = {"prefix.{i}.keys": 1, "prefix.{i}.values": 1}
+"""Virtual tokens as keys and values [P, Hkv, Dh]: heads."""
 
 
 def cut_of(name: str, *, experts: str = "width") -> int | None:
@@ -51,25 +53,32 @@ def cut_of(name: str, *, experts: str = "width") -> int | None:
     With `experts` "number", routed experts are dealt out whole instead of each being cut. Factors of adapters (`herd.adapters`)
     are cut as the matrix that they change: `layers.3.attention.wq` has `base.weight`, `a`, `b` and `magnitude`.
     """
-    row = _LAYER.sub(_L, name)
-    if experts == "number" and ".experts.w" in row:
-        return 0
+    row = _row(name)
     home, _, kind = row.rpartition(".")
+    if home.endswith(".experts"):
+        return 0 if experts == "number" else _EXPERT_FACTORS.get(kind, CUTS.get(row))
     if kind in ("a", "b", "magnitude"):
         changed = CUTS.get(f"{home}.weight")
         if changed is None:
             return None
         return (_LOOKED_UP if home == "tok_embeddings" else _FACTORS[changed]).get(kind)
-    return _PREFIX.get(row, CUTS.get(row.replace(".base.weight", ".weight")))
+    return _PREFIX.get(row, CUTS.get(row))
+
+
+def _row(name: str) -> str:
+    """`name` as tables have it: of any layer, and of the matrix that an adapter lies beside."""
+    return _LAYER.sub(r"\1.{i}.", name).replace(".base.", ".")
 
 
 def known(name: str) -> bool:
     """Whether the plan knows the parameter `name`: one that is cut, or one that is whole on every rank for a reason."""
-    row = _LAYER.sub(_L, name)
+    row = _row(name)
     home, _, kind = row.rpartition(".")
     if kind in ("a", "b", "magnitude"):
         return f"{home}.weight" in CUTS
-    return cut_of(name) is not None or row == "prompt" or row.endswith(("norm.weight", "router.weight"))
+    if home.endswith(".experts") and kind in _EXPERT_FACTORS:
+        return True
+    return cut_of(name) is not None or row == "prompt.embeddings" or row.endswith(("norm.weight", "router.weight"))
 
 
 def kv_copies(config: ModelConfig, ranks: int) -> int:

@@ -84,18 +84,22 @@ def prepare(
 
 
 def _in_layers(model: Llama, mesh: Mesh) -> None:
-    """Refuse what trains outside of the layers and the two ends, and stages in which nothing trains."""
+    """Refuse what trains outside of the layers and the two ends, and a beginning that no gradient reaches.
+
+    In later stages nothing has to train: gradients pass through.
+    """
     names = [name.split(".") for name, parameter in model.named_parameters() if parameter.requires_grad]
-    outside = [".".join(parts) for parts in names if parts[0] not in ("tok_embeddings", "layers", "norm", "output")]
+    last = model.config.n_layers - 1
+    ends = {"tok_embeddings": 0, "prompt": 0, "norm": last, "output": last}
+    outside = [".".join(parts) for parts in names if parts[0] not in ("layers", "prefix", *ends)]
     if outside:
         raise ConfigError(
             f"parallel.pp cannot share {outside[0]}: use parallel.dp_shard or parallel.tp for this method"
         )
-    ends = {"tok_embeddings": 0, "norm": model.config.n_layers - 1, "output": model.config.n_layers - 1}
-    trained = {int(parts[1]) if parts[0] == "layers" else ends[parts[0]] for parts in names}
-    for span in layers_of(model.config.n_layers, mesh.part.pp * mesh.part.stages):
-        if not trained & set(span):
-            raise ConfigError(
-                f"parallel.pp: in layers {span.start} to {span.stop - 1}, which are a stage, nothing trains: choose targets in "
-                "all stages (method.targets), or fewer stages"
-            )
+    trained = {ends[parts[0]] if parts[0] in ends else int(parts[1]) for parts in names}
+    first = layers_of(model.config.n_layers, mesh.part.pp * mesh.part.stages)[0]
+    if not trained & set(first):
+        raise ConfigError(
+            f"parallel.pp: in layers {first.start} to {first.stop - 1}, the first stage, nothing trains: choose targets there, "
+            "too (method.targets), or fewer stages"
+        )

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 from herd.errors import ConfigError
 from herd.model.llama import Block, Llama
-from herd.model.moe import Experts
+from herd.model.moe import MoE
 from herd.parallel.collective import gather, scatter
 from herd.parallel.plan import check, cut_of, known, kv_copies
 
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["shard", "sum_gradients"]
 
-HEADS = 2
-"""The dimension of virtual keys and values [L, P, Hkv, Dh] that is cut."""
+PREFIX = "prefix."
+"""Virtual keys and values [P, Hkv, Dh] of a layer (`herd.adapters.prefix`), cut as its heads."""
 PROMPT = "prompt"
 """Virtual embeddings [P, D]: whole on every rank, and computed with as tokens are, each rank its part."""
 
@@ -60,22 +60,24 @@ def shard(model: Llama, devices: DeviceMesh, *, experts: str = "width") -> Llama
                 cut = cut_of(f"{name}.{key}" if name else key, experts=experts)
                 if whole and cut is not None:
                     _pieces(module)[key] = slice(head * config.head_dim, (head + 1) * config.head_dim)
-                elif not name and key == PROMPT:
+                elif name == PROMPT:
                     _pieces(module)[key] = _tokens_of(len(parameter), group)
-                elif copies > 1 and not name and cut == HEADS:
-                    _pieces(module)[key], cut = (slice(None), slice(None), slice(head, head + 1)), None
+                elif copies > 1 and name.startswith(PREFIX):
+                    _pieces(module)[key], cut = (slice(None), slice(head, head + 1)), None
                 if id(parameter) not in made:
                     made[id(parameter)] = _distributed(parameter, None if whole else cut, devices)
                 module.register_parameter(key, made[id(parameter)])
     for block in model.layers:
         _localise(block)
         for module in block.modules():
-            if isinstance(module, Experts) and experts == "number":
-                _own_experts(module, group)
+            if isinstance(module, MoE) and experts == "number":
+                _own_experts(module.experts, group)
         for child in (cast(Block, block).attention, cast(Block, block).feed_forward):
             _localise(child)  # activation checkpointing calls it again, alone
             _border(child, group)
-    _virtual(model)
+    for virtual in (*getattr(model, "prefix", ()), getattr(model, PROMPT, None)):
+        if virtual is not None:
+            _locally(virtual)
     _embedding(model.tok_embeddings, config.vocab_size, group)
     _locally(model.norm)
     _after(model.norm, lambda x: gather(x, group))
@@ -148,10 +150,10 @@ def sum_gradients(model: nn.Module) -> None:
 
 
 @contextmanager
-def _local(module: nn.Module, *, alone: bool = False) -> Iterator[None]:
-    """Inside, the parameters of `module` and its children (not with `alone`) are the plain local pieces."""
+def _local(module: nn.Module) -> Iterator[None]:
+    """Inside, the parameters of `module` and its children are the plain local pieces."""
     kept: list[tuple[nn.Module, str, Tensor]] = []
-    for child in [module] if alone else module.modules():
+    for child in module.modules():
         for key, parameter in child._parameters.items():
             if isinstance(parameter, DTensor):
                 kept.append((child, key, parameter))
@@ -218,19 +220,6 @@ def _cut_logits(logits: Tensor, vocabulary: int, devices: DeviceMesh) -> DTensor
     return DTensor.from_local(logits, devices, cut, run_check=False, shape=whole.shape, stride=whole.stride())
 
 
-def _virtual(model: Llama) -> None:
-    """Virtual tokens (`herd.adapters.prefix`): this rank's heads of their keys and values."""
-    plain = getattr(model, "virtual", None)
-    if plain is None:
-        return
-
-    def virtual() -> Any:
-        with _local(model, alone=True):
-            return plain()
-
-    cast(Any, model).virtual = virtual
-
-
 def _embedding(module: nn.Module, vocabulary: int, group: ProcessGroup) -> None:
     """Rows of other ranks count as zero, and the sum over the ranks is the whole."""
     ranks = group.size()
@@ -258,15 +247,18 @@ def _embedding(module: nn.Module, vocabulary: int, group: ProcessGroup) -> None:
     _after(module, after)
 
 
-def _own_experts(module: Experts, group: ProcessGroup) -> None:
-    """Experts dealt out whole: rows are sorted by expert, so this rank's are one span; rows of others stay zero."""
-    plain: Any = type(module)
+def _own_experts(module: nn.Module, group: ProcessGroup) -> None:
+    """Experts dealt out whole: rows are sorted by expert, so this rank's are one span; rows of others stay zero.
 
-    def forward(self: Experts, x: Tensor, counts: Tensor) -> Tensor:
+    The class stays, and may become another: `herd.train.precision` knows classes.
+    """
+
+    def forward(x: Tensor, counts: Tensor) -> Tensor:
         own = counts.chunk(group.size())
         start = int(sum(int(part.sum()) for part in own[: group.rank()]))
         stop = start + int(own[group.rank()].sum())
-        out = plain.forward(self, x[start:stop], own[group.rank()])
+        plain: Any = type(module)
+        out = plain.forward(module, x[start:stop], own[group.rank()])
         return torch.cat([out.new_zeros(start, out.shape[1]), out, out.new_zeros(x.shape[0] - stop, out.shape[1])])
 
-    module.__class__ = type(f"Own{plain.__name__}", (plain,), {"forward": forward})
+    module.__dict__["forward"] = forward

@@ -28,14 +28,15 @@ __all__ = ["make_optimisers", "rate", "set_rate"]
 OUTER = ("tok_embeddings", "output")
 
 
-def make_optimisers(model: nn.Module, config: OptimConfig) -> list[Optimizer]:
+def make_optimisers(model: nn.Module, config: OptimConfig, *, part: bool = False) -> list[Optimizer]:
     """The optimisers of `model`: every trained parameter in exactly one group, whose `peak` is its rate before the schedule.
 
-    Works on plain and on sharded (DTensor) parameters. Raises ConfigError when nothing is trained, and for AdamW and Muon on
-    parameters that are not float32: updates smaller than half of their last place would be lost.
+    Works on plain and on sharded (DTensor) parameters. Raises ConfigError when nothing is trained (of a `part`, as a rank of a
+    pipeline has, that may be: there is no optimiser then), and for AdamW and Muon on parameters that are not float32: updates
+    smaller than half of their last place would be lost.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if not named:
+    if not named and not part:
         raise ConfigError("no parameter of the model is trained: put an adapter in, or let some require gradients")
     narrow = next((name for name, p in named if p.dtype != torch.float32), None)
     if narrow is not None and config.kind != "adamw8bit":

@@ -82,7 +82,8 @@ class Trainer:
         self.model, self.objective, self.loader, self.config = model, objective, loader, config
         self.mesh, self.out, self.evaluate = self.spread.mesh, out, evaluate
         self.resume: Resume = resume
-        self.optimisers = make_optimisers(model, config.optim) if optimisers is None else list(optimisers)
+        part = self.spread.pipeline is not None
+        self.optimisers = make_optimisers(model, config.optim, part=part) if optimisers is None else list(optimisers)
         self.average = None if config.average is None else Average(model, config.average)
         self._staged = _staged(self.spread, objective)
         if config.exact_accumulation:

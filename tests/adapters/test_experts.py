@@ -205,6 +205,7 @@ def test_outputs_and_gradients_are_those_of_the_plain_twin(parts: tuple[str, ...
     flat = [tensor for part in chosen for tensor in exact[part]]
     wanted = torch.autograd.grad(expected, [exact_x, *flat], grad.double())
     for one, other in zip((expected, *wanted), (found, *own), strict=True):
+        other = other.view_as(one)  # gate and up of b13 have a dimension of their own
         assert (one - other).abs().max() <= GRADIENTS * one.abs().max()
 
 

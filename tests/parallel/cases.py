@@ -51,6 +51,8 @@ METHODS: dict[str, LoraConfig] = {
     "experts": LoraConfig(**_LORA, targets=(*LINEAR, "experts")),
     "qexperts": LoraConfig(**_LORA, targets=("experts",)),
     "late": LoraConfig(**_LORA, targets=("layers.3.attention.wq",)),
+    "early": LoraConfig(**_LORA, targets=("layers.0.attention.wq",)),
+    "down": LoraConfig(**_LORA, targets=("experts.w2",)),
     "sparse": LoraConfig(**_LORA, targets=("layers.1.attention.wq", "layers.2.attention.wo")),
     "qlora": LoraConfig(**_LORA, targets=(*ATTENTION, "w2", *ENDS)),
     "qdora": LoraConfig(**_LORA, targets=(*LINEAR, *ENDS), use_dora=True),
@@ -95,9 +97,15 @@ def losses(name: str, part: ParallelPart, method: str = "full") -> list[tuple[fl
     mesh = Mesh.of(part)
     model = fresh(name, method)
     spread = prepare(model, mesh)
-    optimiser = AdamW(list(spread.parameters()), lr=3e-3, eps=EPS)
+    optimiser = moved(spread)
     torch.manual_seed(2 + mesh.draws)
     return [_step(spread, optimiser, *rows(step, model.config)) for step in range(STEPS)]
+
+
+def moved(spread: Any) -> AdamW:
+    """What moves this rank's parameters; a stage of a pipeline may have none that train."""
+    own = list(spread.parameters())
+    return AdamW(own or [torch.zeros(())], lr=3e-3, eps=EPS)
 
 
 def _step(spread: Any, optimiser: AdamW, tokens: Tensor, labels: Tensor, positions: Tensor) -> tuple[float, float]:

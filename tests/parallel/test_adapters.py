@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.optim import AdamW
 
 from herd.errors import ConfigError
 from herd.parallel.config import ParallelPart
@@ -32,6 +31,9 @@ FAST = [
     ("tied", "lora", {"pp": 2}),
     ("wide", "qdora", {"tp": 2}),
     ("llama4", "experts", {"dp_shard": 2}),
+    ("llama4", "experts", {"tp": 2}),
+    ("llama3", "prefix", {"pp": 2}),
+    ("llama3", "prompt", {"pp": 2}),
 ]
 SLOW = [
     ("llama3", "lora", {"tp": 2}),
@@ -64,6 +66,37 @@ SLOW = [
     ("few", "prompt", {"tp": 4}),
     ("llama3", "prompt", {"tp": 2}),
     ("llama3", "prompt", {"dp_shard": 2, "tp": 2}),
+    ("llama4", "experts", {"tp": 2, "experts": "number"}),
+    ("llama4", "down", {"tp": 2}),
+    ("llama4", "experts", {"tp": 4}),
+    ("llama4", "experts", {"tp": 4, "experts": "number"}),
+    ("llama4", "experts", {"dp_shard": 2, "tp": 2}),
+    ("llama4", "experts", {"dp_shard": 2, "tp": 2, "experts": "number"}),
+    ("llama4", "experts", {"dp_replicate": 2, "tp": 2}),
+    ("llama4", "experts", {"cp": 2, "tp": 2}),
+    ("llama4", "experts", {"pp": 2, "tp": 2}),
+    ("llama4", "experts", {"pp": 2, "tp": 2, "experts": "number"}),
+    ("llama4", "experts", {"pp": 2, "dp_shard": 2, "tp": 2}),
+    ("llama3", "early", {"pp": 2}),
+    ("llama3", "early", {"pp": 2, "dp_shard": 2}),
+    *(
+        (model, method, {"pp": 2, **more})
+        for method in ("prefix", "prompt")
+        for model, more in (
+            ("tied", {"schedule": "gpipe"}),
+            ("few", {"tp": 2}),
+            ("llama3", {"tp": 2}),
+            ("llama3", {"dp_shard": 2}),
+            ("llama3", {"dp_replicate": 2}),
+            ("llama3", {"cp": 2}),
+            ("llama3", {"schedule": "interleaved", "stages": 2}),
+            ("llama3", {"dp_shard": 2, "schedule": "interleaved", "stages": 2}),
+            ("llama3", {"dp_shard": 2, "tp": 2}),
+            ("llama3", {"cp": 2, "tp": 2}),
+        )
+    ),
+    ("llama3", "prefix", {"pp": 4, "schedule": "gpipe"}),
+    ("llama3", "prompt", {"pp": 4, "schedule": "gpipe"}),
 ]
 
 
@@ -123,10 +156,7 @@ def refused(name: str, method: str, part: ParallelPart) -> str:
 @pytest.mark.parametrize(
     ("name", "method", "part", "why"),
     [
-        ("llama3", "prefix", {"pp": 2}, "parallel.pp cannot share prefix_keys"),
-        ("llama3", "prompt", {"pp": 2}, "parallel.pp cannot share prompt"),
-        ("llama4", "experts", {"tp": 2}, "parallel.tp cannot cut layers.1.feed_forward.experts.a13"),
-        ("llama3", "late", {"pp": 2}, "in layers 0 to 1, which are a stage, nothing trains"),
+        ("llama3", "late", {"pp": 2}, "in layers 0 to 1, the first stage, nothing trains"),
     ],
 )
 def test_what_cannot_be_shared_is_refused_before_the_first_step(
@@ -141,20 +171,39 @@ def test_quantized_experts_are_refused(ranks: Crew) -> None:
         assert "quantized experts of layers.1.feed_forward.experts" in said
 
 
-def prepared(part: ParallelPart, policy: str) -> tuple[str, list[float]]:
+def prepared(name: str, method: str, part: ParallelPart, policy: str) -> tuple[str, list[float]]:
     """What hidden states are held in, and losses of three steps, in bfloat16 with blocks that are made again."""
     config = TrainConfig(budget=Budget(steps=1), precision="bfloat16", checkpointing=policy)
-    spread = prepare(cases.fresh("llama3"), Mesh.of(part), middle=lambda model: prepare_model(model, config))
+    spread = prepare(cases.fresh(name, method), Mesh.of(part), middle=lambda model: prepare_model(model, config))
     tokens, _, positions = cases.rows(0, spread.model.config)
-    model = spread.model
-    state = model.hidden(model.embed(tokens), positions, spread.mesh.packed(model.config, positions))
-    optimiser = AdamW(list(spread.parameters()), lr=3e-3)
-    return str(state.dtype), [cases._step(spread, optimiser, *cases.rows(step, model.config))[0] for step in range(3)]
+    model, optimiser = spread.model, cases.moved(spread)
+    see = spread.mesh.packed(model.config, positions)
+    if spread.pipeline is None:
+        dtype = str(model.hidden(model.embed(tokens), positions, see).dtype)
+    else:
+        end = spread.pipeline.forward(tokens, positions)
+        dtype = "elsewhere" if end is None else str(end.embed(tokens).dtype)
+    return dtype, [cases._step(spread, optimiser, *cases.rows(step, model.config))[0] for step in range(3)]
 
 
-@pytest.mark.parametrize("policy", ["attention", pytest.param("full", marks=pytest.mark.slow)])
-def test_bfloat16_and_checkpointing_under_tensor_parallelism(ranks: Crew, policy: str) -> None:
-    dtype, expected = prepared(ParallelPart(), policy)
-    for found, losses in ranks.run("tests.parallel.test_adapters:prepared", 2, ParallelPart(tp=2), policy):
-        assert found == dtype == "torch.bfloat16"
+@pytest.mark.parametrize(
+    ("name", "method", "policy", "spread"),
+    [
+        ("llama3", "full", "attention", {"tp": 2}),
+        pytest.param("llama3", "full", "full", {"tp": 2}, marks=pytest.mark.slow),
+        pytest.param("llama4", "full", "none", {"tp": 2, "experts": "number"}, marks=pytest.mark.slow),
+        pytest.param("llama4", "experts", "full", {"tp": 2, "experts": "number"}, marks=pytest.mark.slow),
+        pytest.param("llama4", "experts", "attention", {"tp": 2}, marks=pytest.mark.slow),
+        pytest.param("llama3", "prompt", "full", {"pp": 2}, marks=pytest.mark.slow),
+        pytest.param("llama3", "prompt", "attention", {"pp": 2, "tp": 2}, marks=pytest.mark.slow),
+        pytest.param("llama3", "prefix", "attention", {"pp": 2}, marks=pytest.mark.slow),
+    ],
+    ids=_name,
+)
+def test_bfloat16_and_checkpointing(ranks: Crew, name: str, method: str, policy: str, spread: dict[str, Any]) -> None:
+    part = ParallelPart(**spread)
+    dtype, expected = prepared(name, method, ParallelPart(), policy)
+    assert dtype == "torch.bfloat16"
+    for found, losses in ranks.run("tests.parallel.test_adapters:prepared", part.world, name, method, part, policy):
+        assert found in (dtype, "elsewhere")
         assert losses == pytest.approx(expected, rel=ROUNDED)

@@ -22,6 +22,7 @@ from herd.checkpoint.vocabulary import load_tokenizer
 from herd.checkpoint.write.hf import write_hf
 from herd.checkpoint.write.model_store import ModelStore
 from herd.checkpoint.write.source import Source
+from herd.model.config import ModelConfig
 from herd.train.overrides import load_config
 from herd.train.run import run_recipe
 from herd.train.watch import Recorder
@@ -146,12 +147,23 @@ def test_evaluations_samples_and_averages(
 @pytest.fixture(scope="module")
 def base(home: Path) -> Path:
     """A model to adapt, whose rows are whole blocks of NF4 for two ranks, too."""
-    vocabulary = load_tokenizer("nano")
     sizes: dict[str, Any] = {"dim": 128, "n_heads": 8, "n_kv_heads": 4, "head_dim": 16, "hidden_dim": 256}
-    model = build(replace(tiny("llama-3"), vocab_size=vocabulary.vocab_size, **sizes))
+    return _written(replace(tiny("llama-3"), **sizes), home / "base")
+
+
+@pytest.fixture(scope="module")
+def with_experts(home: Path) -> Path:
+    """The same of a model whose layers have routed experts."""
+    sizes: dict[str, Any] = {"n_heads": 4, "n_kv_heads": 2, "head_dim": 20}
+    return _written(replace(tiny("llama-4-scout"), **sizes), home / "experts")
+
+
+def _written(config: ModelConfig, folder: Path) -> Path:
+    vocabulary = load_tokenizer("nano")
+    model = build(replace(config, vocab_size=vocabulary.vocab_size))
     kept = GenerationDefaults(vocabulary.special.stop)
-    write_hf(Source(ModelStore(model), vocabulary, kept, template_of("llama3")), home / "base")
-    return home / "base"
+    write_hf(Source(ModelStore(model), vocabulary, kept, template_of("llama3")), folder)
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -163,13 +175,21 @@ def base(home: Path) -> Path:
         pytest.param("qlora", "pp", "tp", marks=pytest.mark.slow),
         pytest.param("prefix", "tp", "cp", marks=pytest.mark.slow),
         pytest.param("prompt", "tp", "cp", marks=pytest.mark.slow),
+        pytest.param("prefix", "pp", "dp_shard", marks=pytest.mark.slow),
+        pytest.param("prompt", "pp", "", marks=pytest.mark.slow),
+        pytest.param("prompt", "dp_shard", "pp", marks=pytest.mark.slow),
+        pytest.param("experts", "tp", "pp", marks=pytest.mark.slow),
+        pytest.param("experts", "dp_shard", "tp", marks=pytest.mark.slow),
     ],
 )
 def test_adapters_move_to_other_ranks_and_come_out_the_same(
-    ranks: Crew, home: Path, base: Path, kind: str, first: str, then: str
+    ranks: Crew, home: Path, base: Path, with_experts: Path, kind: str, first: str, then: str
 ) -> None:
     """Two steps spread one way, saved, two more spread another way: what one process does in four."""
-    more = {"model": {"source": str(base)}, "method": {"kind": kind, "rank": 4, "tokens": 4}}
+    method: dict[str, Any] = {"kind": kind, "rank": 4, "tokens": 4}
+    if kind == "experts":
+        method, base = {"kind": "lora", "rank": 4, "targets": ["wq", "experts"]}, with_experts
+    more = {"model": {"source": str(base)}, "method": method}
     wanted = train(described(home, f"{kind}-{first}-one", **more), [])
     moved = described(home, f"{kind}-{first}-two", **more)
 
