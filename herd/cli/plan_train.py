@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -143,16 +144,9 @@ def _write(plan: TrainPlan, slurm: Path | None, kuberay: Path | None, config: st
 
     if not plan.fits:
         raise ConfigError("no layout fits, so there is nothing to start: see the table")
-    layout = plan.fits[0].layout
-    words = train_launch.overrides(
-        layout.part,
-        accumulate=layout.microbatches,
-        rows=layout.rows,
-        length=layout.length,
-        checkpointing=layout.checkpointing,
-    )
-    if layout.precision == "float8":
-        words.append("train.precision=float8")
+    words = train_launch.overrides(plan.fits[0].layout)
+    if Path(config).is_file():
+        _compare(plan, config, words)
     node = plan.cluster.node
     for path, text in (
         (slurm, lambda: train_launch.slurm(config, words, gpus=plan.gpus, node=node)),
@@ -164,6 +158,31 @@ def _write(plan: TrainPlan, slurm: Path | None, kuberay: Path | None, config: st
             except OSError as error:
                 raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from error
             note(f"written: {path}")
+
+
+def _compare(plan: TrainPlan, file: str, words: list[str]) -> None:
+    """Say what `file` has other than was planned. Raises ConfigError when herd train would not take it with `words`."""
+    from herd.errors import HerdError
+    from herd.planning.subject import subject
+    from herd.train.overrides import load_config
+
+    config = load_config(file, words)
+    own: Any = config.model.shape
+    if not isinstance(own, dict):
+        try:
+            found = subject(str(config.model.source or own)).config
+        except HerdError as error:
+            note(f"{file} was not compared with what was planned: {error}", "yellow")
+            return
+        own = {} if found is None else {"dim": found.dim, "n_layers": found.n_layers}
+    if (own.get("dim"), own.get("n_layers")) != (plan.config.dim, plan.config.n_layers):
+        note(
+            f"{file} trains another model: dim {own.get('dim')}, {own.get('n_layers')} layers; planned were dim "
+            f"{plan.config.dim}, {plan.config.n_layers} layers",
+            "yellow",
+        )
+    if config.train.optim.kind != "adamw":
+        note(f"AdamW was planned, and {file} trains with {config.train.optim.kind}", "yellow")
 
 
 def _text(plan: TrainPlan) -> str:
@@ -181,51 +200,34 @@ def _text(plan: TrainPlan) -> str:
         parts += ["Nothing fits. The nearest:", _table(plan, (plan.nearest,)), _detail(plan.nearest)]
     if plan.budget is not None:
         parts.append(_budget(plan))
-    said = "\n".join(textwrap.fill(item, 118, initial_indent="- ", subsequent_indent="  ") for item in plan.assumptions)
+    said = "\n".join(_wrapped(item, "- ", "  ") for item in plan.assumptions)
     return "\n\n".join([*parts, f"{styled('Assumptions', 'bold', sys.stdout)}\n{said}"])
 
 
 def _table(plan: TrainPlan, found: tuple[Estimate, ...]) -> str:
-    rows = [
-        [
-            "DP",
-            "TP",
-            "CP",
-            "PP",
-            "ROWS",
-            "ACCUM",
-            "CHECKPOINTS",
-            "GIB",
-            "STEP",
-            "TOK/S/GPU",
-            "MFU",
-            "FULL",
-            "BUBBLE",
-            "RUN",
-        ]
-    ]
+    """At most 80 columns: what is 1, or unknown, in every layout has none."""
+    rows: list[dict[str, str]] = []
     for one in found:
-        part, layout = one.layout.part, one.layout
-        run = plan.seconds(one)
+        part, layout, run = one.layout.part, one.layout, plan.seconds(one)
         rows.append(
-            [
-                str(part.dp),
-                str(part.tp),
-                str(part.cp),
-                f"{part.pp}" + (f" x {part.stages}" if part.stages > 1 else ""),
-                str(layout.rows),
-                str(layout.microbatches),
-                layout.checkpointing,
-                f"{one.memory.total / 2**30:,.1f}",
-                _seconds(one.time.total),
-                f"{one.tokens_per_second:,.0f}",
-                f"{one.mfu:.1%}",
-                f"{one.mfu_full:.1%}",
-                f"{layout.bubble:.1%}",
-                "" if run is None else f"{run / 86400:,.1f} d",
-            ]
+            {
+                "DP": str(part.dp),
+                "TP": str(part.tp),
+                "CP": str(part.cp),
+                "PP": f"{part.pp}" + (f"x{part.stages}" if part.stages > 1 else ""),
+                "ROWS": f"{layout.rows}x{layout.microbatches}",
+                "AGAIN": layout.checkpointing,
+                "GIB": f"{one.memory.total / 2**30:,.1f}",
+                "STEP": _seconds(one.time.total),
+                "TOK/S": f"{one.tokens_per_second:,.0f}",
+                "MFU": f"{one.mfu:.1%}",
+                "FULL": f"{one.mfu_full:.1%}",
+                "IDLE": f"{layout.bubble:.1%}",
+                "RUN": "" if run is None else f"{run / 86400:,.1f}d",
+            }
         )
-    return columns(rows, right=(0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 11, 12, 13))
+    names = [name for name in rows[0] if not (name in ("CP", "RUN") and {row[name] for row in rows} <= {"", "1"})]
+    return columns([names, *([row[name] for name in names] for row in rows)], right=range(len(names)))
 
 
 def _detail(one: Estimate) -> str:
@@ -238,9 +240,13 @@ def _detail(one: Estimate) -> str:
     time = ", ".join(f"{name} {value:.0%}" for name, value in share.items() if value >= 0.005)
     return "\n".join(
         [
-            "MFU counts what is not masked, FULL all of attention; both against the 16-bit peak.",
-            f"GiB of the first: {memory}",
-            f"Time of the first: {time}",
+            _wrapped(
+                "PP: ranks x stages. ROWS of a rank: in a micro-batch x micro-batches. AGAIN: blocks that are computed again for "
+                "the backward pass (train.checkpointing). GIB, TOK/S: of a GPU. MFU counts what is not masked, FULL all of "
+                "attention; both against the 16-bit peak. IDLE: the pipeline's bubble."
+            ),
+            _wrapped(f"GiB of the first: {memory}"),
+            _wrapped(f"Time of the first: {time}"),
         ]
     )
 
@@ -261,7 +267,12 @@ def _budget(plan: TrainPlan) -> str:
         lines.append(
             f"The first layout takes {seconds / 86400:,.1f} days, {_short(seconds / 3600 * plan.gpus)} GPU hours."
         )
-    return "\n".join(textwrap.fill(line, 118) for line in lines)
+    return "\n".join(_wrapped(line) for line in lines)
+
+
+def _wrapped(text: str, first: str = "", later: str = "") -> str:
+    width = max(40, min(shutil.get_terminal_size((100, 24)).columns, 120))
+    return textwrap.fill(text, width, initial_indent=first, subsequent_indent=later)
 
 
 def _count(text: str) -> float:
@@ -285,4 +296,4 @@ def _short(value: float) -> str:
 
 
 def _seconds(value: float) -> str:
-    return f"{value:.2f} s" if value < 100 else f"{value:,.0f} s"
+    return f"{value:.2f}s" if value < 100 else f"{value:,.0f}s"

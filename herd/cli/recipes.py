@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import textwrap
 from pathlib import Path
 
 import click
@@ -43,9 +45,11 @@ command.add_command(listed, "ls")
 def _listed() -> None:
     from herd.train.recipes.catalog import names, summary
 
-    width = max(len(name) for name in names())
+    indent = 2 + max(len(name) for name in names())
     for name in names():
-        click.echo(f"{name:<{width}}  {summary(name)}")
+        click.echo(
+            textwrap.fill(summary(name), _width(), initial_indent=name.ljust(indent), subsequent_indent=" " * indent)
+        )
 
 
 @command.command("cp")
@@ -90,15 +94,15 @@ def _whole(name: str) -> str:
 @click.argument("part", default="")
 def keys(part: str) -> None:
     """List the keys of a configuration that have PART in their name, with type and meaning."""
-    import shutil
-    import textwrap
-
     from herd.train.overrides import leaves
 
-    width = min(shutil.get_terminal_size((100, 24)).columns, 110)
     found = [leaf for leaf in leaves() if part in leaf[0]]
     if not found:
         raise ConfigError(f"no key has {part!r} in its name: herd recipes keys lists all of them")
     for key, kind, text in found:
         click.echo(f"{click.style(key, bold=True)}  ({kind})")
-        click.echo(textwrap.indent(textwrap.fill(text, width - 4), "    "))
+        click.echo(textwrap.indent(textwrap.fill(text, _width() - 4), "    "))
+
+
+def _width() -> int:
+    return min(shutil.get_terminal_size((100, 24)).columns, 110)

@@ -10,28 +10,31 @@ from collections.abc import Sequence
 from typing import Any
 
 from herd.errors import ConfigError
-from herd.parallel.config import ParallelPart
 from herd.planning.manifest import RAY, yaml_lines
+from herd.planning.train_layout import Layout
 
 __all__ = ["kuberay", "overrides", "slurm"]
 
 PORT = 29_500
+VOLUME = "/data"
+"""Where the volume of a RayJob is mounted."""
 
 
-def overrides(part: ParallelPart, *, accumulate: int, rows: int, length: int, checkpointing: str) -> list[str]:
-    """The words that make `herd train CONFIG ...` use a planned layout."""
-    words = [
-        f"parallel.{name}={getattr(part, name)}"
-        for name in ("dp_replicate", "dp_shard", "tp", "cp", "pp", "stages", "schedule")
-        if getattr(part, name) != getattr(ParallelPart(), name)
-    ]
-    kind = {"none": "none", "half": "2", "full": "full"}[checkpointing]
+def overrides(layout: Layout) -> list[str]:
+    """The words that make `herd train CONFIG ...` use a planned layout, whatever CONFIG had in its place."""
+    part = layout.part
+    kind = {"none": "none", "half": "2", "full": "full"}[layout.checkpointing]
     return [
-        *words,
-        f"train.accumulate={accumulate}",
-        f"data.rows={rows}",
-        f"data.length={length}",
+        *(
+            f"parallel.{name}={getattr(part, name)}"
+            for name in ("dp_replicate", "dp_shard", "tp", "cp", "pp", "stages", "schedule")
+        ),
+        f"train.accumulate={layout.microbatches}",
+        f"data.rows={layout.rows}",
+        f"data.length={layout.length}",
         f"train.checkpointing={kind}",
+        f"train.precision={layout.precision}",
+        "train.compile=true",
     ]
 
 
@@ -84,7 +87,8 @@ def kuberay(
     nodes, each = _nodes(gpus, node)
     head = [
         "# Made by herd plan train. Edit image, sizes and the volume first, then: kubectl create -f FILE",
-        "# The image must have herd and Ray " + RAY + "; the run's folder and data lie on the volume /data.",
+        f"# The image must have herd and Ray {RAY}. {config}, data and the run's folder lie on the volume {VOLUME}, where",
+        "# processes start.",
     ]
     return "\n".join([*head, *yaml_lines(_job(config, words, nodes, each, image, name)), ""])
 
@@ -120,18 +124,25 @@ def _job(config: str, words: Sequence[str], nodes: int, each: int, image: str, n
     )
     size = {"cpu": "64", "memory": "512Gi", "nvidia.com/gpu": str(each)}
     volumes = [{"name": "data", "persistentVolumeClaim": {"claimName": f"{name}-data"}}]
-    mounts = [{"name": "data", "mountPath": "/data"}]
+    mounts = [{"name": "data", "mountPath": VOLUME}]
     memory = {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "64Gi"}}
     environment = [{"name": "HERD_RUN", "value": torchrun}]
     worker = {
         "name": "ray-worker",
         "image": image,
+        "workingDir": VOLUME,
         "env": environment,
         "resources": {"requests": size, "limits": size},
         "volumeMounts": [*mounts, {"name": "shm", "mountPath": "/dev/shm"}],
     }
     small = {"cpu": "4", "memory": "16Gi"}
-    first = {"name": "ray-head", "image": image, "env": environment, "resources": {"requests": small, "limits": small}}
+    first = {
+        "name": "ray-head",
+        "image": image,
+        "workingDir": VOLUME,
+        "env": environment,
+        "resources": {"requests": small, "limits": small},
+    }
     return {
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",

@@ -17,7 +17,7 @@ from herd.checkpoint.vocabulary import load_tokenizer
 from herd.model.accounting import parameters
 from herd.model.config import ModelConfig
 from herd.train.config import MethodPart, RunConfig
-from herd.train.unused import unused
+from herd.train.unused import alone, unused
 
 __all__ = ["Forecast", "forecast"]
 
@@ -187,6 +187,7 @@ def _warnings(config: RunConfig, geometry: ModelConfig, tokens: int, held: str) 
     """What is probably not meant, though it can be done. `held`: the dtype of weights."""
     yield from _warm_up(config, tokens)
     yield from unused(config)
+    yield from alone(config)
     train, length = config.train, config.data.length
     if held == "bfloat16" and train.precision == "float32" and config.model.dtype is not None:
         yield "model.dtype=bfloat16: products of weights of 16 bits are of 16 bits, whatever train.precision=float32 says"

@@ -1,4 +1,5 @@
-"""Keys that were changed and that nothing reads: those of another `kind` than the one that is chosen. Imports no torch.
+"""Keys that were changed and that nothing reads: those of another `kind` than the one that is chosen, or of something that the
+run does not do. Imports no torch.
 
 Which kinds read a key stands at the beginning of its text (`herd.train.config`): "lora, dora, qlora: the rank of the factors."
 """
@@ -9,9 +10,10 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, get_args
 
+from herd.train.config import EvaluatePart, ReportPart, RunConfig
 from herd.train.typed import documents, types_of
 
-__all__ = ["unused"]
+__all__ = ["alone", "unused"]
 
 
 def unused(part: Any, prefix: str = "") -> Iterator[str]:
@@ -26,3 +28,16 @@ def unused(part: Any, prefix: str = "") -> Iterator[str]:
         readers = set(names.split(", "))
         if field.name != "kind" and colon and readers <= choices and kind not in readers and value != field.default:
             yield f"{key} has no effect: it is for {prefix}kind={names.replace(', ', ' or ')}, and this is {kind}"
+
+
+def alone(config: RunConfig) -> Iterator[str]:
+    """A line for each key that was changed and says how to do what the run does not do at all."""
+    part, report, judge = config.parallel, config.report, config.train.evaluate
+    for name, ranks in (("schedule", "pp"), ("experts", "tp"), ("reshard", "dp_shard")):
+        if getattr(part, name) != getattr(type(part)(), name) and getattr(part, ranks) == 1:
+            yield f"parallel.{name} has no effect: it is for parallel.{ranks} of 2 or more, and this is 1"
+    for name in ("project", "name"):
+        if not report.to and getattr(report, name) != getattr(ReportPart(), name):
+            yield f"report.{name} has no effect: report.to names no tracker that would show it"
+    if not judge.prompts and judge.max_tokens != EvaluatePart().max_tokens:
+        yield "train.evaluate.max_tokens has no effect: train.evaluate.prompts is empty, so nothing is answered"

@@ -391,9 +391,14 @@ def test_on_a_terminal_steps_are_all_that_moves(texts: Path, tmp_path: Path, mon
         assert "tokenizing" not in one[first.start() :]
 
 
-def test_recipes_are_listed_and_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_recipes_are_listed_and_copied(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     assert run(["recipes"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()][:3] == ["pretrain", "sft", "lora"]
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in listed if line[0] != " "][:3] == ["pretrain", "sft", "lora"]
+    assert max(map(len, listed)) <= 80
     for name, options in (("a.yaml", []), ("b.yaml", ["--all"]), ("c.py", ["--python"])):
         assert run(["recipes", "cp", "lora", str(tmp_path / name), *options]) == 0
     assert (tmp_path / "a.yaml").read_text() == recipe_file("lora").read_text()

@@ -23,6 +23,7 @@ from herd.parallel.config import ParallelPart
 from herd.planning.devices import DEVICES, GIB
 from herd.planning.train import cluster_of, compute_optimal, plan_train
 from herd.planning.train_layout import Cluster, Layout, Rates, estimate
+from herd.train.overrides import load_config
 
 TIME, MEMORY = 0.15, 0.10
 """What the issue asks for: within 15 % of published time and 10 % of published memory."""
@@ -267,6 +268,22 @@ def test_the_command_as_table_and_json() -> None:
     assert "parameters" in _run("llama-3.2-1b")  # the command that was there before
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("405b", "16384", "--tokens", "15.6T"),
+        ("405b", "16384", "--tokens", "800B", "--length", "131072"),
+        ("llama-4-maverick", "1024"),
+        ("70b", "4"),
+    ],
+    ids=["405b", "long rows", "experts", "nothing fits"],
+)
+def test_a_plan_fits_a_narrow_terminal(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = _run("train", "--model", words[0], "--gpus", *words[1:])
+    assert max(map(len, text.splitlines())) <= 80
+
+
 def test_a_budget_and_a_layout_are_one_object() -> None:
     alone = json.loads(_run("train", "--compute", "1e21", "--json"))
     both = json.loads(_run("train", "--compute", "1e21", "--model", "8b", "--json"))
@@ -327,6 +344,75 @@ def test_launch_files_are_whole(tmp_path: Path) -> None:
     part = ParallelPart(**{key: value if key == "schedule" else int(value) for key, value in spread.items()})  # type: ignore[arg-type]
     assert part.world == 256
     assert "train.checkpointing=" in text
+
+
+CONFIG = """
+recipe: pretrain
+out: runs/large
+model: {shape: SHAPE, tokenizer: nano}
+data: {sources: texts}
+train: {budget: {steps: 10}, precision: float32, checkpointing: full, optim: {kind: KIND}}
+parallel: {dp_replicate: 2, tp: 2, cp: 2, pp: 4, schedule: interleaved, stages: 2}
+"""
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float8"])
+def test_the_run_that_is_started_is_the_one_that_was_planned(precision: str, tmp_path: Path) -> None:
+    """Whatever layout and precision the configuration had before."""
+    file, batch = tmp_path / "run.yaml", tmp_path / "a.sbatch"
+    file.write_text(CONFIG.replace("SHAPE", "llama-3.1-8b").replace("KIND", "adamw"))
+    words = ("--model", "8b", "--gpus", "8", "--precision", precision, "--length", "4096")
+    said = _run("train", *words, "--slurm", str(batch), "--config", str(file))
+    best = json.loads(_run("train", *words, "--json"))["layouts"][0]
+    line = next(line for line in batch.read_text().splitlines() if line.startswith("srun"))
+    started = load_config(file, [word for word in shlex.split(line) if "=" in word and not word.startswith("--")])
+    for name in ("dp_replicate", "dp_shard", "tp", "cp", "pp", "stages"):
+        assert getattr(started.parallel, name) == best[name]
+    assert (started.train.precision, started.train.compile) == (precision, True)
+    assert (started.train.checkpointing, started.train.accumulate) == (best["checkpointing"], best["accumulate"])
+    assert (started.data.rows, started.data.length) == (best["rows"], 4096)
+    assert "another" not in said
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind", "told"),
+    [
+        ("llama-3.1-8b", "muon", "AdamW was planned, and run.yaml trains with muon"),
+        (
+            "llama-3.2-1b",
+            "adamw",
+            "run.yaml trains another model: dim 2048, 16 layers; planned were dim 4096, 32 layers",
+        ),
+        ("{dim: 64, n_layers: 2}", "adamw", "run.yaml trains another model: dim 64, 2 layers"),
+        ("llama-9-1b", "adamw", "run.yaml was not compared with what was planned: "),
+    ],
+)
+def test_a_configuration_that_was_not_planned_is_told(
+    shape: str, kind: str, told: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.yaml").write_text(CONFIG.replace("SHAPE", shape).replace("KIND", kind))
+    with contextlib.chdir(tmp_path):
+        assert run(["plan", "train", "--model", "8b", "--gpus", "8", "--slurm", "a.sbatch"]) == 0
+    assert told in capfd.readouterr().err
+
+
+def test_a_configuration_that_is_none_makes_no_files(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("recipe: pretrain\n")
+    with contextlib.chdir(tmp_path):
+        _run("train", "--model", "8b", "--gpus", "8", "--slurm", "a.sbatch", status=1)
+    assert not (tmp_path / "a.sbatch").exists()
+
+
+def test_paths_of_a_ray_job_are_of_its_volume() -> None:
+    """run.yaml, data and the run's folder are relative in most configurations: they lie on /data, where processes start."""
+    from herd.planning.train_launch import kuberay
+
+    job = yaml.safe_load(kuberay("run.yaml", [], gpus=16, image="herd:latest"))
+    spec = job["spec"]["rayClusterSpec"]
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        (container,) = group["template"]["spec"]["containers"]
+        assert container["workingDir"] == "/data"
+        assert "/data" in [mount["mountPath"] for mount in container["volumeMounts"]]
 
 
 def test_the_slurm_script_queues_itself_again(tmp_path: Path) -> None:

@@ -5,14 +5,15 @@ import pytest
 from herd.train.forecast import forecast
 from herd.train.overrides import load_config
 from herd.train.recipes.catalog import names, recipe_file
-from herd.train.unused import unused
+from herd.train.unused import alone, unused
 
 FILES = ["data.sources=texts", "model.source=nano", "model.shape=null", "model.tokenizer="]
 
 
 @pytest.mark.parametrize("recipe", names())
 def test_recipes_have_no_key_without_effect(recipe: str) -> None:
-    assert list(unused(load_config(recipe_file(recipe), FILES))) == []
+    config = load_config(recipe_file(recipe), FILES)
+    assert [*unused(config), *alone(config)] == []
 
 
 @pytest.mark.parametrize(
@@ -35,15 +36,36 @@ def test_recipes_have_no_key_without_effect(recipe: str) -> None:
         ),
         (["train.average.kind=tail", "train.average.decay=0.5"], ["train.average.decay has no effect"]),
         (["train.average.kind=ema", "train.average.decay=0.5"], []),
+        (
+            ["parallel.schedule=gpipe"],
+            ["parallel.schedule has no effect: it is for parallel.pp of 2 or more, and this is 1"],
+        ),
+        (["parallel.schedule=gpipe", "parallel.pp=2"], []),
+        (["parallel.experts=number"], ["parallel.experts has no effect: it is for parallel.tp of 2 or more"]),
+        (["parallel.reshard=false"], ["parallel.reshard has no effect: it is for parallel.dp_shard of 2 or more"]),
+        (["parallel.reshard=false", "parallel.dp_shard=-1"], []),
+        (
+            ["report.project=a", "report.name=b"],
+            ["report.project has no effect: report.to", "report.name has no effect"],
+        ),
+        (["report.to=wandb", "report.name=b"], []),
+        (
+            ["train.evaluate.prompts=[]", "train.evaluate.max_tokens=3"],
+            ["train.evaluate.max_tokens has no effect: train.evaluate.prompts is empty"],
+        ),
+        (["train.evaluate.max_tokens=3"], []),
     ],
 )
 def test_keys_of_another_kind_are_told(changed: list[str], told: list[str]) -> None:
-    found = list(unused(load_config(recipe_file("lora"), [*FILES, *changed])))
+    config = load_config(recipe_file("lora"), [*FILES, *changed])
+    found = [*unused(config), *alone(config)]
     assert len(found) == len(told)
     for line, beginning in zip(found, told, strict=True):
         assert line.startswith(beginning)
 
 
 def test_a_run_tells_them_before_it_begins() -> None:
-    config = load_config(recipe_file("lora"), [*FILES, "method.kind=full", "method.rank=4"])
-    assert any(text.startswith("method.rank has no effect") for text in forecast(config).warnings)
+    changed = ["method.kind=full", "method.rank=4", "report.name=a"]
+    told = forecast(load_config(recipe_file("lora"), [*FILES, *changed])).warnings
+    assert any(text.startswith("method.rank has no effect") for text in told)
+    assert any(text.startswith("report.name has no effect") for text in told)
