@@ -54,7 +54,9 @@ def shard(model: Llama, devices: DeviceMesh, *, experts: str = "width") -> Llama
     for name, module in list(model.named_modules()):
         whole = copies > 1 and _matrix(name).endswith(("attention.wk.weight", "attention.wv.weight"))
         head = group.rank() // copies
-        _share(name, module, group, ranks // copies if whole else ranks, head if whole else group.rank())
+        dim = cut_of(_matrix(name), experts=experts)
+        if dim is not None and hasattr(module, "share"):
+            _share(module, dim, group, ranks // copies if whole else ranks, head if whole else group.rank())
         for key, parameter in list(module._parameters.items()):
             if parameter is not None:
                 cut = cut_of(f"{name}.{key}" if name else key, experts=experts)
@@ -91,21 +93,16 @@ def _known(model: Llama) -> None:
     for name, _ in model.named_parameters():
         if not known(name):
             raise ConfigError(f"parallel.tp cannot cut {name}: use parallel.dp_shard and parallel.cp for this method")
-    for name, module in model.named_modules():
-        if hasattr(module, "matrices") and not hasattr(module, "share"):
-            raise ConfigError(f"parallel.tp cannot cut the quantized experts of {name}: use parallel.dp_shard")
 
 
 def _matrix(home: str) -> str:
-    """The name of the matrix that the module `home` holds, or changes."""
-    return home.removesuffix(".base") + ".weight"
+    """The name of the matrix that the module `home` holds, or changes; of experts the first one."""
+    home = home.removesuffix(".base")
+    return home + (".w1" if home.endswith(".experts") else ".weight")
 
 
-def _share(name: str, module: nn.Module, group: ProcessGroup, parts: int, own: int) -> None:
-    """Let a module that can make itself the part `own` of `parts`."""
-    share, dim = getattr(module, "share", None), cut_of(_matrix(name))
-    if share is None or dim is None:
-        return
+def _share(module: Any, dim: int, group: ProcessGroup, parts: int, own: int) -> None:
+    """Let `module` make itself the part `own` of `parts`."""
 
     def cut(size: int) -> tuple[int, int]:
         count = -(-size // parts)  # as DTensor cuts: the last ranks may have less
@@ -115,7 +112,7 @@ def _share(name: str, module: nn.Module, group: ProcessGroup, parts: int, own: i
         dist.all_reduce(value, group=group)
         return value
 
-    share(dim, cut, total)
+    module.share(dim, cut, total)
 
 
 def _tokens_of(count: int, group: ProcessGroup) -> slice:

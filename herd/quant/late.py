@@ -74,7 +74,7 @@ def put_later(
         count, rows, columns = shape
         each = [LateMatrix(lambda e=e: experts_of(make(), own=True)[e], rows, columns, kind) for e in range(count)]
         setattr(module, field, tuple(each))
-        promise(module, field, lambda: experts_of(make(), own=True))
+        promise(module, field, lambda: module.own(field, experts_of(make(), own=True)))
         return
     tied, looked_up = model.config.tie_embeddings, home == "tok_embeddings"
     rows, columns = shape

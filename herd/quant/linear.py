@@ -105,9 +105,25 @@ class QuantExperts(_Stored):
     def __init__(self, w1: Sequence[Matrix] = (), w2: Sequence[Matrix] = (), w3: Sequence[Matrix] = ()) -> None:
         super().__init__()
         self.w1, self.w2, self.w3 = tuple(w1), tuple(w2), tuple(w3)  # loading sets one after the other
+        self._part: tuple[int, int, int] | None = None
 
     def matrices(self) -> Sequence[Matrix]:
         return (*self.w1, *self.w2, *self.w3)
+
+    def share(self, dim: int, cut: Callable[[int], tuple[int, int]], total: object) -> None:
+        """As `QuantLinear.share`: some of the experts (`dim` 0), or some units of each (1)."""
+        self._part = (dim, *cut(self.w1[0].rows if dim else len(self.w1)))
+        for field in ("w1", "w2", "w3"):
+            setattr(self, field, self.own(field, getattr(self, field)))
+
+    def own(self, field: str, whole: Sequence[Matrix]) -> tuple[Matrix, ...]:
+        """What this rank has of the `whole` of a field, after `share`; all of it before."""
+        if self._part is None:
+            return tuple(whole)
+        dim, first, count = self._part
+        if dim == 0:
+            return tuple(whole[first : first + count])
+        return tuple(matrix.part(1 if field == "w2" else 0, first, count) for matrix in whole)
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         out = []

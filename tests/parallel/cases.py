@@ -28,6 +28,7 @@ EPS = 1e-6
 move the norm of the tied model by 2e-5; so they stay small."""
 
 _BASE: dict[str, Any] = {"dim": 64, "n_heads": 8, "n_kv_heads": 4, "head_dim": 8, "hidden_dim": 96, "vocab_size": 130}
+_BLOCKS = {"dim": 128, "head_dim": 16, "hidden_dim": 128}
 CONFIGS = {
     "llama3": ModelConfig(**_BASE, layers=plain(4)),
     "tied": ModelConfig(**_BASE, layers=plain(4), tie_embeddings=True),
@@ -39,7 +40,13 @@ CONFIGS = {
         temper=Temper(floor_scale=8.0),
     ),
     # NF4 takes 64 weights of a row as a block: a share of a row has whole ones.
-    "wide": ModelConfig(**(_BASE | {"dim": 128, "head_dim": 16, "hidden_dim": 128}), layers=plain(2)),
+    "wide": ModelConfig(**(_BASE | _BLOCKS), layers=plain(2)),
+    "wide4": ModelConfig(
+        **(_BASE | _BLOCKS),
+        layers=irope(4, nope_every=2, chunk=8, moe_layers=(1, 3)),
+        moe=MoEConfig(n_experts=4, top_k=1, hidden_dim=128),
+        temper=Temper(floor_scale=8.0),
+    ),
 }
 ENDS = ("tok_embeddings", "output")
 _LORA: dict[str, Any] = {"rank": 4, "alpha": 8.0}

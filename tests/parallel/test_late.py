@@ -39,6 +39,7 @@ METHODS = {
     "prefix": MethodPart(kind="prefix", tokens=4),
     "prompt": MethodPart(kind="prompt", tokens=4),
     "experts": MethodPart(kind="lora", rank=4, targets=("experts", "wq")),
+    "qexperts": MethodPart(kind="qlora", rank=4, targets=("experts",)),
 }
 MIB = 1 << 20
 
@@ -132,6 +133,30 @@ def test_files_are_read_in_parts(
     ranks: Crew, files: dict[str, Path], kind: str, spread: dict[str, Any], method: str
 ) -> None:
     _same(ranks, Base(path=files[kind], weights="nf4" if method == "qlora" else "plain"), spread, method)
+
+
+def experts_held(base: Base, part: ParallelPart) -> list[list[Any]]:
+    """w1, w2, w3 of every expert of the second layer that this rank has, as numpy."""
+    module: Any = late.spread_later(base, part, METHODS["qexperts"]).model.layers[1].feed_forward
+    return [[m.dequantize().numpy() for m in getattr(module.experts.base, field)] for field in ("w1", "w2", "w3")]
+
+
+def test_quantized_experts_are_made_in_parts(ranks: Crew, tmp_path: Path) -> None:
+    """Units of each, and whole ones; the numbers of a block are those of the whole tensor."""
+    torch.manual_seed(3)
+    geometry = replace(cases.CONFIGS["wide4"], vocab_size=256)
+    write_hf(Source(ModelStore(init_weights(Llama(geometry))), None, GenerationDefaults(), None), tmp_path / "hf")
+    base = Base(path=tmp_path / "hf", weights="nf4")
+    module: Any = base.model(later=False).layers[1].feed_forward
+    whole = [[m.dequantize() for m in getattr(module.experts, field)] for field in ("w1", "w2", "w3")]
+    for experts in ("width", "number"):
+        part = ParallelPart(tp=2, experts=experts)  # type: ignore[arg-type]
+        for rank, found in enumerate(ranks.run("tests.parallel.test_late:experts_held", 2, base, part)):
+            for dim, every, own in zip((0, 1, 0), whole, found, strict=True):
+                wanted = [m.chunk(2, dim)[rank] for m in every] if experts == "width" else every[2 * rank :][:2]
+                assert len(own) == len(wanted)
+                for one, other in zip(own, wanted, strict=True):
+                    assert torch.equal(torch.from_numpy(one), other)
 
 
 @pytest.mark.parametrize("kind", ["hf", "meta", "gguf"])
