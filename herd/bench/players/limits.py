@@ -19,6 +19,10 @@ __all__ = ["open_player"]
 
 SHAPE = (512, 2048, 8192)
 """Rows, depth and columns of the product whose rate is the compute limit: a prompt of 512 through a feed-forward."""
+SMALL_SHAPE = (128, 2048, 2048)
+"""The same for models of a few million parameters, whose own products are smaller still: a sixteenth of the work, and no time."""
+LARGE = 1 << 29
+"""Bytes to read from which a setup belongs to a model that takes the large product."""
 
 
 class Limits:
@@ -27,6 +31,7 @@ class Limits:
     def __init__(self, setup: Setup) -> None:
         torch.set_num_threads(setup.threads)
         self._bytes = setup.length
+        self._shape = SHAPE if setup.length >= LARGE else SMALL_SHAPE
         self._values = _floats(self._bytes // 4)
         matrix = self._values.view(-1, 2048)
         vector = torch.ones(2048)
@@ -36,7 +41,7 @@ class Limits:
         }
 
     def facts(self) -> dict[str, Any]:
-        return {"torch": torch.__version__, "bytes": self._bytes, "product": SHAPE}
+        return {"torch": torch.__version__, "bytes": self._bytes, "product": self._shape}
 
     def bandwidth(self) -> dict[str, float]:
         """GB/s of each way to read, one pass each after another, the better of two passes."""
@@ -44,14 +49,14 @@ class Limits:
 
     def peaks(self) -> dict[str, float]:
         """10^9 operations per second of int8, bfloat16 and float32 products, median of 7."""
-        rows, depth, columns = SHAPE
+        rows, depth, columns = self._shape
         a = torch.randint(-99, 99, (rows, depth), dtype=torch.int8)
         b = torch.randint(-99, 99, (columns, depth), dtype=torch.int8)
         product = torch._int_mm  # pyright: ignore[reportPrivateImportUsage]
-        found = {"int8": _rate(lambda: product(a, b.t()))}
+        found = {"int8": _rate(self._shape, lambda: product(a, b.t()))}
         for name, kind in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
             x, y = a.to(kind), b.to(kind)
-            found[name] = _rate(lambda x=x, y=y: x @ y.t())
+            found[name] = _rate(self._shape, lambda x=x, y=y: x @ y.t())
         return found
 
 
@@ -70,9 +75,9 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def _rate(call: Callable[[], object]) -> float:
+def _rate(shape: tuple[int, int, int], call: Callable[[], object]) -> float:
     call()
-    rows, depth, columns = SHAPE
+    rows, depth, columns = shape
     return 2 * rows * depth * columns / statistics.median(_seconds(call) for _ in range(7)) / 1e9
 
 
