@@ -19,7 +19,7 @@ def stages(unit: str = "bytes") -> Iterator[Callable[[str, int, int], None]]:
         def watch(what: str, done: int, total: int) -> None:
             if not current or current[0][0] != what:
                 stack.close()
-                current[:] = [(what, stack.enter_context(progress(what.capitalize(), unit)))]
+                current[:] = [(what, stack.enter_context(progress(what[:1].upper() + what[1:], unit)))]
             current[0][1](done, total)
 
         yield watch

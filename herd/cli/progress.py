@@ -133,6 +133,7 @@ def _spinner(label: str) -> Progress:
 
 def _bar(label: str, unit: str, beside: Callable[[], str] | None) -> Progress:
     from rich import progress as parts
+    from rich.table import Column
 
     class Rate(parts.ProgressColumn):
         """Units per second so far."""
@@ -154,7 +155,7 @@ def _bar(label: str, unit: str, beside: Callable[[], str] | None) -> Progress:
             def render(self, task: Any) -> str:
                 return say()
 
-        counts.append(Beside())
+        counts.append(Beside(Column(no_wrap=True)))
     left = parts.TimeRemainingColumn(elapsed_when_finished=True)
     return _drawing(label, parts.TextColumn("{task.description}"), parts.BarColumn(bar_width=24), *counts, left)
 

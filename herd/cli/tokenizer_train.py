@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from herd.cli.bars import stages
 from herd.cli.console import note
 from herd.cli.data_files import KIND_NAMES, bad_option, say_report
 from herd.cli.progress import progress
+from herd.cli.sizes import size
 
 __all__ = ["command"]
 
@@ -92,7 +94,7 @@ def command(
         taken = sample(texts, int(megabytes * 1e6), kind=rows, bad=bad, tick=tick)
     say_report(taken.report)
     if not taken.whole:
-        share = f"{taken.kept / 1e6:,.1f} MB of {taken.size / 1e6:,.1f} MB"
+        share = f"{size(taken.kept)} of {size(taken.size)}"
         note(f"learned from a sample: {share}, drawn evenly (--sample says how much)")
     with stages("") as watch:
         made = learn(taken.texts, scheme, vocab_size, family=family or "llama3", special=special, watch=watch)
@@ -118,6 +120,6 @@ def command(
         print(json.dumps(facts))
         return
     print(f"{out}: {made.vocab_size:,} ids, {len(made.special.ids):,} of them special, {scheme} as {made.family}")
-    print(f"  from {taken.kept / 1e6:,.1f} MB of {taken.documents:,} documents")
-    print(f"  {', '.join(written.files)}")
+    print(f"  from {size(taken.kept)} of {taken.documents:,} documents")
+    print(textwrap.fill(", ".join(written.files), 80, initial_indent="  ", subsequent_indent="  "))
     print(f"  all opened again: equal ids for {written.compared} texts; sha256 {written.sha256[:16]}")

@@ -12,21 +12,19 @@ from herd.cli.progress import Tick, progress
 if TYPE_CHECKING:
     from herd.data.build import Progress
 
-__all__ = ["tokenizing"]
+__all__ = ["pace", "tokenizing"]
 
 
 @contextlib.contextmanager
 def tokenizing() -> Iterator[Callable[[Progress], None]]:
-    """Gives what `Build` and `open_data` take as `tick`: bytes of the sources with rate and time left, documents and tokens."""
+    """Gives what `Build` and `open_data` take as `tick`: bytes of the sources with rate and time left, and tokens a second."""
     with contextlib.ExitStack() as bars:
         drawn: dict[str, Tick] = {}
         begun: dict[str, float] = {}
         last: list[Progress] = []
 
         def beside() -> str:
-            made = last[-1]
-            gone = max(1e-9, time.monotonic() - begun[made.doing])
-            return f"{made.documents:,} documents, {made.tokens:,} tokens, {made.tokens / gone:,.0f} tokens/s"
+            return pace(last[-1].tokens, time.monotonic() - begun[last[-1].doing])
 
         def tick(made: Progress) -> None:
             last[:] = [made]
@@ -38,3 +36,9 @@ def tokenizing() -> Iterator[Callable[[Progress], None]]:
             drawn[made.doing](made.done, made.total)
 
         yield tick
+
+
+def pace(tokens: int, seconds: float) -> str:
+    """Tokens a second in few letters: with size, rate and time left they share a line of 80."""
+    rate = tokens / max(1e-9, seconds)
+    return f"{rate / 1e6:.1f}M tokens/s" if rate >= 1e6 else f"{rate / 1e3:.0f}K tokens/s"

@@ -102,7 +102,7 @@ def measure(
                 tokens += len(ids)
                 lost += sum(id in broken[who] for id in ids)
                 done += len(data)
-                watch(f"{name} by {who}, bytes", done, taken.kept)
+                watch(f"by {who}: {name}, bytes", done, taken.kept)
             fits.append(Fit(file, who, taken.kept, words, tokens, lost))
     return fits, whole
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -31,6 +32,9 @@ NEUTRAL = ("log_every", "save", "evaluate")
 
 HARD = ("model", "trained")
 """Where these differ the checkpoint does not fit at all; other differences are the user's choice."""
+
+CONTENT = "facts.digest"
+"""The fingerprint of all rows in their order (`herd.data.open.DataReport`)."""
 
 PIPELINE = "parts of a pipeline"
 _HALF = 1 << 32
@@ -69,12 +73,21 @@ def differences(kept: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[s
     if PIPELINE in (kept.get("trained"), now.get("trained")):  # each rank knows a part of the names
         kept, now = ({key: value for key, value in part.items() if key != "trained"} for part in (kept, now))
     old, new = dict(_flat(kept, "")), dict(_flat(now, ""))
-    for key in dict.fromkeys((*old, *new)):
-        if old.get(key, "nothing") == new.get(key, "nothing"):
-            continue
-        lines.append(f"{key}: {old.get(key, 'nothing')} in the checkpoint, {new.get(key, 'nothing')} now")
+    other = [key for key in dict.fromkeys((*old, *new)) if old.get(key, "nothing") != new.get(key, "nothing")]
+    if any(key.startswith("facts.data.") for key in other):
+        other = [key for key in other if key != CONTENT]  # which follows from the settings
+    for key in other:
+        name = "the content of the data" if key == CONTENT else key.removeprefix("facts.")
+        lines.append(
+            f"{name}: {_short(old.get(key, 'nothing'))} in the checkpoint, {_short(new.get(key, 'nothing'))} now"
+        )
         fits = fits and not key.startswith(HARD)
     return lines, fits
+
+
+def _short(value: Any) -> Any:
+    """A digest by its beginning: nobody reads 64 letters."""
+    return f"{value[:12]}..." if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{40,}", value) else value
 
 
 def _trained(model: nn.Module, mesh: Mesh) -> dict[str, str] | str:

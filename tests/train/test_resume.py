@@ -16,6 +16,7 @@ from herd.adapters.apply import LoraConfig, apply_lora
 from herd.errors import CheckpointError, ConfigError
 from herd.quant.apply import quantize
 from herd.train.config import AveragePart, OptimConfig, SavePart
+from herd.train.identity import differences
 from herd.train.objective import NextToken
 from herd.train.state import NEW, latest
 from herd.train.stop import Stopped
@@ -141,6 +142,16 @@ def test_averages_go_on_too(kind: str, start: float, tmp_path: Path) -> None:
     assert figures["first"] != float(whole.model.norm.weight.detach()[0])
 
 
+def test_other_data_are_told_once_and_in_few_letters() -> None:
+    def facts(seed: int, letter: str) -> dict[str, object]:
+        return {"facts": {"data": {"seed": seed}, "digest": letter * 64}}
+
+    assert differences(facts(0, "a"), facts(1, "b")) == (["data.seed: 0 in the checkpoint, 1 now"], True)
+    told = "the content of the data: aaaaaaaaaaaa... in the checkpoint, bbbbbbbbbbbb... now"
+    assert differences(facts(0, "a"), facts(0, "b")) == ([told], True)
+    assert differences(facts(0, "a"), facts(0, "a")) == ([], True)
+
+
 def test_another_configuration_is_refused_with_the_differences(tmp_path: Path) -> None:
     first, _ = trainer(6, tmp_path, facts={"vocabulary": "abc"})
     first.fit(until=2)
@@ -151,7 +162,8 @@ def test_another_configuration_is_refused_with_the_differences(tmp_path: Path) -
     text = str(caught.value)
     assert "train.optim.lr: 0.003 in the checkpoint, 0.001 now" in text
     assert "train.accumulate: 2 in the checkpoint, 3 now" in text
-    assert "facts.vocabulary: abc in the checkpoint, abd now" in text
+    assert "vocabulary: abc in the checkpoint, abd now" in text
+    assert "facts" not in text
     assert "--inexact" in text
     assert "muon_lr" not in text
     loud, seen = trainer(6, tmp_path, changes=changes, facts={"vocabulary": "abd"}, exact=False)
