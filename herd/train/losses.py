@@ -85,10 +85,10 @@ def _plain_matrix(output: Output) -> Tensor | None:
     if not isinstance(output, nn.Linear) or output.bias is not None or not getattr(output, "plain", True):
         return None
     hooked = output._forward_hooks or output._forward_pre_hooks or output._backward_hooks
+    if hooked or type(output.weight) not in (nn.Parameter, Tensor):
+        return None
     made = getattr(output, "effective_weight", None)  # rounded, in quantization-aware training
-    weight = output.weight if made is None else made()
-    ordinary = type(weight) in (nn.Parameter, Tensor)
-    return weight if ordinary and not hooked else None
+    return output.weight if made is None else made()
 
 
 class _LinearNll(torch.autograd.Function):

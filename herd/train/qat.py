@@ -13,6 +13,8 @@ Straight through also means: no gradient is cut where rounding clamps.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear, silu
@@ -24,7 +26,7 @@ from herd.model.llama import Llama
 from herd.model.moe import Experts
 from herd.quant.encode import encode
 from herd.quant.mix import MIXES, Mix, mix
-from herd.quant.scheme import QuantTensor
+from herd.quant.scheme import QuantTensor, block_type
 from herd.train.precision import NarrowEmbedding, NarrowExperts, NarrowLinear
 
 __all__ = ["INT8_INT4", "mix_of", "prepare_qat", "remove_qat", "round_tokens", "round_weight"]
@@ -83,6 +85,16 @@ class QatLinear(NarrowLinear):
     kind: str
     dynamic: bool = False
 
+    def share(self, dim: int, cut: Callable[[int], tuple[int, int]], total: object) -> None:
+        """One rank's part rounds as the whole does (`herd.parallel.tensor`), or ConfigError is raised."""
+        if dim == 1 and self.dynamic:
+            raise ConfigError(
+                f"method.qat={INT8_INT4} rounds whole rows of what goes into a matrix, of which parallel.tp leaves each rank a "
+                "part: use parallel.dp_shard, cp or pp"
+            )
+        if dim == 1:
+            _whole_blocks(self.kind, cut(self.in_features)[1])
+
     def effective_weight(self) -> Tensor:
         """The weight that products see."""
         return round_weight(self.weight, self.kind)
@@ -108,9 +120,25 @@ class QatExperts(NarrowExperts):
 
     kinds: dict[str, str]
 
+    def share(self, dim: int, cut: Callable[[int], tuple[int, int]], total: object) -> None:
+        """As `QatLinear.share`, of whole experts (`dim` 0) or of some units of each (1)."""
+        if dim == 1:
+            _whole_blocks(self.kinds["w2"], cut(self.w2.shape[2])[1])
+
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         w1, w2, w3 = (round_weight(getattr(self, n), self.kinds[n]).to(x.dtype) for n in ("w1", "w2", "w3"))
         return grouped_linear(silu(grouped_linear(x, w1, counts)) * grouped_linear(x, w3, counts), w2, counts)
+
+
+def _whole_blocks(kind: str, count: int) -> None:
+    """Refuse a share of `count` values of a row that blocks of `kind` do not fill: they would be other blocks."""
+    type = block_type(kind)
+    values = GROUP if type is None else type.values
+    if count % values:
+        raise ConfigError(
+            f"method.qat: a rank's share of a row, {count} values, is no whole number of {kind}'s blocks of {values}: choose "
+            "another kind, a smaller parallel.tp, or parallel.dp_shard"
+        )
 
 
 def prepare_qat(model: Llama, kind: str) -> list[str]:

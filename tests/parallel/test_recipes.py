@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from herd.checkpoint.vocabulary import load_tokenizer
 from herd.checkpoint.write.hf import write_hf
 from herd.checkpoint.write.model_store import ModelStore
 from herd.checkpoint.write.source import Source
-from herd.model.config import ModelConfig
+from herd.model.config import ModelConfig, plain
 from herd.train.overrides import load_config
 from herd.train.run import run_recipe
 from herd.train.watch import Recorder
@@ -148,7 +149,7 @@ def test_evaluations_samples_and_averages(
 def base(home: Path) -> Path:
     """A model to adapt, whose rows are whole blocks of NF4 for two ranks, too."""
     sizes: dict[str, Any] = {"dim": 128, "n_heads": 8, "n_kv_heads": 4, "head_dim": 16, "hidden_dim": 256}
-    return _written(replace(tiny("llama-3"), **sizes), home / "base")
+    return _written(replace(tiny("llama-3"), layers=plain(4), **sizes), home / "base")
 
 
 @pytest.fixture(scope="module")
@@ -251,3 +252,44 @@ def test_router_losses(ranks: Crew, home: Path, routed: dict[str, Any], spread: 
         assert one == pytest.approx(other, rel=SAME)
     without = train(described(home, f"unrouted-{len(spread)}{spread[0]}", **EXPERTS), ROUTED[2:])
     assert abs(without["losses"][-1] - routed["losses"][-1]) > 100 * SAME
+
+
+VIRTUAL = {"rank": 4, "tokens": 4}
+QAT = {"method": {"kind": "full", "qat": "q8_0"}}
+MUON = ["train.optim={kind: muon, muon_lr: 1e-3}"]
+INTERLEAVED = {"pp": 2, "schedule": "interleaved", "stages": 2}
+DEALT = {"tp": 2, "experts": "number"}
+SETTINGS: dict[str, tuple[dict[str, Any], list[str], dict[str, Any]]] = {
+    "qat-tp": (QAT, [], {"tp": 2}),
+    "qat-pp": (QAT, [], {"pp": 2}),
+    "qat-experts": (EXPERTS | QAT, [], DEALT),
+    "muon-dp-tp": ({}, MUON, {"dp_shard": 2, "tp": 2}),
+    "muon-pp-tp": ({}, MUON, {"pp": 2, "tp": 2}),
+    "muon-experts": (EXPERTS, MUON, DEALT),
+    "blocks-again": ({}, ["train.checkpointing=full"], {"pp": 2}),
+    "exact": ({}, ["train.checkpointing=2", "train.exact_accumulation=true"], {"pp": 2}),
+    "one-micro-batch": ({}, ["train.accumulate=1"], {"pp": 2, "schedule": "gpipe"}),
+    "interleaved": ({}, [AVERAGE], INTERLEAVED),
+    "interleaved-routers": (EXPERTS, ROUTED, INTERLEAVED),
+    "copies": ({}, [AVERAGE], {"dp_replicate": 2, "pp": 2}),
+    "prompt": ({"method": {"kind": "prompt", **VIRTUAL}}, [AVERAGE], {"pp": 2}),
+    "prompt-interleaved": ({"method": {"kind": "prompt", **VIRTUAL}}, [], INTERLEAVED),
+    "prefix-8bit": ({"method": {"kind": "prefix", **VIRTUAL}}, ["train.optim.kind=adamw8bit"], {"pp": 2, "tp": 2}),
+    "early": ({"method": {"kind": "lora", "rank": 4, "targets": ["layers.0.attention.wq"]}}, [AVERAGE], {"pp": 2}),
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["qat-tp", *(pytest.param(n, marks=pytest.mark.slow) for n in SETTINGS if n != "qat-tp")]
+)
+def test_settings_mean_on_ranks_what_they_mean_alone(ranks: Crew, home: Path, base: Path, name: str) -> None:
+    """Optimisers, rounding, checkpointing, averages and schedules together with methods and spreads."""
+    more, overrides, spread = SETTINGS[name]
+    if "method" in more and more["method"]["kind"] != "full":
+        more = more | {"model": {"source": str(base)}}
+    wanted = train(described(home, f"{name}-one", **more), overrides)
+    over = [*overrides, *(f"parallel.{key}={value}" for key, value in spread.items())]
+    if {"dp_shard", "dp_replicate"} & spread.keys():
+        over.append("data.rows=1")
+    world = math.prod(spread.get(key, 1) for key in ("dp_shard", "dp_replicate", "tp", "pp"))
+    same(on_ranks(ranks, world, described(home, f"{name}-ranks", **more), over), wanted)

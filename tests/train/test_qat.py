@@ -134,6 +134,29 @@ def test_with_bfloat16_and_checkpointing():
     assert type(model.tok_embeddings) is nn.Embedding
 
 
+def half(size):
+    return size // 2, size // 2
+
+
+def test_parts_that_would_be_rounded_in_another_way_are_refused():
+    """Blocks that are cut, and rows of what goes in of which a rank has a part; rows of weights may be shared."""
+    model = build(experts=True)
+    prepare_qat(model, "q8_0")
+    layer = model.layers[0]
+    for module, dims in ((layer.attention.wo, (0, 1)), (layer.feed_forward.experts, (0, 1))):
+        for dim in dims:
+            module.share(dim, half, None)
+    with pytest.raises(ConfigError, match="24 values, is no whole number of Q8_0's blocks of 32"):
+        layer.feed_forward.experts.share(1, lambda size: (24, 24), None)
+    with pytest.raises(ConfigError, match="16 values, is no whole number of Q8_0's blocks of 32"):
+        layer.attention.wo.share(1, lambda size: (16, 16), None)
+    dynamic = build()
+    prepare_qat(dynamic, "int8-int4")
+    dynamic.layers[0].attention.wq.share(0, half, None)
+    with pytest.raises(ConfigError, match=r"int8-int4 rounds whole rows .* use parallel.dp_shard, cp or pp"):
+        dynamic.layers[0].attention.wo.share(1, half, None)
+
+
 def test_what_cannot_be_rounded_is_refused():
     with pytest.raises(ConfigError, match="not one of"):
         prepare_qat(build(), "q9_0")
