@@ -79,7 +79,8 @@ class _LowRank(nn.Module):
 
     def __init__(self, name: str, base: nn.Module, pair: Factors, scale: float, share: float) -> None:
         super().__init__()
-        device = pair.a.device if pair.a.is_meta else _values(base).device
+        late = pair.a.is_meta or bool(promises(base))
+        device = pair.a.device if late else _values(base).device
         self.name, self.base, self.alpha, self.scale, self.dropout = name, base, pair.alpha, scale, share
         self.a = nn.Parameter(pair.a.to(device, torch.float32, copy=True))
         self.b = nn.Parameter(pair.b.to(device, torch.float32, copy=True))
@@ -87,7 +88,7 @@ class _LowRank(nn.Module):
         squares = None
         if pair.magnitude is not None:
             self.magnitude = nn.Parameter(pair.magnitude.to(device, torch.float32, copy=True))
-            squares = torch.empty_like(pair.magnitude) if pair.a.is_meta else _squares(name, _values(base))
+            squares = torch.empty_like(pair.magnitude, device="meta") if late else _squares(name, _values(base))
         self.register_buffer("squares", squares, persistent=False)
         self._kept = slice(None)
         for key in ("a", "b", "magnitude"):

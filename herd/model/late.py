@@ -6,7 +6,7 @@ its module whatever becomes of the parameter: cut, wrapped, of another class.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "Index", "Maker", "bare", "broken", "derived", "hand_on", "lent", "lives_on", "outline", "promise", "promises", "replayed",
-    "zeros",
+    "room", "zeros",
 ]  # fmt: skip
 
 Index = tuple[slice, ...]
@@ -101,14 +101,32 @@ def zeros(shape: tuple[int, ...], where: torch.device) -> Maker:
     return make
 
 
-@contextmanager
-def lent(model: nn.Module) -> Iterator[None]:
-    """Inside, a model without numbers computes: each module has its own while it is called, one after the other."""
-    handles: list[Any] = []
+def room(model: nn.Module) -> None:
+    """Give whatever of `model` trains memory, with any numbers in it, in place of promises: the caller fills it."""
     for module in model.modules():
-        made = {key: make for key, make in promises(module).items() if key in module._parameters}
+        for key, weight in module._parameters.items():
+            if weight is not None and weight.requires_grad and weight.is_meta:
+                promises(module).pop(key, None)
+                module._parameters[key] = nn.Parameter(torch.empty_like(weight, device=lives_on(model)))
+
+
+@contextmanager
+def lent(
+    model: nn.Module, units: Sequence[nn.Module] = (), before: Callable[[], object] = lambda: None
+) -> Iterator[None]:
+    """Inside, a model without numbers computes: each module has its own while it is called, one after the other.
+
+    A module of `units` has all that is below it: what reads the numbers of its children (adapters do) has to be one. `before` is
+    called before each has its own.
+    """
+    handles: list[Any] = []
+    seen: set[nn.Module] = set()
+    for unit in (*units, *model.modules()):
+        below = list(unit.modules()) if unit in units else [unit]
+        made = [(module, key, make) for module in below if module not in seen for key, make in _lendable(module)]
+        seen.update(below)
         if made:
-            handles += _lending(module, made)
+            handles += _lending(unit, made, before)
     try:
         yield
     finally:
@@ -116,14 +134,26 @@ def lent(model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def _lending(module: nn.Module, made: dict[str, Callable[..., Any]]) -> list[Any]:
-    kept = {key: module._parameters[key] for key in made}
+def _lendable(module: nn.Module) -> list[tuple[str, Callable[..., Any]]]:
+    """Promised parameters and buffers; quantized matrices that nobody made compute as they are (`herd.quant.late`)."""
+    return [(k, make) for k, make in promises(module).items() if k in module._parameters or k in module._buffers]
+
+
+def _lending(
+    unit: nn.Module, made: list[tuple[nn.Module, str, Callable[..., Any]]], before: Callable[[], object]
+) -> list[Any]:
+    kept = [(module, key, getattr(module, key)) for module, key, _ in made]
 
     def give(*_: Any) -> None:
-        for key, make in made.items():
-            module._parameters[key] = nn.Parameter(make(), requires_grad=False)
+        before()
+        for module, key, make in made:
+            if key in module._buffers:
+                module._buffers[key] = make()
+            else:
+                module._parameters[key] = nn.Parameter(make(), requires_grad=False)
 
     def take(*_: Any) -> None:
-        module._parameters.update(kept)
+        for module, key, bare in kept:
+            (module._buffers if key in module._buffers else module._parameters)[key] = bare
 
-    return [module.register_forward_pre_hook(give), module.register_forward_hook(take, always_call=True)]
+    return [unit.register_forward_pre_hook(give), unit.register_forward_hook(take, always_call=True)]

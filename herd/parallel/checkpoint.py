@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +62,19 @@ class Sharded:
 
     def read(self, folder: Path, targets: Mapping[str, Tensor]) -> None:
         """Fill `targets` in place from what any number of ranks wrote. Raises CheckpointError for what is missing or damaged."""
+        self.opened(folder)(targets)
+
+    def opened(self, folder: Path) -> Callable[[Mapping[str, Tensor]], None]:
+        """`read` of `folder` for many calls: the table of contents, as long as tensors times ranks, is read once, now."""
         reader = _Reader(folder)
-        try:
-            reader.read_metadata()  # torch up to 2.12 says no more of a table it cannot read than that there is none
-            with _silence():
+
+        def read(targets: Mapping[str, Tensor]) -> None:
+            with _told(folder), _silence():
                 load(self.named(targets), storage_reader=reader, no_dist=not dist.is_initialized())
-        except (*_DAMAGE, CheckpointException) as error:
-            raise CheckpointError(f"cannot be read: {_first_line(error)}", path=folder) from error
+
+        with _told(folder):
+            reader.read_metadata()  # torch up to 2.12 says no more of a table it cannot read than that there is none
+        return read
 
     def named(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         """With the last stage's output called by the name of the embedding that it is a copy of."""
@@ -91,6 +97,15 @@ def own_part(whole: Tensor, like: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """What goes wrong inside as a CheckpointError about `folder`."""
+    try:
+        yield
+    except (*_DAMAGE, CheckpointException) as error:
+        raise CheckpointError(f"cannot be read: {_first_line(error)}", path=folder) from error
+
+
+@contextlib.contextmanager
 def _silence() -> Iterator[None]:
     """Torch warns that one process is one process."""
     with warnings.catch_warnings():
@@ -99,11 +114,16 @@ def _silence() -> Iterator[None]:
 
 
 class _Reader(FileSystemReader):
+    _read: Metadata | None = None
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if self._read is not None:
+            return self._read
         with (Path(self.path) / _TABLE).open("rb") as file:
             table = _Table(file).load()
         if not isinstance(table, Metadata):
             raise pickle.UnpicklingError("the table of contents is something else")
+        self._read = table
         return table
 
 

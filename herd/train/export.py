@@ -1,4 +1,8 @@
-"""A trained model as a Hugging Face folder, an adapter as a PEFT folder, both read back and held against what was trained."""
+"""A trained model as a Hugging Face folder, an adapter as a PEFT folder, both read back and held against what was trained.
+
+Of a model whose numbers are promised (`herd.model.late`) they are made when their turn comes, one tensor after the other, for
+writing and for reading back alike: a model of many ranks never has to be in one place (ADR 16).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from herd.adapters.apply import adapter_of, apply_adapter
+from herd.adapters.apply import LowRankEmbedding, LowRankLinear, adapter_of, apply_adapter
+from herd.adapters.experts import LowRankExperts
 from herd.adapters.prefix import Prefix, PrefixTuned, PromptTuned
 from herd.chat.base import BaseFormat
 from herd.chat.templates import template_of
@@ -18,13 +23,16 @@ from herd.checkpoint.fill import fill
 from herd.checkpoint.open import open_store
 from herd.checkpoint.peft import read_peft, write_peft
 from herd.checkpoint.peft_virtual import read_virtual, write_virtual
+from herd.checkpoint.store import Releases, TensorStore
 from herd.checkpoint.write.atomic import new_folder
 from herd.checkpoint.write.hf import write_hf
 from herd.checkpoint.write.model_store import ModelStore
 from herd.checkpoint.write.source import Source
 from herd.errors import CheckpointError
+from herd.model.late import lent, lives_on
 from herd.model.llama import Llama
 from herd.train.config import RunConfig
+from herd.train.memory import return_freed_memory
 from herd.train.start import Start, start
 
 __all__ = ["Exported", "export"]
@@ -63,9 +71,11 @@ class Exported:
 def export(model: Llama, begun: Start, config: RunConfig) -> Exported:
     """Write the result of a run into its folder: `model`, or `adapter`. An earlier result there is replaced.
 
+    The numbers of `model` may be promised, but for those of an adapter.
+
     Raises CheckpointError when what was written is not what was trained, and as the writers do.
     """
-    out, device = Path(config.out), model.norm.weight.device
+    out, device = Path(config.out), lives_on(model)
     if config.method.adapts:
         return _adapter(model, begun, config, out / "adapter", device)
     folder = out / "model"
@@ -76,13 +86,16 @@ def export(model: Llama, begun: Start, config: RunConfig) -> Exported:
         template = template_of(chat.name)
     stops = begun.generation.stop_ids | (frozenset() if chat is None else chat.stop_ids) | begun.tokenizer.special.stop
     source = Source(ModelStore(model), begun.tokenizer, replace(begun.generation, stop_ids=stops), template)
-    with new_folder(folder, overwrite=True) as place:
+    size = sum(weight.numel() for weight in model.parameters()) * begun.stored.itemsize
+    with new_folder(folder, size=size, overwrite=True) as place:
         notes = write_hf(source, place, dtype=begun.stored)
     _same_weights(model, folder, begun.stored)
     drift = None
     if sum(weight.numel() for weight in model.parameters()) <= LARGE:
-        again = fill(open_store(folder), torch.float32, device)
-        drift = _compare(model, again, folder, exact=begun.stored == torch.float32 == model.norm.weight.dtype)
+        written = open_store(folder)
+        again = fill(written, torch.float32, device, later=_late(model))
+        exact = begun.stored == torch.float32 == model.norm.weight.dtype
+        drift = _compare(model, again, folder, exact=exact, read=written)
     return Exported(folder, "model", drift, tuple(notes))
 
 
@@ -98,13 +111,13 @@ def _adapter(model: Llama, begun: Start, config: RunConfig, folder: Path, device
     if isinstance(model, PrefixTuned | PromptTuned):
         kept = read_virtual(folder, model.config)
         if small:
-            base = start(config, device).model
+            base = start(config, device, later=_late(model)).model
             again = PrefixTuned(base, kept) if isinstance(kept, Prefix) else PromptTuned(base, kept)
     else:
         adapter = read_peft(folder, model.config)
         _same_factors(adapter_of(model), adapter, folder)
         if small:
-            again = start(config, device).model
+            again = start(config, device, later=_late(model)).model
             apply_adapter(again, adapter)
     drift = None if again is None else _compare(model, again, folder, exact=model.norm.weight.dtype == torch.float32)
     return Exported(folder, "adapter", drift, notes)
@@ -114,11 +127,24 @@ def _same_weights(model: Llama, folder: Path, stored: torch.dtype) -> None:
     """Every number that was written is the trained one, rounded to `stored`."""
     store, kept = open_store(folder), ModelStore(model)
     for name in kept.names():
-        want = kept.read(name).to(stored)
-        if not torch.equal(store.read(name).to(stored), want):
+        if not _same(store, kept, name, stored):
             raise CheckpointError(
                 "holds other numbers than were trained: is the disk damaged?", path=folder, tensor=name
             )
+
+
+def _same(store: TensorStore, kept: TensorStore, name: str, stored: torch.dtype) -> bool:
+    """One tensor, of which nothing is held afterwards."""
+    want = kept.read(name).to(stored)
+    same = torch.equal(store.read(name).to(stored), want)
+    if isinstance(store, Releases):
+        store.release(name)
+    return same
+
+
+def _late(model: Llama) -> bool:
+    """Whether the numbers of a model (of an adapter: of its base) are promised."""
+    return model.norm.weight.is_meta
 
 
 def _same_factors(trained: Any, kept: Any, folder: Path) -> None:
@@ -133,12 +159,12 @@ def _same_factors(trained: Any, kept: Any, folder: Path) -> None:
 
 
 @torch.no_grad()
-def _compare(trained: Llama, again: Llama, folder: Path, *, exact: bool) -> float:
+def _compare(trained: Llama, again: Llama, folder: Path, *, exact: bool, read: TensorStore | None = None) -> float:
     """Mean KL divergence of the reloaded result on random tokens, in nats. Raises CheckpointError when it is another model."""
     random = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, trained.config.vocab_size, (1, CHECKED), generator=random).to(trained.norm.weight.device)
+    ids = torch.randint(0, trained.config.vocab_size, (1, CHECKED), generator=random).to(lives_on(trained))
     with torch.compiler.set_stance("force_eager"):
-        one, two = _logits(trained, ids), _logits(again, ids)
+        one, two = _logits(trained, ids), _logits(again, ids, read)
     drift = float(
         torch.nn.functional.kl_div(two.log_softmax(-1), one.log_softmax(-1), log_target=True, reduction="none")
         .sum(-1)
@@ -158,9 +184,22 @@ def _compare(trained: Llama, again: Llama, folder: Path, *, exact: bool) -> floa
     return max(0.0, drift)
 
 
-def _logits(model: Llama, ids: Tensor) -> Tensor:
+def _logits(model: Llama, ids: Tensor, read: TensorStore | None = None) -> Tensor:
+    """Of a model whose numbers are promised each module has its own for its call: of the files `read`, no pages stay."""
+
+    def let_go() -> None:
+        return_freed_memory()
+        if isinstance(read, Releases):
+            for name in read.names():
+                read.release(name)
+
     was = model.training
     try:
-        return model.eval()(ids)[0].float()
+        adapted = any(
+            isinstance(module, LowRankLinear | LowRankEmbedding | LowRankExperts) for module in model.modules()
+        )
+        units = [model.tok_embeddings, *model.layers, model.output] if adapted else []
+        with lent(model, units, let_go):
+            return model.eval()(ids)[0].float()
     finally:
         model.train(was)

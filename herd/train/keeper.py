@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -15,19 +16,21 @@ from torch.optim import Optimizer
 from herd.adapters.apply import trained
 from herd.data.batch import TokenBatch
 from herd.errors import CheckpointError, ConfigError
+from herd.model.late import derived, lives_on, promise
 from herd.model.llama import Llama
 from herd.parallel.mesh import Mesh
 from herd.train.config import TrainConfig
 from herd.train.identity import differences, identity
+from herd.train.memory import return_freed_memory
 from herd.train.moment import Counters, RandomStates, describe, not_finite, restore_optimisers, targets, tensors_of
-from herd.train.payload import OneFile, Payload
+from herd.train.payload import OneFile, Payload, Read
 from herd.train.state import Checkpoints, damage, latest, read_rank, read_ranks, read_state, step_of
 from herd.train.stop import NonFiniteError
 
 if TYPE_CHECKING:
     from herd.train.average import Average
 
-__all__ = ["Keeper", "Resume", "Source", "load_weights"]
+__all__ = ["Keeper", "Resume", "Source", "fill_weights", "load_weights", "promise_weights"]
 
 Resume = Literal["auto", "never"] | Path
 
@@ -218,8 +221,14 @@ def load_weights(out: Path, model: Llama, payload: Payload | None = None, *, ave
     place = latest(out)
     if place is None:
         raise CheckpointError("holds no checkpoint of a training run", path=out)
+    fill_weights(place, model, payload, averaged=averaged)
+    return place
+
+
+def fill_weights(place: Path, model: Llama, payload: Payload | None = None, *, averaged: bool = False) -> None:
+    """As `load_weights`, of the whole checkpoint folder `place`."""
     room: dict[str, Tensor] = targets(model, (), {})
-    names = {name for own in read_ranks(place) for name in own["averages"]} if averaged else set[str]()
+    names = _averages_of(place) if averaged else set[str]()
     means = {
         name: torch.empty_like(weight.detach(), dtype=torch.float32)
         for name, weight in ((f"average.{name}", weight) for name, weight in trained(model).items())
@@ -229,4 +238,27 @@ def load_weights(out: Path, model: Llama, payload: Payload | None = None, *, ave
     with torch.no_grad():
         for name, mean in means.items():
             room[f"model.{name.removeprefix('average.')}"].copy_(mean)
-    return place
+
+
+def promise_weights(place: Path, model: Llama, payload: Payload | None = None, *, averaged: bool = False) -> None:
+    """As `fill_weights`, of a model without numbers (`herd.model.late`): every trained tensor is read when it is asked for."""
+    read, means = (payload or OneFile()).opened(place), _averages_of(place) if averaged else set[str]()
+    names = {id(weight): name for name, weight in trained(model).items()}
+    for module in model.modules():
+        for key, weight in module._parameters.items():
+            name = names.get(id(weight))
+            if weight is not None and name is not None:
+                made = partial(_read_one, read, name, weight, lives_on(model), averaged=f"average.{name}" in means)
+                promise(module, key, derived(made))
+
+
+def _read_one(read: Read, name: str, like: Tensor, where: torch.device, *, averaged: bool) -> Tensor:
+    return_freed_memory()  # of the last tensor, and of the run: otherwise the heap grows around holes
+    found = torch.empty(like.shape, dtype=torch.float32 if averaged else like.dtype)
+    read({f"{'average' if averaged else 'model'}.{name}": found})
+    return found.to(where, like.dtype)
+
+
+def _averages_of(place: Path) -> set[str]:
+    """Names of the averages that a checkpoint holds."""
+    return {name for own in read_ranks(place) for name in own["averages"]}

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -17,7 +17,7 @@ from herd.checkpoint.write.safetensors import FORMAT, write_safetensors
 from herd.errors import CheckpointError
 from herd.parallel.checkpoint import Sharded, local, own_part
 
-__all__ = ["OneFile", "Payload", "Ranks"]
+__all__ = ["OneFile", "Payload", "Ranks", "Read"]
 
 FILE = "tensors.safetensors"
 
@@ -25,6 +25,10 @@ _STORED = {
     torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",
     torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
 }  # fmt: skip
+
+
+Read = Callable[[Mapping[str, Tensor]], None]
+"""Fills the tensors of these names in place. Raises CheckpointError."""
 
 
 class Payload(Protocol):
@@ -38,6 +42,10 @@ class Payload(Protocol):
         """Fill `targets` in place from what `write` left, whatever the number of ranks was. Raises CheckpointError."""
         ...
 
+    def opened(self, folder: Path) -> Read:
+        """`read` of `folder` again and again, with some of the tensors each time. Raises CheckpointError."""
+        ...
+
 
 class OneFile:
     """A payload of one process. Tensors are streamed from where they are: nothing is held twice."""
@@ -48,14 +56,21 @@ class OneFile:
         )
 
     def read(self, folder: Path, targets: Mapping[str, Tensor]) -> None:
+        self.opened(folder)(targets)
+
+    def opened(self, folder: Path) -> Read:
         file = SafetensorsFile(folder / FILE)
-        missing = sorted(set(targets) - set(file.names()))
-        if missing:
-            raise CheckpointError(f"lacks {len(missing)} tensors, {missing[0]} among them", path=file.path)
-        with torch.no_grad():
-            for name, target in targets.items():
-                target.copy_(_kept(file, name, target))
-                file.release(name)
+
+        def read(targets: Mapping[str, Tensor]) -> None:
+            missing = sorted(set(targets) - set(file.names()))
+            if missing:
+                raise CheckpointError(f"lacks {len(missing)} tensors, {missing[0]} among them", path=file.path)
+            with torch.no_grad():
+                for name, target in targets.items():
+                    target.copy_(_kept(file, name, target))
+                    file.release(name)
+
+        return read
 
 
 class Ranks:
@@ -69,22 +84,26 @@ class Ranks:
         (OneFile() if self.world == 1 else self.sharded).write(folder, tensors)
 
     def read(self, folder: Path, targets: Mapping[str, Tensor]) -> None:
-        if not (folder / FILE).exists():
-            self.sharded.read(folder, targets)
-        elif self.world == 1:
-            OneFile().read(folder, targets)
-        else:
-            self._cut(folder, targets)
+        self.opened(folder)(targets)
 
-    def _cut(self, folder: Path, targets: Mapping[str, Tensor]) -> None:
+    def opened(self, folder: Path) -> Read:
+        if not (folder / FILE).exists():
+            return self.sharded.opened(folder)
+        return OneFile().opened(folder) if self.world == 1 else self._cut(folder)
+
+    def _cut(self, folder: Path) -> Read:
         """Each rank takes its part of one tensor after the other."""
         file = SafetensorsFile(folder / FILE)
-        with torch.no_grad():
-            for name, target in self.sharded.named(targets).items():
-                if name not in file.names():
-                    raise CheckpointError("is missing", path=file.path, tensor=name)
-                local(target).copy_(own_part(_kept(file, name, target), target))
-                file.release(name)
+
+        def read(targets: Mapping[str, Tensor]) -> None:
+            with torch.no_grad():
+                for name, target in self.sharded.named(targets).items():
+                    if name not in file.names():
+                        raise CheckpointError("is missing", path=file.path, tensor=name)
+                    local(target).copy_(own_part(_kept(file, name, target), target))
+                    file.release(name)
+
+        return read
 
 
 def _kept(file: SafetensorsFile, name: str, target: Tensor) -> Tensor:

@@ -16,14 +16,16 @@ from herd.convert.merge import merge
 from herd.data.build import Progress
 from herd.data.fingerprint import format_fingerprint, tokenizer_fingerprint
 from herd.data.open import DataReport
-from herd.errors import CheckpointError
+from herd.errors import CheckpointError, HerdError
 from herd.model.config import ModelConfig
+from herd.model.late import room
 from herd.model.llama import Llama
 from herd.parallel import launch
 from herd.parallel.mesh import Mesh
 from herd.train.config import RunConfig
 from herd.train.export import export
 from herd.train.identity import NEUTRAL, differences
+from herd.train.keeper import fill_weights, promise_weights
 from herd.train.memory import keep_freed_memory
 from herd.train.metrics import LOG, Board, Figures, JsonLines, kept
 from herd.train.overrides import dump_config
@@ -33,7 +35,7 @@ from herd.train.qat import remove_qat
 from herd.train.start import Start, adapt, device_of, start
 from herd.train.throughput import peak_of, work_of
 from herd.train.trackers import trackers_of
-from herd.train.trainer import Resume, Trainer, exact_on, load_weights
+from herd.train.trainer import Resume, Trainer, exact_on
 from herd.train.typed import plain
 from herd.train.watch import Begin, Silent, Watcher
 
@@ -171,7 +173,8 @@ def payload_of(config: ModelConfig, mesh: Mesh) -> Payload:
 def result(trainer: Trainer, begun: Start, config: RunConfig, tell: Callable[[str], None]) -> None:
     """Write what a run that is over has made, and say where; a run that is not over has no result.
 
-    Several ranks leave their group here: the main one alone puts the model together, from the last checkpoint.
+    Several ranks leave their group here: the main one alone reads their last checkpoint, one tensor at a time as it is written
+    (ADR 16), so that nobody waits for anybody. When it fails, the same command makes another attempt.
     """
     over, mesh, model = trainer.progress >= 1, trainer.mesh, trainer.model
     if mesh.world > 1:
@@ -183,10 +186,17 @@ def result(trainer: Trainer, begun: Start, config: RunConfig, tell: Callable[[st
             "train.average: the run was over before anything was averaged (start, every_steps): this is the last weights"
         )
     if mesh.world > 1:
-        begun = start(config, torch.device("cpu"))
+        begun = start(config, torch.device("cpu"), later=True)
         model = adapt(begun.model, config.method, config.model.seed)
-        averaged = config.train.average is not None
-        load_weights(Path(config.out), model, payload_of(model.config, mesh), averaged=averaged)
+        assert trainer.keeper.saves is not None
+        place = trainer.keeper.saves.current  # checksums and all: it was written just now, or the run began from it
+        assert place is not None
+        averaged, payload = config.train.average is not None, payload_of(model.config, mesh)
+        if config.method.adapts:
+            room(model)
+            fill_weights(place, model, payload, averaged=averaged)
+        else:
+            promise_weights(place, model, payload, averaged=averaged)
         _write(model, begun, config, tell)
         return
     averaged = contextlib.nullcontext() if trainer.average is None else trainer.average.swapped()
@@ -199,7 +209,11 @@ def result(trainer: Trainer, begun: Start, config: RunConfig, tell: Callable[[st
 
 def _write(model: Llama, begun: Start, config: RunConfig, tell: Callable[[str], None]) -> None:
     """The result, and the merged model beside an adapter when that is asked for."""
-    tell(str(export(model, begun, config)))
+    try:
+        tell(str(export(model, begun, config)))
+    except HerdError:
+        tell("the run is whole in its last checkpoint: the same command again makes the result of it")
+        raise
     if config.method.save_merged:
         out = Path(config.out)
         proof = merge(begun.base, out / "adapter", out / "model", to="hf", overwrite=True, greedy=0)

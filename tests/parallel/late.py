@@ -63,7 +63,7 @@ def numbers(model: Llama) -> dict[str, Tensor]:
     return found
 
 
-def _status(field: str) -> int:
+def status(field: str) -> int:
     """Bytes, from what Linux says of this process."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
@@ -75,10 +75,10 @@ def peak(base: Base, part: ParallelPart, method: MethodPart) -> tuple[int, int]:
     """(most resident bytes while the model was made and spread, bytes this rank then holds), both above what was there before."""
     spread_later(Base(TINY), part, MethodPart(kind="full"))  # what torch itself takes the first time
     gc.collect()
-    before = _status("VmRSS")
+    before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     spread = spread_later(base, part, method)
-    most = _status("VmHWM") - before
+    most = status("VmHWM") - before
     return most, sum(weight.numel() * weight.element_size() for weight in _local(spread.model))
 
 

@@ -117,3 +117,33 @@ def test_torchrun_starts_killed_ranks_again_and_not_a_byte_differs(tmp_path: Pat
     assert _losses(tmp_path / "killed") == _losses(tmp_path / "straight")
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "killed/model" / name).read_bytes() == (tmp_path / "straight/model" / name).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for ranks in /proc")
+def test_a_main_rank_killed_while_it_writes_the_result_leaves_none_and_the_next_start_makes_it(tmp_path: Path) -> None:
+    """The other rank has left by then, or is ended: nobody waits in an exchange."""
+    shape = {"dim": 256, "n_layers": 6, "n_heads": 4, "tie_embeddings": False}
+    more = ["parallel.dp_shard=2", "data.rows=2", "train.evaluate.prompts=[]", "train.budget.steps=1", "--nproc", "2"]
+    model = {"shape": shape, "tokenizer": "nano", "save_dtype": "float32"}
+    assert _train(_config(tmp_path, "straight", model=model), *more).returncode == 0
+    config, out = _config(tmp_path, "killed", model=model), tmp_path / "killed"
+    command = [sys.executable, "-m", "herd", "train", str(config), *more]
+    environment = os.environ | {"HERD_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as run:
+        main = None
+        while run.poll() is None:
+            main = main or _rank_of(run.pid, 0)
+            if main is not None and list(out.glob(".herd-new-*/model/*.safetensors")):
+                os.kill(main, signal.SIGKILL)
+                break
+            time.sleep(0.001)
+        assert run.wait(timeout=500) == 128 + signal.SIGKILL, "the run was over before it was killed"
+        assert run.stderr is not None
+        assert "rank 0 was killed by signal 9" in run.stderr.read()
+    assert not (out / "model").exists()
+    again = _train(config, *more)
+    assert again.returncode == 0, again.stderr
+    assert not list(out.glob(".herd-new-*"))
+    for file in (tmp_path / "straight/model").iterdir():
+        assert (out / "model" / file.name).read_bytes() == file.read_bytes(), file.name

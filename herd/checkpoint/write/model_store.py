@@ -1,4 +1,4 @@
-"""A live model in memory as a checkpoint: what training exports."""
+"""A live model as a checkpoint, its numbers in memory or promised (`herd.model.late`): what training exports."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from herd.checkpoint.names import shapes
 from herd.checkpoint.store import TensorInfo
 from herd.errors import CheckpointError
+from herd.model.late import promises
 from herd.model.llama import Llama
 from herd.quant.numbers import NUMBER_BYTES
 
@@ -19,13 +20,14 @@ _WORDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F6
 
 
 class ModelStore:
-    """A TensorStore over the parameters of `model`, on any device; they are read when asked for, as they are then."""
+    """A TensorStore over the parameters of `model`, on any device; they are read when asked for, as they are then. Promised ones
+    are made each time, and nothing keeps them."""
 
     kind = "model"
 
     def __init__(self, model: Llama, path: str = "the model in memory") -> None:
         self.path = path
-        self.config = model.config
+        self.config, self._model = model.config, model
         found = {name: parameter.detach() for name, parameter in model.named_parameters()}
         self._weights = {name: found[name] for name in shapes(model.config) if name in found}
 
@@ -41,8 +43,12 @@ class ModelStore:
         return TensorInfo(tuple(weight.shape), number, _WORDS.get(number, number.upper()), nbytes)
 
     def read(self, name: str) -> torch.Tensor:
-        """The parameter itself, or a copy when it is on another device than the CPU."""
-        return self._weight(name).cpu()
+        """The parameter itself, or a copy when it is on another device than the CPU, or promised."""
+        weight = self._weight(name)
+        if weight.is_meta:
+            home, _, key = name.rpartition(".")
+            weight = promises(self._model.get_submodule(home))[key]()
+        return weight.cpu()
 
     def metadata(self) -> Mapping[str, Any]:
         """Nothing: there is no file."""
