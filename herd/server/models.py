@@ -327,7 +327,9 @@ class Models:
                 slot.changed = None
                 await process.start()
         try:
-            await asyncio.wait_for(process.ready(), self.settings.load_seconds)
+            # Not wait_for: Python 3.11's forgets that the caller was cancelled when the process is ready in the same moment.
+            async with asyncio.timeout(self.settings.load_seconds):
+                await process.ready()
         except TimeoutError:
             await process.stop(f"loading it took more than {self.settings.load_seconds:g} s")
         except WorkerError:

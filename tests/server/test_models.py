@@ -23,6 +23,9 @@ from tests.server.fakes import Scripted, saying
 A = ModelSpec(source="a", name="a", aliases=("also-a",), adapters=(("lora", "path"),))
 B = ModelSpec(source="b", name="b", keep_alive=0.05)
 
+LONG = 5.0
+"""Seconds after which whoever has not gone stays for ever."""
+
 
 class Made(list[Scripted]):
     """Makes doubles, and keeps them. `error` is why the next ones cannot be loaded; `wait` is what loading waits for."""
@@ -59,6 +62,29 @@ def test_loaded_once_when_first_asked_for() -> None:
                 models.find(wrong)
         await models.close()
         assert made[0].error is not None
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("turns", range(12))
+def test_a_user_who_goes_in_any_moment_has_gone(turns: int) -> None:
+    """Also in the one in which the process becomes ready: `asyncio.wait_for` of Python 3.11 forgot who left then."""
+
+    async def run() -> None:
+        models = Models(ServerSettings(models=(A,)), Made())
+
+        async def use() -> None:
+            async with models.use("a"):
+                await asyncio.Event().wait()
+
+        user = asyncio.create_task(use())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        user.cancel()
+        await asyncio.wait({user}, timeout=LONG)
+        assert user.cancelled()
+        assert not models.slots["a"].users
+        await models.close()
 
     asyncio.run(run())
 
