@@ -64,6 +64,11 @@ public:
         run<false>(n, grain < 1 ? 1 : grain, [&](int64_t i, const Turn&) { work(i); });
     }
 
+    // The same, one at a time: for items that take far longer than it takes to fetch one.
+    template <typename Work> void share_singly(int64_t n, const Work& work) {
+        run<false>(n, 1, [&](int64_t i, const Turn&) { work(i); });
+    }
+
     // The same with work(i, turn), which may be called again for an item whose thread is away, and writes only where turn.mine()
     // says so, once. What it reads may have changed meanwhile, then it is not its turn; sizes must be those of the whole call.
     template <typename Work> void retake(int64_t n, const Work& work) { run<true>(n, 1, work); }

@@ -14,19 +14,25 @@ namespace herd::HERD_ISA {
 // Sums held in registers: 14 x 2 vectors of 16, 6 x 2 of 8 (of 16 registers), 12 x 2 of 4.
 constexpr int DOWN = L == 16 ? 14 : L == 8 ? 6 : L == 4 ? 12 : 4, ACROSS = 2 * L;
 
-// R rows of a sliver, from c: c (+)= a b. Lines that will be written are fetched while sums are made.
+// R rows of a sliver, from c: c (+)= a b. Lines that will be written are fetched while sums are made, one row after the other: all at
+// once they would keep lines of b waiting.
 template <int R> void dense_tile(int64_t n, const float* a, const float* b, float* c, int64_t stride, bool add) {
+    constexpr int AHEAD = 16;  // of the inner index: lines of b come from the third-level cache
     F sum[R][2];
     for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = V::zero();
-    for (int r = 0; r < R; ++r)
-        for (int j = 0; j < ACROSS; j += 16) __builtin_prefetch(c + r * stride + j, 1, 3);
-    for (int64_t i = 0; i < n; ++i, a += DOWN, b += ACROSS) {
-        const F left = V::load(b), right = V::load(b + L);
-        for (int j = 0; j < ACROSS; j += 16) __builtin_prefetch(b + 8 * ACROSS + j, 0, 3);
-        for (int r = 0; r < R; ++r) {
-            const F x = V::set(a[r]);
-            sum[r][0] = V::fma(x, left, sum[r][0]);
-            sum[r][1] = V::fma(x, right, sum[r][1]);
+    const int64_t some = n / (R + 1);
+    for (int64_t part = 0; part <= R; ++part) {
+        if (part < R)
+            for (int j = 0; j < ACROSS; j += 16) __builtin_prefetch(c + part * stride + j, 1, 3);
+        const int64_t end = part < R ? some : n - R * some;
+        for (int64_t i = 0; i < end; ++i, a += DOWN, b += ACROSS) {
+            const F left = V::load(b), right = V::load(b + L);
+            for (int j = 0; j < ACROSS; j += 16) __builtin_prefetch(b + AHEAD * ACROSS + j, 0, 3);
+            for (int r = 0; r < R; ++r) {
+                const F x = V::set(a[r]);
+                sum[r][0] = V::fma(x, left, sum[r][0]);
+                sum[r][1] = V::fma(x, right, sum[r][1]);
+            }
         }
     }
     for (int r = 0; r < R; ++r)
@@ -91,7 +97,9 @@ inline void dense(const Dense& d, const DenseBuffers& buffers) {
     {
         Crew crew(buffers.team, thread_number());
         float* own = buffers.rows + thread_number() * buffers.own;
-        const int64_t high = DENSE_ROWS / DOWN * DOWN, blocks = (d.rows + high - 1) / high;
+        // Blocks of rows are as even as tiles allow: the last one would otherwise be short, and its thread early.
+        const int64_t tiles = (d.rows + DOWN - 1) / DOWN, most = DENSE_ROWS / DOWN, blocks = (tiles + most - 1) / most;
+        const auto at_row = [&](int64_t block) { return block < blocks ? tiles * block / blocks * DOWN : d.rows; };
         for (int64_t column = 0; column < d.columns; column += DENSE_COLUMNS) {
             const int64_t wide = d.columns - column < DENSE_COLUMNS ? d.columns - column : DENSE_COLUMNS;
             const int64_t strips = (wide + ACROSS - 1) / ACROSS, group = crew.threads() == 1 ? strips : (DENSE_GROUP + ACROSS - 1) / ACROSS;
@@ -99,13 +107,13 @@ inline void dense(const Dense& d, const DenseBuffers& buffers) {
             for (int64_t from = 0; from < d.inner; from += buffers.depth) {
                 const int64_t n = d.inner - from < buffers.depth ? d.inner - from : buffers.depth;
                 const float* b = d.b + from * d.b_inner + column * d.b_column;
-                crew.share((wide + DENSE_GROUP - 1) / DENSE_GROUP, [&](int64_t part) {
+                crew.share_singly((wide + DENSE_GROUP - 1) / DENSE_GROUP, [&](int64_t part) {
                     const int64_t j = part * DENSE_GROUP, some = wide - j < DENSE_GROUP ? wide - j : DENSE_GROUP;
                     slivers<ACROSS>(b + j * d.b_column, d.b_column, d.b_inner, some, n, buffers.columns + j * n);
                 });
                 int64_t held = -1;  // the block of rows whose slivers this thread has
-                crew.share(blocks * groups, [&](int64_t item) {
-                    const int64_t block = item / groups, first = block * high, tall = d.rows - first < high ? d.rows - first : high;
+                crew.share_singly(blocks * groups, [&](int64_t item) {
+                    const int64_t block = item / groups, first = at_row(block), tall = at_row(block + 1) - first;
                     if (block != held) slivers<DOWN>(d.a + first * d.a_row + from * d.a_inner, d.a_row, d.a_inner, tall, n, own);
                     held = block;
                     const int64_t begin = item % groups * group, end = begin + group < strips ? begin + group : strips;

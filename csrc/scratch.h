@@ -80,7 +80,7 @@ struct DocumentBuffers {
 
 // A product of training: b in slivers, and those rows of a that a thread is at. DENSE_ROWS is a multiple of every DOWN but 14's, which
 // takes 98. Numbers are chosen for 1 MB of second-level cache; the inner index is cut into equal parts of at most DENSE_DEPTH.
-constexpr int64_t DENSE_ROWS = 108, DENSE_DEPTH = 640, DENSE_COLUMNS = 3072, DENSE_GROUP = 128;
+constexpr int64_t DENSE_ROWS = 108, DENSE_DEPTH = 640, DENSE_COLUMNS = 3072, DENSE_GROUP = 64;
 struct DenseBuffers {
     Team team;
     int64_t depth;
