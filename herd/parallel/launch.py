@@ -55,7 +55,10 @@ def start(part: ParallelPart, device: str = "cpu") -> Mesh:
     follow()
     import torch
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
 
+    from herd.parallel.meeting import agree
     from herd.parallel.mesh import Mesh
 
     if not launched():
@@ -68,7 +71,12 @@ def start(part: ParallelPart, device: str = "cpu") -> Mesh:
         place = torch.device(kind, _whole("LOCAL_RANK", os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(place)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=PATIENCE)
+        store, rank, world = next(rendezvous("env://", timeout=PATIENCE))
+        store.set_timeout(PATIENCE)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's store, which outlives the ranks
+            store = PrefixStore(f"herd/start/{agree(store, rank, world, PATIENCE)}", store)
+        backend = "nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
     try:
         return Mesh.of(part, place)
     except ConfigError:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from herd.errors import ConfigError
 from herd.parallel import launch
@@ -55,6 +56,20 @@ def test_a_killed_rank_is_told_by_its_signal(tmp_path: Path) -> None:
     done = _spawn(tmp_path, "os.kill(os.getpid(), 9) if rank else None")
     assert done.returncode == 128 + signal.SIGKILL
     assert "rank 1 was killed by signal 9" in done.stderr
+
+
+def test_a_group_that_is_started_again_reads_nothing_of_the_dead_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun --max-restarts has one store for all its starts; whoever came first would call at addresses of the dead."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    said = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.port)}
+    for name, value in {**said, "TORCHELASTIC_USE_AGENT_STORE": "True"}.items():
+        monkeypatch.setenv(name, value)
+    keys = []
+    for _ in range(2):
+        launch.start(ParallelPart())
+        launch.stop()
+        keys.append(server.num_keys())
+    assert 0 < keys[0] < keys[1] - 1, "the second start wrote over names of the first"
 
 
 @contextlib.contextmanager
