@@ -1,4 +1,4 @@
-"""The bars of a build of shards: one while files are read for their checksums, one while they are tokenized. No torch."""
+"""Bars before a run or in a build of shards: a model is loaded, files are read for their checksums, and tokenized. No torch."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def tokenizing() -> Iterator[Callable[[Progress], None]]:
             return pace(last[-1].tokens, time.monotonic() - begun[last[-1].doing])
 
         def tick(made: Progress) -> None:
-            last[:] = [made]
-            if made.doing not in drawn:
+            if not last or last[0].doing != made.doing:
                 bars.close()
                 begun[made.doing] = time.monotonic()
                 say = beside if made.doing == "tokenizing" else None
                 drawn[made.doing] = bars.enter_context(progress(made.doing, "bytes", say))
+            last[:] = [made]
             drawn[made.doing](made.done, made.total)
 
         yield tick

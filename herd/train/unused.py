@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, get_args
 
-from herd.train.config import EvaluatePart, ReportPart, RunConfig
+from herd.train.config import ReportPart, RunConfig
 from herd.train.typed import documents, types_of
 
 __all__ = ["alone", "unused"]
@@ -32,12 +32,10 @@ def unused(part: Any, prefix: str = "") -> Iterator[str]:
 
 def alone(config: RunConfig) -> Iterator[str]:
     """A line for each key that was changed and says how to do what the run does not do at all."""
-    part, report, judge = config.parallel, config.report, config.train.evaluate
+    part, report = config.parallel, config.report
     for name, ranks in (("schedule", "pp"), ("experts", "tp"), ("reshard", "dp_shard")):
         if getattr(part, name) != getattr(type(part)(), name) and getattr(part, ranks) == 1:
             yield f"parallel.{name} has no effect: it is for parallel.{ranks} of 2 or more, and this is 1"
     for name in ("project", "name"):
         if not report.to and getattr(report, name) != getattr(ReportPart(), name):
             yield f"report.{name} has no effect: report.to names no tracker that would show it"
-    if not judge.prompts and judge.max_tokens != EvaluatePart().max_tokens:
-        yield "train.evaluate.max_tokens has no effect: train.evaluate.prompts is empty, so nothing is answered"

@@ -122,7 +122,10 @@ def test_fine_tuning_of_every_generation(name, source, chats, tmp_path):
     made = config(
         tmp_path, "sft", f"model.source={folder}", f"data.sources={chats}", "data.held_out=30%", "train.optim.lr=1e-2"
     )
-    figures, told = done(made, watchers=[recorder])
+    ticks = []
+    figures, told = done(made, watchers=[recorder], tick=ticks.append)
+    assert next(tick.total for tick in ticks if tick.doing == "loading") > 0
+    assert [tick.done == tick.total for tick in ticks if tick.doing == "loading"][-1]
     assert figures["bits_per_byte"] > 0
     assert [step.step for step in recorder.steps] == [1, 2, 3]
     assert recorder.steps[-1].loss < recorder.steps[0].loss

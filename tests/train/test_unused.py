@@ -49,11 +49,6 @@ def test_recipes_have_no_key_without_effect(recipe: str) -> None:
             ["report.project has no effect: report.to", "report.name has no effect"],
         ),
         (["report.to=wandb", "report.name=b"], []),
-        (
-            ["train.evaluate.prompts=[]", "train.evaluate.max_tokens=3"],
-            ["train.evaluate.max_tokens has no effect: train.evaluate.prompts is empty"],
-        ),
-        (["train.evaluate.max_tokens=3"], []),
     ],
 )
 def test_keys_of_another_kind_are_told(changed: list[str], told: list[str]) -> None:

@@ -44,14 +44,14 @@ def run(
 ) -> dict[str, float]:
     """Do the run that `config` describes, or go on with it; returns the last evaluation.
 
-    `watchers` are told how it goes, `tell` what was decided on the way, `tick` how far tokenizing is. `until` stops earlier,
-    after so many steps, without a result. Raises a HerdError that names the key to change, or Stopped after a signal.
+    `watchers` are told how it goes, `tell` what was decided on the way, `tick` how far loading and tokenizing are. `until` stops
+    earlier, after so many steps, without a result. Raises a HerdError that names the key to change, or Stopped after a signal.
     """
     settle(config)
     mesh = launch.start(config.parallel, device_of(config.device).type)
 
     # The model: an existing one, or random weights and a tokenizer.
-    begun = start(config, mesh.device, later=mesh.world > 1)
+    begun = start(config, mesh.device, lambda done, total: tick(Progress("loading", done, total)), later=mesh.world > 1)
     model = adapt(begun.model, config.method, config.model.seed)
 
     # The data: tokenized once, kept, and drawn in an order that depends on the seed alone. Texts need no prompt format.
