@@ -220,6 +220,34 @@ def test_adapters_move_to_other_ranks_and_come_out_the_same(
         torch.testing.assert_close(b, a, rtol=0, atol=NEAR)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "spread"),
+    [
+        ("prompt", {"pp": 2}),
+        ("prefix", {"pp": 2}),
+        ("experts", {"tp": 2, "experts": "number"}),
+        ("full", {"pp": 2, "schedule": "interleaved", "stages": 2}),
+    ],
+    ids=["prompt", "prefix", "experts", "interleaved"],
+)
+def test_a_run_goes_on_to_the_bit(
+    ranks: Crew, home: Path, base: Path, with_experts: Path, kind: str, spread: dict[str, Any]
+) -> None:
+    """Stopped after two steps and begun again on the same ranks, of which one may train nothing."""
+    method: dict[str, Any] = {"kind": kind, "rank": 4, "tokens": 4}
+    if kind == "experts":
+        method, base = {"kind": "lora", "rank": 4, "targets": ["wq", "experts"]}, with_experts
+    more = {"method": method} | ({} if kind == "full" else {"model": {"source": str(base)}})
+    over = [AVERAGE, *(f"parallel.{key}={value}" for key, value in spread.items())]
+    wanted = on_ranks(ranks, 2, described(home, f"on-{kind}-whole", **more), over)
+    config = described(home, f"on-{kind}-parts", **more)
+    begun, rest = on_ranks(ranks, 2, config, over, until=2), on_ranks(ranks, 2, config, over)
+    assert begun["losses"] + rest["losses"] == wanted["losses"]
+    assert rest["figures"][-1] == wanted["figures"][-1]
+    assert rest["texts"][-1] == wanted["texts"][-1]
+
+
 ROUTED = ["train.router_aux=0.5", "train.router_z=0.1", "train.optim.lr=1e-2"]
 
 
