@@ -248,7 +248,7 @@ def apply_lora(model: Llama, config: LoraConfig) -> list[nn.Parameter]:
     where = lives_on(model)
     pairs = {name: _start(name, module, config, where) for name, module in chosen.items()}
     for (home, part), module in experts.items():
-        pairs |= taken_apart(home, part, start_experts(module, part, config.rank, config.alpha))
+        pairs |= taken_apart(home, part, start_experts(module, part, config.rank, config.alpha, where))
     return _put(model, LoraAdapter(pairs, config.rank, config.alpha, config.use_rslora), config.dropout)
 
 
@@ -315,7 +315,7 @@ def _put(model: Llama, adapter: LoraAdapter, share: float) -> list[nn.Parameter]
     for home in experts:
         pairs = fused(adapter, home)
         scales = {part: adapter.scale_of(pair) for part, pair in pairs.items()}
-        several = LowRankExperts(home, model.get_submodule(home), pairs, scales).train(model.training)
+        several = LowRankExperts(home, model.get_submodule(home), pairs, scales, lives_on(model)).train(model.training)
         model.set_submodule(home, several)
         made += several.parameters(recurse=False)
     return made

@@ -9,7 +9,7 @@ Letters: T rows, D dim, F expert width, E experts, r rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch.nn.functional import silu
 
 from herd.adapters.lora import Factors, LoraAdapter
 from herd.kernels.grouped import grouped_linear
-from herd.model.late import derived, promise, promises
+from herd.model.late import Index, bare, derived, hand_on, promise, promises, zeros
 from herd.model.moe import Experts
 from herd.quant.linear import QuantExperts
 from herd.quant.matrix import Matrix, frozen_product
@@ -66,7 +66,7 @@ def fused(adapter: LoraAdapter, home: str) -> dict[str, Factors]:
     one, other = (Factors(own.a, torch.zeros_like(own.b), own.alpha) if pair is None else pair for pair in here)
     first = adapter.scale(gate if gate in adapter.factors else up)
     second = adapter.scale(up if up in adapter.factors else gate)
-    if first == second and one.a.shape == other.a.shape and torch.equal(one.a, other.a):
+    if first == second and (one.a is other.a or _alike(one.a, other.a)):
         made["w13"] = Factors(one.a, torch.cat([one.b, other.b], 1), one.alpha)
         return made
     rows = other.b if first == second else other.b.float() * (second / first)
@@ -86,13 +86,43 @@ def taken_apart(home: str, part: str, pair: Factors) -> dict[str, Factors]:
     return {f"{home}.w1": Factors(pair.a, gate, pair.alpha), f"{home}.w3": Factors(pair.a, up, pair.alpha)}
 
 
-def start_experts(module: Experts | QuantExperts, part: str, rank: int, alpha: float) -> Factors:
-    """Factors of a part whose product is zero, for every expert as for a matrix of its own."""
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one, other)
+
+
+def start_experts(
+    module: Experts | QuantExperts, part: str, rank: int, alpha: float, where: torch.device | None = None
+) -> Factors:
+    """Factors of a part whose product is zero, for every expert as for a matrix of its own.
+
+    Where the numbers of `module` are promised, those of the factors are, too (on `where`): the global random state moves on as if
+    they had been drawn, and each expert's are drawn again, alone, by who holds some of them.
+    """
     outer, inner = expert_shapes(module)[PARTS[part][0]]
     bound = 1 / math.sqrt(inner)
-    experts = len(module.w1)
-    a = torch.empty(experts, rank, inner).uniform_(-bound, bound)
-    return Factors(a, torch.zeros(experts, outer * len(PARTS[part]), rank), alpha)
+    shape, wide = (len(module.w1), rank, inner), (len(module.w1), outer * len(PARTS[part]), rank)
+
+    def draw() -> Iterator[Tensor]:
+        for _ in range(shape[0]):  # one number after the other comes from the generator: cuts change none
+            yield torch.empty(shape[1:]).uniform_(-bound, bound)
+
+    if not promises(module):
+        return Factors(torch.empty(shape).uniform_(-bound, bound), torch.zeros(wide), alpha)
+    state = torch.get_rng_state()
+    for _ in draw():
+        pass
+
+    def again(index: Index | None = None) -> Tensor:
+        own = tuple(slice(0, size) for size in shape) if index is None else index
+        out = torch.empty([part.stop - part.start for part in own], device=where)
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(state)
+            for e, drawn in zip(range(own[0].stop), draw(), strict=False):
+                if e >= own[0].start:
+                    out[e - own[0].start] = drawn[own[1:]]
+        return out
+
+    return Factors(bare(shape, again), torch.zeros(wide, device="meta"), alpha)
 
 
 def expert_shapes(module: Experts | QuantExperts) -> dict[str, tuple[int, int]]:
@@ -113,7 +143,14 @@ class LowRankExperts(nn.Module):
 
     narrow = False
 
-    def __init__(self, name: str, base: nn.Module, pairs: Mapping[str, Factors], scales: Mapping[str, float]) -> None:
+    def __init__(
+        self,
+        name: str,
+        base: nn.Module,
+        pairs: Mapping[str, Factors],
+        scales: Mapping[str, float],
+        where: torch.device | None = None,
+    ) -> None:
         super().__init__()
         assert isinstance(base, Experts | QuantExperts)
         self.name, self.base = name, base
@@ -136,8 +173,13 @@ class LowRankExperts(nn.Module):
                     if word == "b" and len(PARTS[part]) > 1:
                         values = values.unflatten(1, (len(PARTS[part]), -1))
                     weight = nn.Parameter(values.to(device, torch.float32, copy=True).contiguous())
-                    if late:
-                        promise(self, f"{word}{part[1:]}", derived(values.float))
+                    key = f"{word}{part[1:]}"
+                    if late and not values.is_meta:
+                        promise(self, key, derived(values.float))
+                    elif late and word == "a":
+                        hand_on(self, key, pair.a)
+                    elif late:  # factors without numbers are those of `start_experts`
+                        promise(self, key, zeros(tuple(values.shape), where or torch.device("cpu")))
                 self.register_parameter(f"{word}{part[1:]}", weight)
 
     def factors(self) -> dict[str, Factors]:

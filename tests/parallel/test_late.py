@@ -19,7 +19,7 @@ from herd.checkpoint.write.hf import write_hf
 from herd.checkpoint.write.meta import write_meta
 from herd.checkpoint.write.model_store import ModelStore
 from herd.checkpoint.write.source import Source
-from herd.model.config import ModelConfig, plain
+from herd.model.config import ModelConfig, MoEConfig, irope, plain
 from herd.model.init import drawn, init_weights
 from herd.model.llama import Llama
 from herd.parallel.config import ParallelPart
@@ -190,6 +190,23 @@ SMALL_CHANGE = 12 * MIB
 """Blocks that are drawn or read (8 MiB at most), and holes of the heap."""
 ENCODING = 4 * prod((LARGE.vocab_size, LARGE.dim))
 """What the encoder of Q8_0, in which QLoRA holds embedding and output, has beside a tensor that it encodes: as much again."""
+
+
+ROUTED = ModelConfig(
+    dim=512, n_heads=8, n_kv_heads=8, head_dim=64, hidden_dim=512, vocab_size=512,
+    layers=irope(4, chunk=None, moe_layers=range(4), temper=False), moe=MoEConfig(n_experts=8, hidden_dim=512),
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_factors_of_experts_are_drawn_by_who_holds_them() -> None:
+    """Of 8 experts a layer, 168 MB of factors: two experts' at a rank, beside a quarter of the base."""
+    largest = 4 * 8 * 1024 * 500
+    method = MethodPart(kind="lora", rank=500, targets=("experts",))
+    with crew() as fresh:
+        found = fresh.run("tests.parallel.late:peak", 4, Base(ROUTED), ParallelPart(dp_shard=4), method)
+    for most, share in found:
+        assert share // 2 < most <= share + largest + SMALL_CHANGE < 4 * share - largest
 
 
 @pytest.mark.parametrize(
