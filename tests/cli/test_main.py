@@ -31,6 +31,10 @@ def herd(*args: str, env: dict[str, str] | None = None, **how: object) -> subpro
     return subprocess.run([sys.executable, "-m", "herd", *args], env=os.environ | (env or {}), **how)  # type: ignore[call-overload]
 
 
+QUICK, TRIES = 0.3, 3
+"""Processor seconds of a page of help, and how often it may be asked for: the first time nothing may be in the disk's cache."""
+
+
 def processor_seconds() -> float:
     """Time that finished child processes have spent on a processor."""
     spent = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -40,7 +44,7 @@ def processor_seconds() -> float:
 @pytest.mark.parametrize("args", [["--help"], *([name, "--help"] for name in INSTALLED)], ids=" ".join)
 def test_help_is_fast_and_imports_nothing_heavy(args: list[str], measured: Callable[[str, str, float], None]) -> None:
     times = []
-    for _ in range(3):
+    while not times or (times[-1][0] >= QUICK and len(times) < TRIES):
         before, began = processor_seconds(), time.perf_counter()
         done = herd(*args)
         times.append((processor_seconds() - before, time.perf_counter() - began))
@@ -49,7 +53,7 @@ def test_help_is_fast_and_imports_nothing_heavy(args: list[str], measured: Calla
         assert done.stdout.startswith("Usage: herd")
     measured("help, seconds", f"herd {' '.join(args)}", min(seconds for _, seconds in times))
     # Processor time: what the clock says depends on who else uses the machine.
-    assert min(busy for busy, _ in times) < 0.3
+    assert times[-1][0] < QUICK
     code = f"import sys; from herd.cli.main import run; run({args!r}); sys.exit([m for m in {HEAVY!r} if m in sys.modules] or 0)"
     traced = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (traced.returncode, traced.stderr) == (0, "")

@@ -27,14 +27,16 @@ from tests.server.fakes import Scripted, saying
 HEAD, BODY, SEND = 0.6, 0.8, 0.8
 SLACK = 6.0
 """Seconds by which a timer of a busy machine may be late."""
-BIG = 3_000_000
-"""Characters of a reply: more than a socket's buffers hold."""
+BIG, HUGE = 3_000_000, 12_000_000
+"""Characters of a reply; and of one that a socket's buffers never hold: Linux lets a sender's grow to 4 MiB (tcp_wmem)."""
 CHAT = {"model": "fake", "messages": [{"role": "user", "content": "hi"}]}
 POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 def script(call: Any) -> Any:
     text = str(call.prompt)
+    if "huge" in text:
+        return saying("x" * HUGE)
     if "long" in text:
         return saying("x" * BIG)
     return saying(*["y" * 2000] * 3000) if "stream" in text else saying("Hello")
@@ -217,7 +219,7 @@ def test_nonsense_is_answered(patient: Live) -> None:
 
 def test_answers_that_nobody_reads(patient: Live) -> None:
     """A whole reply and a stream of megabytes, and a client that takes no byte: ended, and the model's work with it."""
-    for content, stream in (("long", False), ("stream", True)):
+    for content, stream in (("huge", False), ("stream", True)):
         before = patient.state.counts.late()
         with connected(patient, receive=4096) as connection:
             body = json.dumps({**CHAT, "messages": [{"role": "user", "content": content}], "stream": stream}).encode()
