@@ -124,25 +124,21 @@ def _job(config: str, words: Sequence[str], nodes: int, each: int, image: str, n
     )
     size = {"cpu": "64", "memory": "512Gi", "nvidia.com/gpu": str(each)}
     volumes = [{"name": "data", "persistentVolumeClaim": {"claimName": f"{name}-data"}}]
-    mounts = [{"name": "data", "mountPath": VOLUME}]
     memory = {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "64Gi"}}
     environment = [{"name": "HERD_RUN", "value": torchrun}]
-    worker = {
-        "name": "ray-worker",
-        "image": image,
-        "workingDir": VOLUME,
-        "env": environment,
-        "resources": {"requests": size, "limits": size},
-        "volumeMounts": [*mounts, {"name": "shm", "mountPath": "/dev/shm"}],
-    }
-    small = {"cpu": "4", "memory": "16Gi"}
-    first = {
-        "name": "ray-head",
-        "image": image,
-        "workingDir": VOLUME,
-        "env": environment,
-        "resources": {"requests": small, "limits": small},
-    }
+
+    def container(own: str, share: dict[str, str], *more: dict[str, str]) -> dict[str, Any]:
+        return {
+            "name": own,
+            "image": image,
+            "workingDir": VOLUME,
+            "env": environment,
+            "resources": {"requests": share, "limits": share},
+            "volumeMounts": [{"name": "data", "mountPath": VOLUME}, *more],
+        }
+
+    worker = container("ray-worker", size, {"name": "shm", "mountPath": "/dev/shm"})
+    first = container("ray-head", {"cpu": "4", "memory": "16Gi"})
     return {
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",
@@ -155,7 +151,7 @@ def _job(config: str, words: Sequence[str], nodes: int, each: int, image: str, n
                 "rayVersion": RAY,
                 "headGroupSpec": {
                     "rayStartParams": {"num-cpus": "0"},
-                    "template": {"spec": {"containers": [{**first, "volumeMounts": mounts}], "volumes": volumes}},
+                    "template": {"spec": {"containers": [first], "volumes": volumes}},
                 },
                 "workerGroupSpecs": [
                     {
