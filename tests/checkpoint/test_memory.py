@@ -19,7 +19,7 @@ from tests.checkpoint.folders import meta_params
 Measured = Callable[[str, str, float], None]
 
 CONFIG = ModelConfig(
-    dim=1024, n_heads=16, n_kv_heads=8, head_dim=64, hidden_dim=4096, vocab_size=2000, layers=plain(3), rope_theta=1e4
+    dim=1024, n_heads=16, n_kv_heads=8, head_dim=64, hidden_dim=4096, vocab_size=2000, layers=plain(6), rope_theta=1e4
 )
 
 CHILD = """
@@ -43,7 +43,7 @@ print((loaded - before) / size, (peak() - before) / size, size)
 
 
 def state() -> dict[str, torch.Tensor]:
-    """About 100 MB of bf16; values do not matter, but output and embedding must differ."""
+    """About 200 MB of bf16; values do not matter, but output and embedding must differ."""
     made = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes(CONFIG).items()}
     made["tok_embeddings.weight"].uniform_()
     return made
@@ -90,7 +90,7 @@ def test_peak_memory(folders: dict[str, Path], kind: str, dtype: str, measured: 
         [sys.executable, "-c", CHILD, str(folders[kind]), dtype], capture_output=True, text=True, check=True
     )
     loading, reading, size = map(float, out.stdout.split())
-    assert size > 95e6
+    assert size > 190e6
     measured("peak memory of loading, times the tensor bytes", f"{kind} to {dtype}", loading)
     measured("peak memory of loading, times the tensor bytes", f"{kind} to {dtype}, all touched", reading)
     assert loading <= 1.2
