@@ -36,10 +36,11 @@ $(VENV)/.run: $(VENV)/.python pyproject.toml constraints.txt CMakeLists.txt $(wi
 	@$(PIP) -e .
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.run
-	@echo "Installing what the tests compare against ..."
+# Not after .run: pip would build the kernels a second time.
+$(VENV)/.test: $(VENV)/.python pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
+	@echo "Installing herd and what the tests compare against (torch is the large part: some minutes) ..."
 	@$(PIP) -e '.[test,dev,train,data,plot]'
-	@touch $@
+	@touch $(VENV)/.run $@
 
 # $(value ...) and the quoting keep quotes, backticks and dollar signs of a prompt out of the shell's hands.
 chat: $(VENV)/.run
