@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sys
 import time
@@ -10,6 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from herd.cli.console import is_terminal, note, safe
+from herd.cli.progress import Tick, progress
 from herd.train.config import RunConfig
 
 if TYPE_CHECKING:
@@ -34,6 +36,9 @@ class Screen:
         self.last: deque[StepReport] = deque(maxlen=SMOOTH)
         self.losses: list[float] = []
         self.held_out = ""
+        self.judging: tuple[int, int, float] | None = None  # rows done, of how many, when it began
+        self._lines: Tick | None = None
+        self._ending = contextlib.ExitStack()
         self.figures: Figures | None = None
         self.begun: Begin | None = None
 
@@ -84,7 +89,19 @@ class Screen:
         if self.live is None and (report.step % every == 0 or report.progress >= 1):
             note(f"step {self._where(report)} {self._numbers(report)} eta {self._left(report)}", "")
 
+    def on_evaluating(self, done: int, total: int) -> None:
+        """Held-out rows take their time: a line below what moves, now and then one in a log."""
+        if self.live is not None:
+            began = time.monotonic() if self.judging is None else self.judging[2]
+            self.judging = (done, total, began)
+            return
+        if self._lines is None:
+            self._lines = self._ending.enter_context(progress("held out", "rows"))
+        self._lines(done, total)
+
     def on_evaluation(self, step: int, figures: Mapping[str, float]) -> None:
+        self.judging = self._lines = None
+        self._ending.close()
         told = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items())
         if told:
             self.held_out = f"held out at step {step}: {told}"
@@ -107,6 +124,16 @@ class Screen:
     def _where(self, report: StepReport) -> str:
         steps = (self.config.train if self.begun is None else self.begun.config).budget.steps  # of this stage
         return f"{report.step}" if steps is None else f"{report.step}/{steps}"
+
+    def _judged(self) -> str:
+        from herd.train.throughput import duration
+
+        if self.judging is None or not self.judging[0]:
+            return "" if self.judging is None else "held out: the first rows ..."
+        done, total, began = self.judging
+        gone = time.monotonic() - began
+        rate, left = done / max(gone, 1e-9), gone * (total - done) / done
+        return f"held out: {done:,} of {total:,} rows, {rate:,.1f} rows/s, eta {duration(left)}"
 
     def _speeds(self) -> tuple[float, float | None, float | None]:
         seconds = sum(report.seconds for report in self.last)
@@ -146,7 +173,7 @@ class Screen:
         from rich.text import Text
 
         if not self.last:
-            return Group(Text("the first step ...", style="dim"))
+            return Group(Text(self._judged() or "the first step ...", style="dim"))
         report = self.last[-1]
         head = Table.grid(padding=(0, 1))
         head.add_row(
@@ -167,8 +194,9 @@ class Screen:
         used.append(f"  memory {report.memory_bytes / 1e9:.2f} GB")
         used.append(f"  {time.strftime('%H:%M:%S')}", style="dim")
         rows = [head, facts, used]
-        if self.held_out:
-            rows.append(Text(self.held_out, style="cyan"))
+        told = self._judged() or self.held_out
+        if told:
+            rows.append(Text(told, style="cyan"))
         return Group(*rows)
 
 

@@ -7,6 +7,7 @@ writing and for reading back alike: a model of many ranks never has to be in one
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from herd.checkpoint.store import Releases, TensorStore
 from herd.checkpoint.write.atomic import new_folder
 from herd.checkpoint.write.hf import write_hf
 from herd.checkpoint.write.model_store import ModelStore
+from herd.checkpoint.write.planned import Tick
 from herd.checkpoint.write.source import Source
 from herd.errors import CheckpointError
 from herd.model.late import lent, lives_on
@@ -68,10 +70,16 @@ class Exported:
         return "\n".join([f"{self.kind} written to {self.path} ({how})", *self.notes])
 
 
-def export(model: Llama, begun: Start, config: RunConfig) -> Exported:
+def export(
+    model: Llama,
+    begun: Start,
+    config: RunConfig,
+    watch: Callable[[str, int, int], None] = lambda doing, done, total: None,
+) -> Exported:
     """Write the result of a run into its folder: `model`, or `adapter`. An earlier result there is replaced.
 
-    The numbers of `model` may be promised, but for those of an adapter.
+    The numbers of `model` may be promised, but for those of an adapter. `watch` is told what is being done to a model, and how
+    many bytes of how many are done.
 
     Raises CheckpointError when what was written is not what was trained, and as the writers do.
     """
@@ -88,8 +96,8 @@ def export(model: Llama, begun: Start, config: RunConfig) -> Exported:
     source = Source(ModelStore(model), begun.tokenizer, replace(begun.generation, stop_ids=stops), template)
     size = sum(weight.numel() for weight in model.parameters()) * begun.stored.itemsize
     with new_folder(folder, size=size, overwrite=True) as place:
-        notes = write_hf(source, place, dtype=begun.stored)
-    _same_weights(model, folder, begun.stored)
+        notes = write_hf(source, place, dtype=begun.stored, tick=_counting(watch, "writing", size))
+    _same_weights(model, folder, begun.stored, _counting(watch, "reading back", size))
     drift = None
     if sum(weight.numel() for weight in model.parameters()) <= LARGE:
         written = open_store(folder)
@@ -123,7 +131,19 @@ def _adapter(model: Llama, begun: Start, config: RunConfig, folder: Path, device
     return Exported(folder, "adapter", drift, notes)
 
 
-def _same_weights(model: Llama, folder: Path, stored: torch.dtype) -> None:
+def _counting(watch: Callable[[str, int, int], None], doing: str, size: int) -> Tick:
+    """Bytes since the last call, summed up for `watch`."""
+    done = 0
+
+    def tick(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        watch(doing, done, size)
+
+    return tick
+
+
+def _same_weights(model: Llama, folder: Path, stored: torch.dtype, tick: Tick) -> None:
     """Every number that was written is the trained one, rounded to `stored`."""
     store, kept = open_store(folder), ModelStore(model)
     for name in kept.names():
@@ -131,6 +151,7 @@ def _same_weights(model: Llama, folder: Path, stored: torch.dtype) -> None:
             raise CheckpointError(
                 "holds other numbers than were trained: is the disk damaged?", path=folder, tensor=name
             )
+        tick(math.prod(kept.info(name).shape) * stored.itemsize)
 
 
 def _same(store: TensorStore, kept: TensorStore, name: str, stored: torch.dtype) -> bool:

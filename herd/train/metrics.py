@@ -80,7 +80,7 @@ def tags(report: StepReport, figures: Mapping[str, float | None]) -> dict[str, f
     return {name: value for name, value in named.items() if value is not None}
 
 
-class JsonLines:
+class JsonLines(Silent):
     """Writes `log.jsonl` in the run's folder, each line at once. Raises SaveError."""
 
     def __init__(self, path: Path, figures: Figures) -> None:

@@ -170,7 +170,13 @@ def payload_of(config: ModelConfig, mesh: Mesh) -> Payload:
     return Ranks(mesh.world, tied=config.tie_embeddings)
 
 
-def result(trainer: Trainer, begun: Start, config: RunConfig, tell: Callable[[str], None]) -> None:
+def result(
+    trainer: Trainer,
+    begun: Start,
+    config: RunConfig,
+    tell: Callable[[str], None],
+    tick: Callable[[Progress], None] = lambda progress: None,
+) -> None:
     """Write what a run that is over has made, and say where; a run that is not over has no result.
 
     Several ranks leave their group here: the main one alone reads their last checkpoint, one tensor at a time as it is written
@@ -197,26 +203,36 @@ def result(trainer: Trainer, begun: Start, config: RunConfig, tell: Callable[[st
             fill_weights(place, model, payload, averaged=averaged)
         else:
             promise_weights(place, model, payload, averaged=averaged)
-        _write(model, begun, config, tell)
+        _write(model, begun, config, tell, tick)
         return
     averaged = contextlib.nullcontext() if trainer.average is None else trainer.average.swapped()
     unprepared(model)
     if config.method.qat is not None:
         remove_qat(model)
     with averaged:
-        _write(model, begun, config, tell)
+        _write(model, begun, config, tell, tick)
 
 
-def _write(model: Llama, begun: Start, config: RunConfig, tell: Callable[[str], None]) -> None:
+def _write(
+    model: Llama,
+    begun: Start,
+    config: RunConfig,
+    tell: Callable[[str], None],
+    tick: Callable[[Progress], None],
+) -> None:
     """The result, and the merged model beside an adapter when that is asked for."""
+
+    def watch(doing: str, done: int, total: int) -> None:
+        tick(Progress(doing, done, total))
+
     try:
-        tell(str(export(model, begun, config)))
+        tell(str(export(model, begun, config, watch)))
     except HerdError:
         tell("the run is whole in its last checkpoint: the same command again makes the result of it")
         raise
     if config.method.save_merged:
         out = Path(config.out)
-        proof = merge(begun.base, out / "adapter", out / "model", to="hf", overwrite=True, greedy=0)
+        proof = merge(begun.base, out / "adapter", out / "model", to="hf", overwrite=True, greedy=0, watch=watch)
         if not proof.passed:
             raise CheckpointError(
                 "the merged model drifts too far from base and adapter: herd merge says how far", path=out / "model"

@@ -40,6 +40,10 @@ class HeldOut(Protocol):
         """UTF-8 bytes that the labels cover."""
         ...
 
+    def __len__(self) -> int:
+        """Rows."""
+        ...
+
     def batches(self) -> Iterator[TokenBatch]: ...
 
 
@@ -63,21 +67,29 @@ class Evaluation:
         self.spread = spread
         self.objective, self.held_out, self.tokenizer, self.format = objective, held_out, tokenizer, format
         self.prompts, self.max_tokens = tuple(prompts), max_tokens
+        self._tick: Callable[[int, int], None] = lambda done, total: None
 
     @property
     def measures(self) -> bool:
         """Whether there is anything to evaluate."""
         return self.held_out is not None or bool(self.prompts)
 
+    def follow(self, tick: Callable[[int, int], None]) -> None:
+        """Tell `tick` from now on how many held-out rows are done, of how many."""
+        self._tick = tick
+
     @torch.no_grad()
     def __call__(self, model: Llama) -> dict[str, float]:
         if self.held_out is None:
             return {}
-        nats, count = 0.0, 0
+        nats, count, done = 0.0, 0, 0
         for batch in self.held_out.batches():
+            self._tick(done, len(self.held_out))
             total, learned = self._measure(model, batch)
             nats += total
             count += learned
+            done += len(batch.tokens)
+        self._tick(done, done)
         mean = nats / max(1, count)
         figures = {"loss": mean, "perplexity": math.exp(min(mean, 700.0))}
         if self.held_out.size:

@@ -130,7 +130,7 @@ class Mlflow(_Tracker):
         self.api.end_run()
 
 
-class _Patient:
+class _Patient(Silent):
     """A tracker whose failures do not end a run that has begun: the first is told when it happens, their number at the end."""
 
     def __init__(self, tracker: _Tracker, tell: Callable[[str], None]) -> None:

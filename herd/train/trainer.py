@@ -89,6 +89,9 @@ class Trainer:
         if config.exact_accumulation:
             _row_by_row(loader, self.mesh)
         self.watchers = list(watchers) if self.mesh.is_main else []
+        follow = getattr(evaluate, "follow", None)
+        if follow is not None:
+            follow(self._evaluating)
         self.counters = Counters()
         self.stopper = Stopper()
         self.keeper = Keeper(
@@ -330,6 +333,10 @@ class Trainer:
                 watcher.on_text(self.step, prompt, reply)
         self._evaluated = self._now()
         return figures
+
+    def _evaluating(self, done: int, total: int) -> None:
+        for watcher in self.watchers:
+            watcher.on_evaluating(done, total)
 
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:

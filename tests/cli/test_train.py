@@ -445,15 +445,30 @@ def test_the_screen_of_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(1, 10):
         screen.on_step(step(number, loss=10 - number))
         time.sleep(0.01)
+    screen.on_evaluating(0, 40)
+    screen.on_evaluating(10, 40)
+    time.sleep(0.3)  # it is drawn four times a second
     screen.on_evaluation(9, {"bits_per_byte": 1.25})
     screen.on_text(9, "Hi", "\x1b[31mHello")
     screen.on_end({})
     shown = seen.getvalue()
     assert "step 9/9" in shown
+    assert re.search(r"held out: 10 of 40 rows, .* rows/s, eta ", shown)
     assert "held out at step 9: bits per byte 1.25" in shown
     assert "\x1b[31mHello" not in shown  # what a model writes cannot steer the terminal
     assert "with attention" in shown
     assert "9 steps, 900 tokens" in shown
+
+
+def test_a_log_has_a_line_of_a_long_evaluation_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("herd.cli.progress.PLAIN", 0.0)
+    screen = Screen(load_config(recipe_file("lora"), ["data.sources=x", "train.budget.steps=9"]))
+    screen.on_begin(begin())
+    screen.on_evaluating(10, 40)
+    screen.on_evaluation(9, {"loss": 1.0})
+    assert re.search(r"held out: 25%, 10 of 40 rows, 0 s, about 0 s left\n", capsys.readouterr().err)
 
 
 def test_a_stage_counts_its_own_steps_and_compiling_is_told(capsys: pytest.CaptureFixture[str]) -> None:

@@ -258,7 +258,14 @@ def test_pretraining_from_texts_and_going_on(texts, tmp_path):
     first, _ = done(made, until=2)
     assert first == {}
     assert not (tmp_path / "run" / "model").exists()
-    figures, told = done(made)
+    seen, watcher = [], Evaluating()
+    figures, told = done(made, watchers=[watcher], tick=lambda at: seen.append((at.doing, at.done, at.total)))
+    assert watcher.rows[0][0] == 0
+    assert all(done == total > 0 for done, total in watcher.rows[-1:])
+    for doing in ("writing", "reading back"):
+        counts = [(done, total) for what, done, total in seen if what == doing]
+        assert counts == sorted(counts)
+        assert counts[-1][0] == counts[-1][1] == weights(tmp_path / "run" / "model")
     lines = list(read_log(tmp_path / "run" / "log.jsonl"))
     assert [line["step"] for line in lines if line["event"] == "step"] == [1, 2, 3]
     assert lines[-1]["event"] == "end"
@@ -268,6 +275,23 @@ def test_pretraining_from_texts_and_going_on(texts, tmp_path):
     assert detect(vocabulary).name == "base"  # the vocabulary's owner chats, this one does not
     assert model.config.max_seq_len == 64
     assert load_config(tmp_path / "run" / "config.yaml") == made
+
+
+class Evaluating(Recorder):
+    """How far evaluations were."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def on_evaluating(self, done, total):
+        self.rows.append((done, total))
+
+
+def weights(folder):
+    """Bytes of its tensors."""
+    store = open_store(folder)
+    return sum(store.read(name).nbytes for name in store.names())
 
 
 class Interrupting(Recorder):

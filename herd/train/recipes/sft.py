@@ -46,8 +46,9 @@ def run(
 ) -> dict[str, float]:
     """Do the run that `config` describes, or go on with it; returns the last evaluation.
 
-    `watchers` are told how it goes, `tell` what was decided on the way, `tick` how far loading and tokenizing are. `until` stops
-    earlier, after so many steps, without a result. Raises a HerdError that names the key to change, or Stopped after a signal.
+    `watchers` are told how it goes, `tell` what was decided on the way, `tick` how far loading, tokenizing and writing are.
+    `until` stops earlier, after so many steps, without a result. Raises a HerdError that names the key to change, or Stopped
+    after a signal.
     """
     settle(config)
     mesh = launch.start(config.parallel, device_of(config.device).type)
@@ -95,7 +96,7 @@ def run(
 
     # The loop, and the result: a folder, or an adapter, that herd run and herd serve open.
     figures = trainer.fit(until)
-    result(trainer, begun, config, tell)
+    result(trainer, begun, config, tell, tick)
     return figures
 
 
