@@ -19,13 +19,13 @@ from datetime import timedelta
 from threading import Thread
 from typing import IO, TYPE_CHECKING
 
-from herd.errors import ConfigError
+from herd.errors import ConfigError, RanksError
 from herd.parallel.config import ParallelPart
 
 if TYPE_CHECKING:
     from herd.parallel.mesh import Mesh
 
-__all__ = ["follow", "group", "launched", "spawn", "start", "stop"]
+__all__ = ["follow", "group", "launched", "lost", "spawn", "start", "stop"]
 
 PATIENCE = timedelta(minutes=30)
 """How long a rank waits for the others: one may be writing a checkpoint of terabytes."""
@@ -90,6 +90,23 @@ def stop() -> None:
 
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def lost(error: BaseException) -> RanksError | None:
+    """What an error of an exchange between ranks means: another one is gone or out of reach. None for every other error.
+
+    gloo's errors are RuntimeErrors that begin with the place in gloo's source.
+    """
+    import torch.distributed as dist
+
+    told = str(error)
+    if not isinstance(error, dist.DistError) and not (isinstance(error, RuntimeError) and "/gloo/" in told[:200]):
+        return None
+    said = (told.partition("] ")[2] or told).splitlines()[0].partition(". ")[0]
+    return RanksError(
+        f"rank {os.environ.get('RANK', '0')} lost another one ({said}): that rank ended, or its "
+        "machine is out of reach; what it printed says why"
+    )
 
 
 def follow() -> None:

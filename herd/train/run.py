@@ -16,7 +16,7 @@ from herd.convert.merge import merge
 from herd.data.build import Progress
 from herd.data.fingerprint import format_fingerprint, tokenizer_fingerprint
 from herd.data.open import DataReport
-from herd.errors import CheckpointError, HerdError
+from herd.errors import CheckpointError, HerdError, RanksError
 from herd.model.config import ModelConfig
 from herd.model.late import room
 from herd.model.llama import Llama
@@ -69,9 +69,18 @@ def run_recipe(
     tick: Callable[[Progress], None] = lambda progress: None,
     until: int | None = None,
 ) -> dict[str, float]:
-    """The run of `config` by the recipe that it names; see `herd.train.recipes.pretrain.run`."""
+    """The run of `config` by the recipe that it names; see `herd.train.recipes.pretrain.run`.
+
+    Raises RanksError, too, when another rank is gone.
+    """
     recipe = import_module(f"herd.train.recipes.{config.recipe}")
-    return recipe.run(config, resume=resume, exact=exact, watchers=watchers, tell=tell, tick=tick, until=until)
+    try:
+        return recipe.run(config, resume=resume, exact=exact, watchers=watchers, tell=tell, tick=tick, until=until)
+    except Exception as error:
+        lost = launch.lost(error)
+        if lost is None:
+            raise
+        raise RanksError(f"{lost}. The same command goes on from the last checkpoint") from error
 
 
 def budget_rows(config: RunConfig, dp: int) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import signal
 import subprocess
@@ -50,6 +51,33 @@ def test_a_dead_rank_ends_all_with_its_message(tmp_path: Path) -> None:
     assert done.returncode == 3
     assert "rank 1 ended with status 3" in done.stderr
     assert "the disk is full" in done.stderr
+
+
+def test_who_loses_another_rank_says_so(tmp_path: Path) -> None:
+    body = """
+    import torch
+    import torch.distributed as dist
+    from herd.parallel import launch
+    from herd.parallel.config import ParallelPart
+    launch.start(ParallelPart(dp_replicate=2))
+    dist.barrier()
+    if rank == 1:
+        os._exit(3)
+    try:
+        dist.all_reduce(torch.zeros(1))
+    except RuntimeError as error:
+        print(launch.lost(error), flush=True)
+    """
+    done = _spawn(tmp_path, body)
+    assert re.fullmatch(
+        r"rank 0 lost another one \([^\n]*[Cc]onnection [^\n]*\): that rank ended[^\n]*\n", done.stdout
+    ), done
+
+
+def test_other_errors_lose_nobody() -> None:
+    assert launch.lost(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+    assert launch.lost(ValueError("[/src/gloo/pair.cc:1] no")) is None
+    assert "out of reach" in str(launch.lost(dist.DistNetworkError("The client socket has timed out")))
 
 
 def test_a_killed_rank_is_told_by_its_signal(tmp_path: Path) -> None:
