@@ -16,15 +16,15 @@ import pytest
 
 from herd.server.app import create_app
 from herd.server.models import Launch
-from herd.server.process import Process
 from herd.server.serve import Server, bound, url_of
 from herd.server.settings import EngineOptions, ModelSpec, ServerSettings
 from herd.server.state import State
 from tests.cli.tiny import write_folder
 from tests.server.fakes import Script, Scripted, saying
+from tests.server.forked import Forked
 
 LOADING_SECONDS = 120.0
-"""A worker imports torch and reads 11 MB; a busy machine takes a while."""
+"""A busy machine takes a while."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     yield from serving(ServerSettings(models=models, port=0, lazy=True, drain_seconds=1, ping_seconds=0.5))
 
 
-def serving(settings: ServerSettings, *, launch: Launch = Process) -> Iterator[Live]:
+def serving(settings: ServerSettings, *, launch: Launch = Forked) -> Iterator[Live]:
     """A live server with these settings."""
     listening = bound(settings)
     server = Server(settings, create_app(settings, launch=launch))
