@@ -6,6 +6,7 @@ A request is a `Body` (pydantic, strict, no unknown fields). Fields that an API 
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar, get_args, get_origin
@@ -36,6 +37,8 @@ LIMITS = {
     "fields": 256,
 }
 """Most of each in one request (reliability before all: what is beyond is refused before any work)."""
+LARGE = 1 << 18
+"""Bytes of a body; longer ones are read in a thread: 16 MB would hold the event loop up for 40 ms."""
 MAX_INT = 2**63 - 1
 NO_BODY = "the request has no body: send a JSON object (Content-Type: application/json)"
 
@@ -104,7 +107,7 @@ async def content_of(request: Request, *, any_type: bool = False) -> Any:
     data = await request.body()
     if not data.strip():
         raise ApiError(400, NO_BODY, code="invalid_json")
-    content = strict_json(data)
+    content = strict_json(data) if len(data) <= LARGE else await asyncio.to_thread(strict_json, data)
     if isinstance(content, dict) and isinstance(name := content.get("model"), str):
         await request.app.state.herd.models.meet(name)  # from here on it is known, and nothing waits for a disk
     return content

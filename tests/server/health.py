@@ -11,9 +11,9 @@ import httpx
 
 from tests.server.conftest import Live
 
-HEALTH_SECONDS = 0.1
-"""The bar at the 99th percentile, in seconds of a core that the event loop uses: time that the machine gave to others is no fault
-of the server."""
+HEALTH_SECONDS = 0.05
+"""Half the bar of 0.1 s at the 99th percentile, in seconds of a core that the event loop uses: time that the machine gave to
+others is no fault of the server. A body of 16 MB that is parsed and decoded in the loop takes 0.07 to 0.1."""
 
 
 def held_to_the_bar(

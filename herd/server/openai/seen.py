@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 
 from herd.server.caller import caller
@@ -62,7 +63,9 @@ async def seen_of(state: State, model: str, messages: Sequence[ChatMessage]) -> 
         return await fetcher.fetch(url, left, took)
 
     taken = await pictures(found, None if fetcher is None else fetch)
-    return {where: picture.url for (where, _), picture in zip(found, taken, strict=True)}
+    return await asyncio.to_thread(
+        lambda: {where: picture.url for (where, _), picture in zip(found, taken, strict=True)}
+    )
 
 
 def unseen(where: str) -> ApiError:
