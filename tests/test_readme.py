@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shlex
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+
+from herd.cli.main import run
 
 README = Path(__file__).parents[1] / "README.md"
 _BEFORE, QUICK, _AFTER = re.split(
@@ -43,26 +46,21 @@ PYTHON = [block for language, block in BLOCKS if language == "python"]
 @pytest.mark.parametrize(
     ("code", "shown"), list(zip(PYTHON, ("True", "is_greedy=True"), strict=True)), ids=("model", "LLM")
 )
-def test_python_runs_as_printed(code: str, shown: str) -> None:
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert shown in done.stdout  # the loss mask, a score
+def test_python_runs_as_printed(code: str, shown: str, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(code, {"__name__": "__main__"})
+    assert shown in capsys.readouterr().out  # the loss mask, a score
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_run_as_printed(command: str) -> None:
+def test_commands_run_as_printed(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments = shlex.split(command)[1:]
     if arguments[0] == "run":
         arguments += ["--max-tokens", "8"]
-    done = subprocess.run(
-        [sys.executable, "-m", "herd", *arguments],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    assert run(arguments) == 0
+    assert capsys.readouterr().out.strip()
 
 
 @pytest.fixture
@@ -75,27 +73,25 @@ def words(tmp_path: Path) -> dict[str, str]:
     return kept | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
 
 
-def start(number: int, words: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """A quick start, word for word."""
-    language, block = STARTS[number]
-    command = ["sh", "-ec", block] if language == "sh" else [sys.executable, "-W", "error", "-c", block]
-    return subprocess.run(
-        command, env=words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=START_SECONDS
-    )
-
-
 def test_there_are_three_quick_starts() -> None:
     assert [language for language, _ in STARTS] == ["sh", "python", "sh", "python"]
 
 
-@pytest.mark.parametrize("number", [0, 1], ids=["terminal", "Python"])
-def test_quick_starts_word_for_word(number: int, words: dict[str, str]) -> None:
-    done = start(number, words)
+def test_the_terminal_word_for_word(words: dict[str, str]) -> None:
+    command = ["sh", "-ec", STARTS[0][1]]
+    done = subprocess.run(
+        command, env=words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=START_SECONDS
+    )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.split()) > 10  # a story
 
 
-def test_the_api_client_word_for_word(words: dict[str, str]) -> None:
+def test_python_word_for_word(capsys: pytest.CaptureFixture[str]) -> None:
+    exec(STARTS[1][1], {"__name__": "__main__"})
+    assert len(capsys.readouterr().out.split()) > 10
+
+
+def test_the_api_client_word_for_word(words: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as probe:
         if probe.connect_ex(SERVER) == 0:
             pytest.skip("something else listens where the README's server does")
@@ -111,12 +107,12 @@ def test_the_api_client_word_for_word(words: dict[str, str]) -> None:
                 assert server.poll() is None, said.read().decode()
                 assert time.monotonic() < until, "the server does not start"
                 time.sleep(0.2)
-            done = start(3, words)
+            exec(STARTS[3][1], namespace := {"__name__": "__main__"})
+            namespace["client"].close()
         finally:
             server.terminate()
             server.wait(30)
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.split()) > 10
+    assert len(capsys.readouterr().out.split()) > 10
 
 
 def _healthy() -> bool:

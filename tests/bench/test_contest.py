@@ -1,6 +1,7 @@
 """Measuring itself, on a shape that takes no time: what comes out is complete, and what cannot be measured is said."""
 
 import json
+from importlib import import_module
 
 import pytest
 
@@ -10,9 +11,10 @@ from herd.bench.players.base import Setup
 from herd.bench.process import Process
 from herd.bench.subject import kind_of, prompts, subject
 from herd.bench.table import tables
+from herd.bench.worker import PLAYERS, answer
 from herd.checkpoint.open import open_store
 from herd.cli.main import run
-from herd.errors import BenchError, ConfigError
+from herd.errors import BenchError, CheckpointError, ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +36,23 @@ def report(cache):
         runs=2,
     )
     return contest(plan)
+
+
+class Here:
+    """A player without a process: what processes are for is no question where this is used."""
+
+    def __init__(self, player, setup):
+        self.player, self._playing = player, import_module(PLAYERS[player]).open_player(setup)
+        self.facts = self._playing.facts()
+
+    def ask(self, verb, **given):
+        return json.loads(json.dumps(answer(self._playing, verb, given)))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
 
 
 def test_rows_have_every_sample(report):
@@ -75,8 +94,11 @@ def test_table_fits_a_terminal(report):
 
 
 def test_a_player_that_cannot_start_says_why(cache):
-    with pytest.raises(BenchError, match=r"herd could not be measured: .*there is no such file"):
-        Process("herd", Setup(str(cache / "nothing.gguf"), 1, 1, 8))
+    setup = Setup(str(cache / "nothing.gguf"), 1, 1, 8)
+    with pytest.raises(BenchError, match="nobody could not be measured: KeyError: 'nobody'"):
+        Process("nobody", setup)
+    with pytest.raises(CheckpointError, match="there is no such file"):
+        Here("herd", setup)
 
 
 def test_more_positions_than_the_model_has():
@@ -128,7 +150,8 @@ def cli(capsys, *words):
     return status, out, err
 
 
-def test_json_and_plot(capsys, cache, tmp_path):
+def test_json_and_plot(capsys, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr("herd.bench.contest.Process", Here)
     matplotlib = pytest.importorskip("matplotlib")
     assert matplotlib
     picture = tmp_path / "speed.png"

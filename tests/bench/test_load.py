@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -212,7 +210,7 @@ def test_a_level_of_some_seconds_ends() -> None:
 
 async def _behind() -> dict[str, Any]:
     lock = asyncio.Lock()
-    say = saying(0.1, 0.0, 1)
+    say = saying(0.05, 0.0, 1)
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body: dict[str, Any]) -> None:
         async with lock:
@@ -223,11 +221,11 @@ async def _behind() -> dict[str, Any]:
 
 
 def test_an_open_loop_counts_waiting_for_a_server_that_is_behind() -> None:
-    """100 requests a second to a server that answers 10: the last one waited for the nine before it."""
+    """100 requests a second to a server that answers 20: the last one waited for the nine before it."""
     found = asyncio.run(_behind())
     assert found["requests"] == 10
-    assert found["ttft"]["max"] > 0.7
-    assert found["ttft"]["p50"] > 0.3
+    assert found["ttft"]["max"] > 0.35
+    assert found["ttft"]["p50"] > 0.15
 
 
 def test_a_server_that_refuses_everything_is_no_measurement() -> None:
@@ -318,22 +316,19 @@ def test_a_model_that_is_not_there_is_said() -> None:
         OwnServer("./no-such-model")
 
 
-def test_herd_under_64_clients(nano: OwnServer, tmp_path: Path) -> None:
+def test_herd_under_64_clients(nano: OwnServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Through the command, with a plot: no error, and everybody gets about the same."""
     picture = tmp_path / "load.png"
     words = ["--url", nano.target.url, "--concurrency", "4,64", "--requests", "128", "--prompt-tokens", "16"]
-    words += ["--output-tokens", "8", "--json", "--plot", str(picture), "--peer-url", f"again={nano.target.url}"]
-    done = subprocess.run(
-        [sys.executable, "-m", "herd", "bench", "serve", *words], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
+    words += ["--output-tokens", "4", "--json", "--plot", str(picture), "--peer-url", f"again={nano.target.url}"]
+    assert run(["bench", "serve", *words]) == 0
+    report = json.loads(capsys.readouterr().out)
     assert [(row["who"], row["clients"]) for row in report["rows"]] == [
         ("server", 4), ("server", 64), ("again", 4), ("again", 64),
     ]  # fmt: skip
     for row in report["rows"]:
         assert (row["requests"], row["failed"]) == (128, 0)
-        assert (row["output_tokens"], row["prompt_tokens"]) == (128 * 8, 128 * 16)
+        assert (row["output_tokens"], row["prompt_tokens"]) == (128 * 4, 128 * 16)
         assert row["counted_by_server"]
         assert row["fairness"] > FAIR
         assert 0 < row["ttft"]["p50"] <= row["ttft"]["p99"] <= row["end_to_end"]["max"]

@@ -44,19 +44,19 @@ def processor_seconds() -> float:
 @pytest.mark.parametrize("args", [["--help"], *([name, "--help"] for name in INSTALLED)], ids=" ".join)
 def test_help_is_fast_and_imports_nothing_heavy(args: list[str], measured: Callable[[str, str, float], None]) -> None:
     times = []
+    code = (
+        f"import sys; from herd.cli.main import run\n"
+        f"sys.exit(run({args!r}) or [m for m in {HEAVY!r} if m in sys.modules] or 0)"
+    )
     while not times or (times[-1][0] >= QUICK and len(times) < TRIES):
         before, began = processor_seconds(), time.perf_counter()
-        done = herd(*args)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
         times.append((processor_seconds() - before, time.perf_counter() - began))
-        assert done.returncode == 0
-        assert done.stderr == ""
+        assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout.startswith("Usage: herd")
     measured("help, seconds", f"herd {' '.join(args)}", min(seconds for _, seconds in times))
     # Processor time: what the clock says depends on who else uses the machine.
     assert times[-1][0] < QUICK
-    code = f"import sys; from herd.cli.main import run; run({args!r}); sys.exit([m for m in {HEAVY!r} if m in sys.modules] or 0)"
-    traced = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (traced.returncode, traced.stderr) == (0, "")
 
 
 def test_help_without_a_command_and_the_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -175,17 +175,17 @@ def test_a_pipe_that_says_nothing_is_left_alone(
 
 
 @pytest.mark.parametrize(
-    ("args", "pause"), [(["Hello"], 0.0), (["Hello", "--wait"], 0.3), (["-"], 0.3), ([], 0.3)], ids=str
+    ("args", "pause"), [(["Hello"], 0.0), (["Hello", "--wait"], 0.2), (["-"], 0.2), ([], 0.2)], ids=str
 )
 def test_a_pipe_that_says_something_is_read_to_its_end(
     chat_model: str, silent_pipe: int, args: list[str], pause: float, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
-    monkeypatch.setattr(lines, "GLANCE", 0.2)
+    monkeypatch.setattr(lines, "GLANCE", 0.1)
 
     def write() -> None:
         time.sleep(pause)
         os.write(silent_pipe, b"there, ")
-        time.sleep(0.4)
+        time.sleep(0.2)
         os.write(silent_pipe, b"you\n")
         os.close(silent_pipe)
 

@@ -35,6 +35,7 @@ def test_generate_over_two_processes(tmp_path: Path) -> None:
     assert two[0]
 
 
+@pytest.mark.slow
 def test_chat_over_two_processes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     two = said(monkeypatch, capsys, "--tensor-parallel-size", "2")
     assert two == said(monkeypatch, capsys)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from herd.cli.main import run
 from herd.cli.training import Screen
 from herd.train.overrides import load_config
 from herd.train.recipes.catalog import recipe_file, recipe_module
+from herd.train.watch import StepReport
 from tests.train.test_metrics import begin, figures, step
 
 TINY = ["model.shape={dim: 32, n_layers: 1, n_heads: 2}", "data.length=32", "data.rows=2", "data.held_out=40%"]
@@ -358,19 +361,30 @@ def test_a_run_goes_on_where_it_lies(
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="no such signals on this system")
-def test_a_signal_saves_and_the_same_command_goes_on(texts: Path, tmp_path: Path) -> None:
+def test_a_signal_saves_and_the_same_command_goes_on(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    on_step = Screen.on_step
+    stops = [3, 5]
+
+    def kicked(self: Screen, report: StepReport) -> None:
+        on_step(self, report)
+        if report.step == stops[0]:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Screen, "on_step", kicked)
     args = arguments(tmp_path, texts, "train.save.every_minutes=null", "train.log_every=1", steps=100_000)
-    with subprocess.Popen([sys.executable, "-m", "herd", *args], stderr=subprocess.PIPE, text=True) as child:
-        assert child.stderr is not None
-        for line in child.stderr:
-            if line.startswith("step 3/"):
-                child.send_signal(signal.SIGTERM)
-                break
-        rest = child.stderr.read()
-    assert child.returncode == 75
-    assert "--resume auto goes on from there" in rest
+    assert run(args) == 75
+    told = capsys.readouterr().err
+    assert "step 3/100000 loss" in told
+    assert "--resume auto goes on from there" in told
     (kept,) = (tmp_path / "runs" / "a" / "checkpoints").glob("step-*")
-    assert int(kept.name[5:]) >= 3
+    assert kept.name == "step-00000003"
+    del stops[0]
+    assert run(args) == 75
+    told = capsys.readouterr().err
+    assert "step 3/" not in told
+    assert "step 4/100000 loss" in told
 
 
 def test_on_a_terminal_steps_are_all_that_moves(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,12 +395,12 @@ def test_on_a_terminal_steps_are_all_that_moves(texts: Path, tmp_path: Path, mon
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setattr("herd.cli.progress.PATIENCE", 0.0)
     for name in ("a", "b"):  # the second finds everything tokenized
-        assert run(arguments(tmp_path, texts, f"out={tmp_path / name}", "train.save.every_minutes=null", steps=60)) == 0
+        assert run(arguments(tmp_path, texts, f"out={tmp_path / name}", "train.save.every_minutes=null", steps=20)) == 0
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen.getvalue())
     assert shown.count("pretraining of a new model") == 2
-    assert "step 60/60" in shown
+    assert "step 20/20" in shown
     for one in shown.split("pretraining of a new model")[1:]:
-        first = re.search(r"step \d+/60", one)
+        first = re.search(r"step \d+/20", one)
         assert first is not None
         assert "tokenizing" not in one[first.start() :]
 
@@ -415,16 +429,18 @@ def test_recipes_are_listed_and_copied(
     assert run(["recipes", "keys", "bananas"]) == 1
 
 
-def test_a_copied_recipe_runs(texts: Path, tmp_path: Path) -> None:
+def test_a_copied_recipe_runs(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     made = load_config(recipe_file("pretrain"), arguments(tmp_path, texts)[2:])
     from herd.train.overrides import dump_config
 
     (tmp_path / "run.yaml").write_text(dump_config(made))
     assert run(["recipes", "cp", "pretrain", str(tmp_path / "mine.py"), "--python"]) == 0
-    command = [sys.executable, "mine.py", "run.yaml", "train.budget.steps=1"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "model written" in done.stdout
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["mine.py", "run.yaml", "train.budget.steps=1"])
+    runpy.run_path("mine.py", run_name="__main__")
+    assert "model written" in capsys.readouterr().out
 
 
 class Terminal(io.StringIO):

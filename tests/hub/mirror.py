@@ -253,7 +253,7 @@ def _server(mirror: Mirror, storage: str | None) -> Iterator[str]:
 @contextlib.contextmanager
 def listening(server: ThreadingHTTPServer) -> Iterator[str]:
     """The address of a server that answers in a thread, until the end."""
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.005}, daemon=True)
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"

@@ -304,7 +304,7 @@ def test_errors_on_the_way_are_events() -> None:
 
 def test_a_full_queue_is_429_and_a_draining_server_503() -> None:
     async def run() -> None:
-        async with faked(lambda call: [Began("", 1), 0.5, *saying("x")[1:]], max_queue=1) as fake:
+        async with faked(lambda call: [Began("", 1), 0.2, *saying("x")[1:]], max_queue=1) as fake:
             await fake.client.post("/v1/chat/completions", json=asked())  # loads it: two at once, one in the queue
             posts = [fake.client.post("/v1/chat/completions", json=asked()) for _ in range(5)]
             responses = await asyncio.gather(*posts)

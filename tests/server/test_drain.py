@@ -98,7 +98,7 @@ def test_the_server_waits_for_what_it_has_taken_on() -> None:
         while not made or not made[0].asked:
             time.sleep(0.01)
         assert (live.state.visits, len(live.state.running)) == (1, 0)
-        threading.Timer(1.0, go.set).start()  # the server is told to end before
+        threading.Timer(0.4, go.set).start()  # the server is told to end before
     assert asking.result(PATIENCE).status_code == 200
     pool.shutdown()
     assert (live.state.visits, made[0].asked) == (0, 3)

@@ -16,7 +16,7 @@ from herd.server.errors import ApiError
 from herd.server.metrics import ALIASES
 from herd.server.process import WorkerError
 from herd.server.protocol import Began, Piece, ToolPiece
-from herd.server.rates import MOST_ACCOUNTS, Rates
+from herd.server.rates import Rates
 from tests.server.conftest import Fake, faked
 from tests.server.fakes import saying
 
@@ -184,26 +184,33 @@ def test_requests_at_once() -> None:
     rates.enter("a")
 
 
-def test_accounts_do_not_pile_up() -> None:
+@pytest.fixture
+def most(monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many accounts are kept, fewer than usual."""
+    monkeypatch.setattr("herd.server.rates.MOST_ACCOUNTS", 2000)
+    return 2000
+
+
+def test_accounts_do_not_pile_up(most: int) -> None:
     rates = Rates(requests=10, tokens=10, at_once=10)
     rates.enter("kept", now=0.0)  # still being answered
-    for i in range(MOST_ACCOUNTS + 50):
+    for i in range(most + 50):
         rates.enter(f"{i}", now=0.0)
         rates.leave(f"{i}")
-    assert len(rates._accounts) <= MOST_ACCOUNTS
+    assert len(rates._accounts) <= most
     assert rates._accounts["kept"].now == 1
 
 
-def test_who_has_overdrawn_is_not_forgotten_for_others() -> None:
+def test_who_has_overdrawn_is_not_forgotten_for_others(most: int) -> None:
     """Who could make accounts (many addresses) had what was overdrawn full again."""
     rates = Rates(requests=None, tokens=60, at_once=None)
     rates.enter("debtor", now=0.0)
     rates.leave("debtor")
     rates.spend("debtor", 6000, now=0.0)
-    for i in range(MOST_ACCOUNTS + 200):
+    for i in range(most + 200):
         rates.enter(f"{i}", now=0.0)
         rates.leave(f"{i}")
-    assert len(rates._accounts) <= MOST_ACCOUNTS
+    assert len(rates._accounts) <= most
     with pytest.raises(ApiError, match="60 tokens a minute"):
         rates.enter("debtor", now=1.0)
 

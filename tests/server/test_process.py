@@ -78,6 +78,7 @@ def test_one_worker_through_all_of_it() -> None:
             for check in (whole, priorities, cancelled_at_every_stage, many_cancels, questions, refusals):
                 await check(process)
                 assert process.error is None
+            await killed(process)
 
     asyncio.run(run())
 
@@ -198,26 +199,22 @@ async def refusals(process: Process) -> None:
         assert f"r{number}" not in str(caught.value), "ids are nobody's business"
 
 
-def test_a_killed_worker_tells_everyone() -> None:
-    async def run() -> None:
-        async with worker() as process:
-            await process.ready()
-            events = process.run(Call("1", Text("Once"), LONG))
-            await anext(events)
-            assert process.pid is not None
-            os.kill(process.pid, signal.SIGKILL)
-            with pytest.raises(WorkerError, match="SIGKILL"):
-                async with asyncio.timeout(SOON):
-                    async for _ in events:
-                        pass
-            assert process.error is not None
-            assert process.error.kind == "Crashed"
-            for again in (process.ready, lambda: process.ask("tokenize", text="x")):
-                work: Awaitable[object] = again()
-                with pytest.raises(WorkerError):
-                    await work
-
-    asyncio.run(run())
+async def killed(process: Process) -> None:
+    """Everyone is told."""
+    events = process.run(Call("1", Text("Once"), LONG))
+    await anext(events)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    with pytest.raises(WorkerError, match="SIGKILL"):
+        async with asyncio.timeout(SOON):
+            async for _ in events:
+                pass
+    assert process.error is not None
+    assert process.error.kind == "Crashed"
+    for again in (process.ready, lambda: process.ask("tokenize", text="x")):
+        work: Awaitable[object] = again()
+        with pytest.raises(WorkerError):
+            await work
 
 
 def test_what_cannot_be_loaded_says_why() -> None:

@@ -16,9 +16,9 @@ from herd.server.protocol import UP, Chat, Piece, TokenInfo
 from herd.server.settings import ModelSpec
 from tests.server.conftest import faked
 
-REFUSED_SECONDS = 1.0
+REFUSED_SECONDS = 0.5
 """A million bad items took ten seconds when each became an error; to parse the JSON of them takes a few hundredths."""
-MANY = 400_000
+MANY = 200_000
 LONG = "x" * 31_000
 
 
