@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -15,9 +16,15 @@ from herd.model.attend import packed
 from herd.model.config import ModelConfig, irope, plain
 from herd.model.llama import Llama
 from tests.build import TINY, build, tiny, tokens
+from tests.modes.pairs import pairs
 from tests.modes.test_modes import MODES_BOUND
 
-PROMPT, STEPS = 40, 64
+PROMPT, STEPS = 40, 26
+"""The steps cross two borders of chunks of 16 and three of temperature."""
+
+
+MORE = ["llama-2", "llama-4-scout"]
+"""Whose layers are of kinds that others have, too."""
 
 
 class Graphs:
@@ -63,7 +70,7 @@ def compile_blocks(model: Llama) -> Graphs:
 
 @pytest.mark.parametrize("name", TINY)
 def test_decode_step_compiles_once(name: str) -> None:
-    """The whole model and its cache in one graph: 64 steps, no second compilation, logits of the full forward."""
+    """The whole model and its cache in one graph: 26 steps, no second compilation, logits of the full forward."""
     model = build(name)
     ids = tokens(model.config, PROMPT + STEPS, batch=2)
     kv = StaticCache(model.config, batch=2, max_len=PROMPT + STEPS)
@@ -82,9 +89,12 @@ def test_decode_step_compiles_once(name: str) -> None:
     assert (torch.cat(steps, 1) - full[:, PROMPT:]).abs().max() <= MODES_BOUND
 
 
-@pytest.mark.parametrize("name", ["llama-2", "llama-3.2", "llama-4-scout", "llama-4-maverick", "llama-guard-4"])
+@pytest.mark.parametrize(
+    "name",
+    [*(pytest.param(name, marks=pytest.mark.slow) for name in MORE), "llama-3.2", "llama-4-maverick", "llama-guard-4"],
+)
 def test_blocks_share_graphs_in_serving(name: str) -> None:
-    """Eight blocks compiled one by one: one graph per kind of layer, over 64 decode steps."""
+    """Eight blocks compiled one by one: one graph per kind of layer, over 26 decode steps."""
     model = build(eight_layers(name))
     ids = tokens(model.config, PROMPT + STEPS)
     kv = StaticCache(model.config, max_len=PROMPT + STEPS)
@@ -103,8 +113,13 @@ def test_blocks_share_graphs_in_serving(name: str) -> None:
 
 # dynamo looks at the gradient of every input.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize("documents", [False, True], ids=["whole", "packed"])
-@pytest.mark.parametrize("name", ["llama-2", "llama-3.2", "llama-4-scout", "llama-4-maverick", "llama-guard-4"])
+@pytest.mark.parametrize(
+    ("name", "documents"),
+    [
+        *pairs(["llama-3.2", "llama-4-maverick", "llama-guard-4"], [False, True]),
+        *(pytest.param(*given, marks=pytest.mark.slow) for given in product(MORE, [False, True])),
+    ],
+)
 def test_blocks_share_graphs_in_training(name: str, documents: bool) -> None:
     """Eight blocks, several batches: one graph per kind of layer; loss and gradients as in eager."""
     plain_model, model = build(eight_layers(name)).train(), build(eight_layers(name)).train()

@@ -5,21 +5,18 @@ where there is one.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import product
 
 import pytest
 import torch
 
 from herd.engine import cuda
 from herd.engine.cuda_runner import CudaRunner
-from herd.kernels import native
 from herd.model.llama import Llama
-from herd.quant.apply import dequantize, quantize
 from tests.build import TINY, build, fill, tiny
 from tests.engine.tape import Tape
+from tests.modes.pairs import pairs
 from tests.modes.test_modes import LENGTH, MODES_BOUND, TABLE
 from tests.modes.test_paged import HALF_BOUND, INT8_BOUND, Rounded, run, texts, whole
-from tests.quant.wide import wide
 
 Measured = Callable[[str, str, float], None]
 
@@ -58,8 +55,7 @@ def test_recorded_steps_equal_the_full_forward(name: str, device: str, measured:
         assert tape.replays > 3 * tape.made
 
 
-@pytest.mark.parametrize("kv", [torch.float32, torch.int8], ids=["float32", "int8"])
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(("name", "kv"), pairs(TINY, [torch.float32, torch.int8]))
 def test_calls_of_the_kernels(name: str, kv: torch.dtype, monkeypatch: pytest.MonkeyPatch, measured: Measured) -> None:
     """What a GPU with Triton runs, with the plain definitions of its kernels in their place: arguments and layouts are right."""
     monkeypatch.setattr(cuda, "kernels_for", lambda x: True)
@@ -72,9 +68,10 @@ def test_calls_of_the_kernels(name: str, kv: torch.dtype, monkeypatch: pytest.Mo
     assert seen.worst <= (2 * INT8_BOUND if kv == torch.int8 else MODES_BOUND)  # two flips now and then
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", ["llama-2", "llama-3.2", "llama-guard-4"])
+@pytest.mark.parametrize(
+    ("name", "dtype"), pairs(["llama-2", "llama-3.2", "llama-guard-4"], [torch.bfloat16, torch.float16])
+)
 def test_half_precision(name: str, device: str, dtype: torch.dtype, measured: Measured) -> None:
     model = fresh(name).to(device, dtype)
     runner = CudaRunner(model, max_seqs=4, max_len=LENGTH + 4, capture=Tape() if device == "cpu" else None)
@@ -116,30 +113,3 @@ def test_weights_are_moved_not_copied() -> None:
     assert runner.runtime.stale
     runner.refresh()
     assert not runner.runtime.stale
-
-
-@pytest.mark.parametrize(
-    ("name", "weights"),
-    [
-        *product(["llama-2", "llama-3.2"], ["int8", "int4", "q4_k_m", "fp8"]),
-        ("llama-4-maverick", "q4_k_m"),
-        *(pytest.param("llama-4-scout", weights, marks=pytest.mark.slow) for weights in ("int8", "int4", "fp8")),
-    ],
-)
-def test_quantized_weights(name: str, weights: str, monkeypatch: pytest.MonkeyPatch, measured: Measured) -> None:
-    """Blocks as they are on a GPU (no panels of the CPU's library): what the dequantized twin gives."""
-    monkeypatch.setattr(native, "isa", lambda: None)
-    model = build(wide(name))
-    assert quantize(model, weights) == []
-    twin, tape = dequantize(model), Tape()
-    with torch.no_grad():
-        expected = [twin(torch.tensor([ids]))[0] for ids in texts(name)]
-    runner = CudaRunner(model, max_seqs=4, max_len=LENGTH + 4, capture=tape)
-    seen = run(name, expected, model=model, runner=runner, drafts=False, scratch=True)
-    measured(TABLE, f"{name}, GPU runtime, {weights}", seen.worst)
-    assert seen.worst <= MODES_BOUND
-    layers = [m for module in model.modules() for m in getattr(module, "matrices", tuple)()]
-    kept = [m for m in layers if m.blocks is not None]
-    # What stays in blocks is an embedding that is only looked up in.
-    assert len(kept) == (0 if model.config.tie_embeddings or weights == "fp8" else 1)
-    assert bool(tape.made) == (model.config.moe is None)  # quantized experts ask how many rows each has

@@ -9,8 +9,9 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -22,18 +23,20 @@ from herd.engine.adapters import OneAdapter
 from herd.engine.cuda_runner import CudaRunner
 from herd.engine.native import NativeRunner, runner_for
 from herd.engine.paged import KV_DTYPES
-from herd.engine.runner import TorchRunner
+from herd.engine.runner import Runner, TorchRunner
 from herd.engine.tiles import TiledRunner
 from herd.engine.virtual import virtual_tokens
 from herd.errors import ConfigError
 from herd.kernels import native
 from herd.model.config import ModelConfig
+from herd.model.llama import Llama
 from herd.model.presets import RELEASES
 from herd.quant.apply import WEIGHTS, dequantize, quantize
-from tests.build import LLAMA4, TINY, build, tiny
+from tests.build import DENSE, LLAMA4, TINY, build, tiny
 from tests.engine import test_adapters, test_engine, test_speculation
 from tests.engine.tape import Tape
 from tests.modes import test_compiled, test_cuda, test_formats, test_modes, test_native, test_paged, test_ranks
+from tests.modes.pairs import pairs
 from tests.modes.test_modes import LENGTH, MODES_BOUND, TABLE
 from tests.modes.test_paged import run, texts, whole
 from tests.quant.wide import wide
@@ -115,19 +118,16 @@ def here(path: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     return enter
 
 
-def _pairs() -> Iterator[Any]:
-    """Every generation with every kind of weights. Of what costs seconds (torch, large blocks of experts)
-    two generations are in the quick run."""
-    for name in TINY:
-        for weights in WEIGHTS:
-            in_torch, large_blocks = weights in ("fp8", "nf4"), name in LLAMA4 and "_k" in weights
-            slow = (in_torch or large_blocks) and name not in ("llama-3.2", "llama-4-maverick")
-            yield pytest.param(name, weights, marks=pytest.mark.slow if slow else ())
+QUANTIZED = [
+    *pairs(DENSE, WEIGHTS),
+    *pairs(["llama-4-maverick", "llama-guard-4", "llama-4-scout", "llama-4-top-2"], WEIGHTS),
+]
+"""Every generation with every kind of weights: in the quick run each kind in a dense model and in a Llama 4."""
 
 
 @here("quantized, in any company")
 @pytest.mark.filterwarnings("ignore:.*")
-@pytest.mark.parametrize(("name", "weights"), list(_pairs()))
+@pytest.mark.parametrize(("name", "weights"), QUANTIZED)
 def test_every_kind_of_weights(name: str, weights: str, measured: Measured) -> None:
     """Paged, in pieces, with prefix hits, preempted and with drafts: bitwise the rows of one native step; in torch, those of
     the same modules in a plain forward."""
@@ -146,28 +146,34 @@ def test_every_kind_of_weights(name: str, weights: str, measured: Measured) -> N
     assert seen.drafted
 
 
-def _on_a_gpu() -> Iterator[Any]:
-    """Each generation with one kind of weights, kinds in turn; all of them in the slow run."""
-    kinds = [kind for kind in WEIGHTS if kind != "w8a8"]  # torch's definition of it, tested with kernels of its own
-    for i, name in enumerate(TINY):
-        for j, weights in enumerate(kinds):
-            yield pytest.param(name, weights, marks=() if i % len(kinds) == j else pytest.mark.slow)
+ON_A_GPU = pairs(
+    [
+        "llama-4-scout", "llama-4-top-2", "llama-guard-4", "llama-1", "llama-2", "llama-2-70b", "code-llama",
+        "llama-4-maverick", "llama-3", "llama-3.1", "llama-3.2",
+    ],
+    [kind for kind in WEIGHTS if kind != "w8a8"],  # torch's definition of it, tested with kernels of its own
+)  # fmt: skip
 
 
 @here("GPU runtime, quantized")
-@pytest.mark.parametrize(("name", "weights"), list(_on_a_gpu()))
+@pytest.mark.parametrize(("name", "weights"), ON_A_GPU)
 def test_quantized_on_a_gpu(name: str, weights: str, monkeypatch: pytest.MonkeyPatch, measured: Measured) -> None:
-    """Blocks as they are on a GPU, on a CPU: what the dequantized twin gives."""
+    """Blocks as they are on a GPU (no panels of the CPU's library): what the dequantized twin gives."""
     monkeypatch.setattr(native, "isa", lambda: None)
     model = build(wide(name))
     assert quantize(model, weights) == []
-    twin = dequantize(model)
+    twin, tape = dequantize(model), Tape()
     with torch.no_grad():
         expected = [twin(torch.tensor([ids]))[0] for ids in texts(name)]
-    runner = CudaRunner(model, max_seqs=4, max_len=LENGTH + 4, capture=Tape())
+    runner = CudaRunner(model, max_seqs=4, max_len=LENGTH + 4, capture=tape)
     seen = run(name, expected, model=model, runner=runner, drafts=False, scratch=True)
     measured(TABLE, f"{name}, GPU runtime, {weights}", seen.worst)
     assert seen.worst <= MODES_BOUND
+    layers = [m for module in model.modules() for m in getattr(module, "matrices", tuple)()]
+    kept = [m for m in layers if m.blocks is not None]
+    # What stays in blocks is an embedding that is only looked up in.
+    assert len(kept) == (0 if model.config.tie_embeddings or weights == "fp8" else 1)
+    assert bool(tape.made) == (model.config.moe is None)  # quantized experts ask how many rows each has
 
 
 @here("tiles")
@@ -204,38 +210,36 @@ def tuned(name: str, kind: str, count: int) -> Virtual:
     return Prefix(torch.randn(shape, generator=generator), torch.randn(shape, generator=generator))
 
 
+BEHIND: dict[int, Callable[[Llama], Runner]] = {5: runner_for, 8: TorchRunner, 19: TiledRunner}
+"""How many virtual tokens, and what runs the texts behind them."""
+
+
 @here("prefix and prompt tuning")
-@pytest.mark.parametrize("kind", ["prefix", "prompt"])
-@pytest.mark.parametrize("name", TINY)
-def test_virtual_tokens(name: str, kind: str, measured: Measured) -> None:
+@pytest.mark.parametrize(("name", "way"), pairs(TINY, product(["prefix", "prompt"], BEHIND)))
+def test_virtual_tokens(name: str, way: tuple[str, int], measured: Measured) -> None:
     """Texts behind virtual tokens beside plain ones, through everything a scheduler does: what the model gives that trains them.
     Llama 4 loses sight of them behind its first chunk, and refuses them."""
-    model = build(name)
+    model, (kind, count) = build(name), way
+    adapter = tuned(name, kind, count)
     if name in LLAMA4:
         with pytest.raises(ConfigError, match="for Llama 1 to 3"):
-            virtual_tokens(model, tuned(name, kind, 5))
+            virtual_tokens(model, adapter)
         return
-    for count, runner in ((5, runner_for(model)), (8, TorchRunner(model)), (19, TiledRunner(model))):
-        adapter = tuned(name, kind, count)
-        trained = (
-            PrefixTuned(build(name), adapter) if isinstance(adapter, Prefix) else PromptTuned(build(name), adapter)
-        )
-        with torch.no_grad():
-            expected = [trained(torch.tensor([ids]))[0] for ids in texts(name)]
-        assert max(float((a - b).abs().max()) for a, b in zip(expected, whole(name), strict=True)) > 0.01
-        expected[2::3] = whole(name)[2::3]
-        seen = run(
-            name, expected, model=model, runner=runner, seed=count, spare=5, virtual=virtual_tokens(model, adapter)
-        )
-        measured(TABLE, f"{name}, behind a {kind} of {count}", seen.worst)
-        assert seen.worst <= MODES_BOUND
-        assert seen.preempted
-        assert seen.drafted
+    trained = PrefixTuned(build(name), adapter) if isinstance(adapter, Prefix) else PromptTuned(build(name), adapter)
+    with torch.no_grad():
+        expected = [trained(torch.tensor([ids]))[0] for ids in texts(name)]
+    assert max(float((a - b).abs().max()) for a, b in zip(expected, whole(name), strict=True)) > 0.01
+    expected[2::3] = whole(name)[2::3]
+    runner, virtual = BEHIND[count](model), virtual_tokens(model, adapter)
+    seen = run(name, expected, model=model, runner=runner, seed=count, spare=5, virtual=virtual)
+    measured(TABLE, f"{name}, behind a {kind} of {count}", seen.worst)
+    assert seen.worst <= MODES_BOUND
+    assert seen.preempted
+    assert seen.drafted
 
 
 @here("16-bit cache")
-@pytest.mark.parametrize("kv", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(("name", "kv"), pairs(TINY, [torch.bfloat16, torch.float16]))
 def test_16_bit_caches(name: str, kv: torch.dtype) -> None:
     """Keys and values rounded once, whatever runs beside them: bitwise the rows of a step alone."""
     if native.isa() is None:
@@ -303,7 +307,7 @@ def test_every_way_of_computing_has_a_path() -> None:
     assert _classes("draft", "forget", "check") == DRAFTERS.keys()
     assert set(DRAFTERS.values()) <= test_speculation.KINDS.keys()
     assert set(KV_DTYPES) == CACHES.keys()
-    assert {pair.values for pair in _pairs()} == {(name, weights) for name in TINY for weights in WEIGHTS}
+    assert {pair.values for pair in QUANTIZED} == {(name, weights) for name in TINY for weights in WEIGHTS}
 
 
 def _parameters(kind: str, method: str) -> set[str]:

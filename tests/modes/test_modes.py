@@ -15,6 +15,7 @@ from torch import Tensor
 from herd.engine.cache import StaticCache
 from herd.model.attend import packed
 from tests.build import TINY, build, tiny, tokens
+from tests.modes.pairs import pairs
 
 Measured = Callable[[str, str, float], None]
 
@@ -49,8 +50,7 @@ def through_cache(name: str, borders: list[int], *, windowed: bool, max_len: int
     return torch.cat(out, 1)
 
 
-@pytest.mark.parametrize("windowed", [True, False], ids=["window", "whole-cache"])
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(("name", "windowed"), pairs(TINY, [True, False]))
 def test_step_by_step(name: str, windowed: bool, measured: Measured) -> None:
     logits = through_cache(name, list(range(LENGTH + 1)), windowed=windowed)
     worst = float((logits - whole(name)[1]).abs().max())
@@ -92,8 +92,7 @@ def test_rows_and_later_tokens_do_not_matter(name: str) -> None:
         assert (model(ids[:, :37]) - logits[:, :37]).abs().max() <= MODES_BOUND
 
 
-@pytest.mark.parametrize("name", TINY)
-@pytest.mark.parametrize("lengths", [(1, 1, 33, 17, 18), (16, 16, 38), (70,), (5, 65)])
+@pytest.mark.parametrize(("name", "lengths"), pairs(TINY, [(1, 1, 33, 17, 18), (16, 16, 38), (70,), (5, 65)]))
 def test_packed_documents_equal_separate_ones(name: str, lengths: tuple[int, ...], measured: Measured) -> None:
     ids, _ = whole(name)
     model = build(name)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from herd.kernels import native
 from herd.model.llama import Llama
 from herd.quant.apply import dequantize, quantize
 from tests.build import TINY, build, tiny
+from tests.modes.pairs import pairs
 from tests.modes.test_paged import run, texts
 from tests.quant.wide import wide
 
@@ -77,9 +79,10 @@ def worst(one: list[Tensor], other: list[Tensor]) -> float:
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
+    ("name", "dtype"),
+    [*product(TINY, [torch.float32]), *pairs(TINY, [torch.bfloat16, torch.float16])],
+    ids=str,
 )
-@pytest.mark.parametrize("name", TINY)
 def test_plain_weights(name: str, dtype: torch.dtype, measured: Measured) -> None:
     """Activations are float32 whatever the weights are, so the twin is the same values in float32. Where the processor multiplies
     bfloat16 itself, products with such weights see rounded activations, as all of torch's bfloat16 forward does."""
@@ -109,24 +112,16 @@ def test_plain_weights_in_any_company(name: str, dtype: torch.dtype) -> None:
     assert seen.cached
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("name", TINY)
-def test_quantized_weights_in_any_company(name: str, weights: str) -> None:
-    model = quantized(name, weights)
-    seen = run(name, alone(model, name), model=model, runner=NativeRunner(model), seed=4)
-    assert seen.worst == 0
-
-
-@pytest.mark.parametrize("kv", [torch.bfloat16, torch.float16, torch.int8], ids=["bfloat16", "float16", "int8"])
-@pytest.mark.parametrize("name", ["llama-3.2", "llama-4-scout"])
+@pytest.mark.parametrize(
+    ("name", "kv"), pairs(["llama-3.2", "llama-4-scout"], [torch.int8, torch.bfloat16, torch.float16])
+)
 def test_any_company_with_a_narrow_cache(name: str, kv: torch.dtype) -> None:
     model = quantized(name, "int4")
     seen = run(name, alone(model, name, kv), model=model, runner=NativeRunner(model), seed=5, dtype=kv)
     assert seen.worst == 0
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(("name", "weights"), pairs(TINY, WEIGHTS))
 def test_quantized_weights(name: str, weights: str, measured: Measured) -> None:
     """Against the same modules in a plain forward, and against the dequantized twin."""
     model = quantized(name, weights)

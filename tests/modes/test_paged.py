@@ -25,6 +25,7 @@ from herd.kernels.paged import dequantize_rows, quantize_rows
 from herd.model.attend import Causal
 from herd.model.llama import Llama
 from tests.build import TINY, build, tiny, tokens
+from tests.modes.pairs import pairs
 from tests.modes.test_compiled import Graphs
 from tests.modes.test_modes import LENGTH, MODES_BOUND, TABLE
 
@@ -149,8 +150,7 @@ def _forced(chunk: Chunk, ids: list[int]) -> list[int]:
     return ids[at : at + right + 1]
 
 
-@pytest.mark.parametrize("block_size", [4, 8, 16])
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(("name", "block_size"), pairs(TINY, [4, 8, 16]))
 def test_any_mix_equals_the_full_forward(name: str, block_size: int, measured: Measured) -> None:
     seen = run(name, whole(name), seed=block_size, block_size=block_size, spare=96 // block_size)
     measured(TABLE, f"{name}, paged, blocks of {block_size}", seen.worst)
@@ -176,8 +176,9 @@ def test_any_split_and_pressure(name: str, seed: int, block_size: int, spare: in
     assert run(name, whole(name), seed=seed, block_size=block_size, spare=spare).worst <= MODES_BOUND
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("name", ["llama-2", "llama-3.2", "llama-guard-4"])
+@pytest.mark.parametrize(
+    ("name", "dtype"), pairs(["llama-2", "llama-3.2", "llama-guard-4"], [torch.bfloat16, torch.float16])
+)
 def test_half_precision(name: str, dtype: torch.dtype, measured: Measured) -> None:
     """Dense models: with experts, rounding decides between two that are nearly as good, and the outputs are not comparable."""
     model = Llama(tiny(name)).eval()
@@ -257,16 +258,16 @@ def _one_graph() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        ("llama-3.2", torch.float32),
-        ("llama-4-scout", torch.float32),
+        pytest.param("llama-3.2", torch.float32, marks=pytest.mark.slow),
+        pytest.param("llama-4-scout", torch.float32, marks=pytest.mark.slow),
         ("llama-4-maverick", torch.float32),
         ("llama-3.2", torch.int8),
     ],
 )
 def test_decode_step_compiles_once(name: str, dtype: torch.dtype) -> None:
-    """Two sequences, 64 decode steps over the paged cache in one graph: what changes from step to step is in tensors."""
-    model, steps, prompts = build(name), 64, (11, 26)
-    ids = [row[: n + steps] for row, n in zip(tokens(model.config, 90, batch=2).tolist(), prompts, strict=True)]
+    """Two sequences, 24 decode steps over the paged cache in one graph: what changes from step to step is in tensors."""
+    model, steps, prompts = build(name), 24, (11, 26)
+    ids = [row[: n + steps] for row, n in zip(tokens(model.config, 50, batch=2).tolist(), prompts, strict=True)]
     scheduler = Scheduler(BlockPool(32, 8), max_seqs=2, max_tokens=64, max_len=128)
     kv = PagedCache(model.config, blocks=32, block_size=8, dtype=dtype)
     for i, n in enumerate(prompts):

@@ -129,7 +129,7 @@ def test_tiles_and_bfloat16(pair: Ranks, tmp_path: Path) -> None:
     assert seen.worst <= HALVES
 
 
-@pytest.mark.parametrize("name", ["llama-3", "llama-4-scout"])
+@pytest.mark.parametrize("name", [pytest.param("llama-3", marks=pytest.mark.slow), "llama-4-scout"])
 def test_what_gpus_run(name: str, pair: Ranks, tmp_path: Path) -> None:
     """Rank 0 with the runtime of GPUs, on a CPU: fused products, the same exchanges."""
     expected = alone(made(shared(name), tmp_path), name)
