@@ -84,6 +84,17 @@ def made(collection: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture
+def short(made: Path, tmp_path: Path) -> Path:
+    """The same with some conversations: encoding all of them takes longer than training."""
+    out = tmp_path / "nano"
+    shutil.copytree(made, out)
+    for name in ("stories", "talk"):
+        path = out / "data" / f"{name}.jsonl"
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[::40]))
+    return out
+
+
 def test_texts_are_sorted_by_kind_and_what_is_too_hard_is_left_out(made: Path) -> None:
     count = {path.stem: len(path.read_text().splitlines()) for path in (made / "data").iterdir()}
     pairs = len(ANIMALS) * (len(ANIMALS) - 1)
@@ -140,8 +151,9 @@ def test_the_runs_are_those_that_herd_train_takes(made: Path, tmp_path: Path) ->
 
 
 def test_from_texts_to_the_folder_that_ships_and_nothing_twice(
-    made: Path, collection: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    short: Path, collection: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    made = short
     few = {"questions": 2, "stories": 1, "limit": 16}
     monkeypatch.setattr(nano_check, "SHOWN", ("hello",))
     monkeypatch.setattr(nano, "check", lambda *args: nano_check.check(*args, **few))

@@ -32,14 +32,14 @@ torch.set_num_threads(1)
 saves = Checkpoints(Path(sys.argv[1]), OneFile(), 2, Mesh.single(), print)
 saves.prepare(0)
 tensors = {f"weight.{i}": torch.randn(5_000_000) for i in range(5)} | {f"norm.{i}": torch.randn(5_000) for i in range(1000)}
-saves.save(1, tensors, {}, {})  # imports
+saves.save(1, {"weight": torch.zeros(1)}, {}, {})  # imports
 times = []
-for step in (2, 3, 4):
+for step in (2, 3):
     Path("/proc/self/clear_refs").write_text("5")
     before, begin = resident("VmRSS"), time.process_time()
     saves.save(step, tensors, {}, {})
     times.append(time.process_time() - begin)
-size = sum(p.stat().st_size for p in (Path(sys.argv[1]) / "checkpoints/step-00000004").iterdir())
+size = sum(p.stat().st_size for p in (Path(sys.argv[1]) / "checkpoints/step-00000003").iterdir())
 print(size, before, resident("VmHWM"), min(times))
 """
 
