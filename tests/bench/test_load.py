@@ -316,19 +316,24 @@ def test_a_model_that_is_not_there_is_said() -> None:
         OwnServer("./no-such-model")
 
 
-def test_herd_under_64_clients(nano: OwnServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("clients", [32, pytest.param(64, marks=pytest.mark.slow)])
+def test_herd_under_many_clients(
+    clients: int, nano: OwnServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Through the command, with a plot: no error, and everybody gets about the same."""
     picture = tmp_path / "load.png"
-    words = ["--url", nano.target.url, "--concurrency", "4,64", "--requests", "128", "--prompt-tokens", "16"]
-    words += ["--output-tokens", "4", "--json", "--plot", str(picture), "--peer-url", f"again={nano.target.url}"]
+    requests = 2 * clients
+    levels = ["--concurrency", f"4,{clients}", "--requests", str(requests), "--prompt-tokens", "16"]
+    words = ["--url", nano.target.url, "--peer-url", f"again={nano.target.url}", *levels, "--output-tokens", "4"]
+    words += ["--json", "--plot", str(picture)]
     assert run(["bench", "serve", *words]) == 0
     report = json.loads(capsys.readouterr().out)
     assert [(row["who"], row["clients"]) for row in report["rows"]] == [
-        ("server", 4), ("server", 64), ("again", 4), ("again", 64),
+        ("server", 4), ("server", clients), ("again", 4), ("again", clients),
     ]  # fmt: skip
     for row in report["rows"]:
-        assert (row["requests"], row["failed"]) == (128, 0)
-        assert (row["output_tokens"], row["prompt_tokens"]) == (128 * 4, 128 * 16)
+        assert (row["requests"], row["failed"]) == (requests, 0)
+        assert (row["output_tokens"], row["prompt_tokens"]) == (requests * 4, requests * 16)
         assert row["counted_by_server"]
         assert row["fairness"] > FAIR
         assert 0 < row["ttft"]["p50"] <= row["ttft"]["p99"] <= row["end_to_end"]["max"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -30,9 +31,9 @@ LOADING_SECONDS = 120.0
 
 @pytest.fixture(scope="session", autouse=True)
 def authorities_read_once() -> Iterator[None]:
-    """httpx reads all certificates of authorities for every client, which takes longer than most of these tests."""
+    """Clients read the certificates of all authorities when they are made, which takes longer than most of these tests."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("httpx._transports.default.create_ssl_context", cache(httpx.create_ssl_context), raising=False)
+        patch.setattr(ssl, "create_default_context", cache(ssl.create_default_context))
         yield
 
 
