@@ -6,7 +6,6 @@ import base64
 import copy
 import json
 import shutil
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,15 +51,6 @@ def test_original_folder_is_searched(tmp_path: Path) -> None:
     (tmp_path / "original").mkdir()
     shutil.copy(model_path("llama3"), tmp_path / "original" / "tokenizer.model")
     assert load_tokenizer(tmp_path).family == "llama3"
-
-
-def test_released_folders_agree_silently(family: str, hf_folder: Callable[[str], Path], tmp_path: Path) -> None:
-    shutil.copytree(hf_folder(family), tmp_path, dirs_exist_ok=True)
-    (tmp_path / "original").mkdir()
-    shutil.copy(model_path(family), tmp_path / "original" / "tokenizer.model")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert load_tokenizer(tmp_path).special.ids == opened(family).special.ids
 
 
 def test_piece_folder_agrees_silently(tiny_pieces: bytes, tmp_path: Path) -> None:
@@ -181,17 +171,6 @@ def test_disagreement_is_reported_and_the_model_file_wins(
         tokenizer = load_tokenizer(small_folder, family="llama3")
     assert str(caught[0].message).endswith(f"Using {small_folder / 'tokenizer.model'}")
     assert tokenizer.encode("hello world") == expected
-
-
-def test_two_generations_in_one_folder(
-    llama3_folder: Path, hf_folder: Callable[[str], Path], tiny_pieces: bytes
-) -> None:
-    shutil.copy(hf_folder("llama4") / "tokenizer.json", llama3_folder)
-    with pytest.warns(TokenizerFilesWarning, match="cuts text as llama4, not as llama3"):
-        assert load_tokenizer(llama3_folder).family == "llama3"
-    (llama3_folder / "tokenizer.model").write_bytes(tiny_pieces)
-    with pytest.warns(TokenizerFilesWarning, match="byte-BPE vocabulary, the other a SentencePiece one"):
-        assert load_tokenizer(llama3_folder).family == "llama2"
 
 
 def test_disagreeing_pieces(tiny_pieces: bytes, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,11 @@ from herd.tokenizer.sentencepiece import SentencePieceTokenizer
 from herd.tokenizer.tiktoken import TiktokenTokenizer
 from herd.tokenizer.tokenizer import Tokenizer
 from tests.tokenizer import texts
-from tests.tokenizer.conftest import opened
+from tests.tokenizer.conftest import model_path, opened
 from tests.tokenizer.made import NAMES, hf_pieces, like_llama, small_json
 
-MANY = texts.ALL + texts.generate(20_000, seed=12)
+MANY = texts.ALL + texts.generate(4_000, seed=12)
+MORE = pytest.param(texts.ALL + texts.generate(20_000, seed=12), marks=pytest.mark.slow, id="more")
 
 
 @pytest.fixture
@@ -38,7 +41,8 @@ def build(content: dict[str, Any], folder: Path) -> Tokenizer:
     return load_tokenizer(folder)
 
 
-def test_ids_equal_metas_file_and_tokenizers(family: str, hf_folder: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("many", [pytest.param(MANY, id="many"), MORE])
+def test_ids_equal_metas_file_and_tokenizers(family: str, hf_folder: Callable[[str], Path], many: list[str]) -> None:
     from tokenizers import Tokenizer
 
     path = hf_folder(family) / "tokenizer.json"
@@ -47,15 +51,35 @@ def test_ids_equal_metas_file_and_tokenizers(family: str, hf_folder: Callable[[s
     assert list(ours.ranks) == list(native.ranks)
     assert ours.special == native.special
     theirs.encode_special_tokens = True  # else it makes special ids from user text
-    for text, encoded in zip(MANY, theirs.encode_batch_fast(MANY, add_special_tokens=False), strict=True):
+    for text, encoded in zip(many, theirs.encode_batch_fast(many, add_special_tokens=False), strict=True):
         assert ours.encode(text) == encoded.ids, text
 
 
+@pytest.mark.parametrize("family", ["llama3", pytest.param("llama4", marks=pytest.mark.slow)])
 def test_merges_are_left_out_only_when_the_ranks_are_metas(family: str, hf_folder: Callable[[str], Path]) -> None:
     path = hf_folder(family) / "tokenizer.json"
     quick = open_tokenizer_json(path)
     slow = read_tokenizer_json(json.loads(path.read_text(encoding="utf-8")))
     assert quick == slow
+
+
+def test_released_folders_agree_silently(family: str, hf_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    shutil.copytree(hf_folder(family), tmp_path, dirs_exist_ok=True)
+    (tmp_path / "original").mkdir()
+    shutil.copy(model_path(family), tmp_path / "original" / "tokenizer.model")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_tokenizer(tmp_path).special.ids == opened(family).special.ids
+
+
+def test_two_generations_in_one_folder(hf_folder: Callable[[str], Path], tiny_pieces: bytes, tmp_path: Path) -> None:
+    shutil.copy(model_path("llama3"), tmp_path / "tokenizer.model")
+    shutil.copy(hf_folder("llama4") / "tokenizer.json", tmp_path)
+    with pytest.warns(TokenizerFilesWarning, match="cuts text as llama4, not as llama3"):
+        assert load_tokenizer(tmp_path).family == "llama3"
+    (tmp_path / "tokenizer.model").write_bytes(tiny_pieces)
+    with pytest.warns(TokenizerFilesWarning, match="byte-BPE vocabulary, the other a SentencePiece one"):
+        assert load_tokenizer(tmp_path).family == "llama2"
 
 
 def test_small_vocabulary_equals_tokenizers(small: dict[str, Any], tmp_path: Path) -> None:

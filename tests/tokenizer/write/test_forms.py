@@ -13,7 +13,11 @@ from herd.tokenizer.pieces import PieceModel
 from herd.tokenizer.sentencepiece import SentencePieceTokenizer
 from herd.tokenizer.write import gguf_fields, hf_files, meta_file
 from tests.tokenizer.conftest import meta, model_path
-from tests.tokenizer.write.conftest import FORMS, LARGE, MANY, SMALL, SOME, TEMPLATE, metas_names, original, reopened
+from tests.tokenizer.write.conftest import FORMS, LARGE, MANY, SMALL, TEMPLATE, metas_names, original, reopened
+
+QUICK = {("llama2", "json"), ("llama2", "meta"), ("llama2", "gguf"), ("codellama", "gguf")}
+QUICK |= {("llama3", "json"), ("llama3", "meta"), ("llama3", "gguf")}
+"""Every form of each kind of vocabulary; Code Llama's as json is held to the tokenizers package (test_huggingface.py)."""
 
 
 def check_same(ours: Any, other: Any, texts: list[str]) -> None:
@@ -41,8 +45,14 @@ def test_two_forms_in_a_row(name: str, first: str, second: str, tmp_path: Path) 
     check_same(ours, reopened(middle, second, tmp_path / "second"), MANY[::7])
 
 
-@pytest.mark.parametrize("form", [pytest.param("hf", marks=pytest.mark.slow), *FORMS[1:]])
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        pytest.param(name, form, marks=[] if (name, form) in QUICK else pytest.mark.slow)
+        for name in LARGE
+        for form in FORMS
+    ],
+)
 def test_real_vocabularies_in_every_form(name: str, form: str, tmp_path: Path) -> None:
     if form == "meta" and not metas_names(name):
         pytest.skip("Meta's format cannot hold these special tokens: see test_other_special_tokens_are_refused")
