@@ -141,10 +141,12 @@ def test_the_largest_counts_that_pass_take_less_than_a_second(tmp_path: Path) ->
     raw = b"GGUF" + struct.pack("<IQQ", 3, tensors, keys) + words(b"w", [b""] * strings)
     raw += b"".join(text(b"key %d" % i) + struct.pack("<IB", 0, 1) for i in range(keys - 1))
     raw += b"".join(text(b"%d" % i) + struct.pack("<IQQQQIQ", 4, 1, 1, 1, 1, 0, 32 * i) for i in range(tensors))
-    tries = [opened(tmp_path / "large.gguf", raw + bytes(32 * tensors + 32)) for _ in range(3)]
-    file = tries[0][0]
-    assert (len(file.metadata), len(file.entries)) == (keys, tensors)
-    assert min(seconds for _, seconds in tries) < LIMIT  # a core that is shared is slower for some of them
+    for _ in range(3):  # a core that is shared is slower for some of them
+        file, seconds = opened(tmp_path / "large.gguf", raw + bytes(32 * tensors + 32))
+        assert (len(file.metadata), len(file.entries)) == (keys, tensors)
+        if seconds < LIMIT:
+            break
+    assert seconds < LIMIT
 
 
 def test_a_real_vocabulary_opens_at_once(tmp_path: Path, measured: Callable[[str, str, float], None]) -> None:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
-from importlib import resources
 from pathlib import Path
 
 import gguf
 import pytest
 import torch
-from llama_models.llama3.tokenizer import Tokenizer
 
 from herd.checkpoint.load import load, load_model
 from herd.checkpoint.open import open_store
 from herd.checkpoint.vocabulary import load_tokenizer
 from herd.model.config import plain
+from tests import vocabularies
 from tests.build import DENSE, tokens
 from tests.checkpoint.gguf_files import GGML, WIDE, transformers_model, write_gguf, write_noise
+from tests.checkpoint.peaks import needs_peaks, run
 
 TEXT = "The llamas' wool - 1234567 strands, naïve 漢字 🦙!\n\n\tdef f(x): return x"
 
@@ -30,13 +28,9 @@ def byte_alphabet() -> list[str]:
     return [chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)]
 
 
-def meta_tokenizer() -> Tokenizer:
-    return Tokenizer(Path(str(resources.files("llama_models.llama3") / "tokenizer.model")))
-
-
 def llama3_vocabulary() -> dict[str, object]:
     """Llama 3's tokens as llama.cpp's converter writes them, from Meta's package."""
-    meta = meta_tokenizer()
+    meta = vocabularies.meta3()
     alphabet = byte_alphabet()
     ranks = meta.model._mergeable_ranks
     words = ["".join(alphabet[b] for b in word) for word, _ in sorted(ranks.items(), key=lambda item: item[1])]
@@ -61,7 +55,7 @@ def test_a_file_with_llama_3s_vocabulary_loads_whole(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", hf, GGML.Q8_0, metadata=llama3_vocabulary())
     model, tokenizer = load(path)
     ids = tokenizer.encode(TEXT)
-    assert ids == meta_tokenizer().encode(TEXT, bos=False, eos=False)
+    assert ids == vocabularies.meta3().encode(TEXT, bos=False, eos=False)
     assert tokenizer.decode(ids) == TEXT
     assert load_tokenizer(path).encode(TEXT) == ids
     blob = path.rename(tmp_path / "sha256-0123")  # Ollama's files have no suffix
@@ -84,35 +78,39 @@ def test_a_quantized_file_loads_in_any_dtype(tmp_path: Path) -> None:
 
 
 MEASURE = """
-import resource, sys, torch
+import torch
 from herd.checkpoint.open import open_store
 from herd.checkpoint.load import load_model
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-model = load_model(sys.argv[1], None if sys.argv[2] == "None" else getattr(torch, sys.argv[2]))
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
-print(sum(w.nbytes for w in model.parameters()))
+load_model(sys.argv[1], torch.bfloat16)  # everything is imported
+for path, dtype in zip(sys.argv[2::2], sys.argv[3::2]):
+    before = restart()
+    model = load_model(path, None if dtype == "None" else getattr(torch, dtype))
+    print(peak() - before, sum(w.nbytes for w in model.parameters()))
+    del model
 """
 
 
+@needs_peaks
 @pytest.mark.parametrize(
-    ("kind", "dtype"),
+    "cases",
     [
-        ("Q8_0", "bfloat16"),
-        ("F16", "bfloat16"),
-        pytest.param("Q8_0", "float32", marks=pytest.mark.slow),
-        pytest.param("Q4_0", "bfloat16", marks=pytest.mark.slow),
-        pytest.param("BF16", "None", marks=pytest.mark.slow),
+        [("Q8_0", "bfloat16"), ("F16", "bfloat16")],
+        pytest.param([("Q8_0", "float32"), ("Q4_0", "bfloat16"), ("BF16", "None")], marks=pytest.mark.slow),
     ],
 )
-def test_loading_takes_little_more_memory_than_the_model(kind: str, dtype: str, tmp_path: Path) -> None:
+def test_loading_takes_little_more_memory_than_the_model(cases: list[tuple[str, str]], tmp_path: Path) -> None:
     """A third of the numbers are the embedding's, as in the small Llama 3.2."""
-    shape = {"dim": 1024, "n_heads": 16, "n_kv_heads": 4, "hidden_dim": 3072, "vocab_size": 32_000}
-    config = replace(WIDE, **shape, layers=plain(5), tie_embeddings=True)
-    path = write_noise(tmp_path / "large.gguf", config, GGML[kind])
-    run = subprocess.run([sys.executable, "-c", MEASURE, str(path), dtype], capture_output=True, text=True, check=True)
-    peak, weights = map(int, run.stdout.split())
-    assert weights > 100 << 20
-    assert peak <= 1.2 * weights
+    shape = {"dim": 1024, "n_heads": 16, "n_kv_heads": 4, "hidden_dim": 3072, "vocab_size": 19_200}
+    config = replace(WIDE, **shape, layers=plain(3), tie_embeddings=True)
+    asked: list[object] = [write_noise(tmp_path / "small.gguf", WIDE, GGML.Q8_0)]
+    for kind, dtype in cases:
+        asked += [write_noise(tmp_path / f"{kind}.gguf", config, GGML[kind]), dtype]
+    lines = run(MEASURE, *asked)
+    assert len(lines) == len(cases)
+    for line in lines:
+        grown, weights = map(int, line.split())
+        assert weights > 100 << 20
+        assert grown <= 1.2 * weights
 
 
 def test_open_store_finds_the_file_in_a_folder(tmp_path: Path) -> None:

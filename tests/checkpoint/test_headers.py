@@ -65,7 +65,7 @@ CALLS = st.one_of(
 )
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(SIZES, CALLS)
 def test_an_outline_is_the_shape_of_a_tensor(shape: tuple[int, ...], call: tuple) -> None:
     name, *arguments = call

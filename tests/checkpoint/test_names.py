@@ -14,6 +14,12 @@ from herd.model.presets import RELEASES
 from tests.build import TINY, build, tiny
 
 RUNNABLE = {release.id: release.config for release in RELEASES if release.config is not None}
+KINDS: dict[object, str] = {}
+for _release in sorted(RELEASES, key=lambda r: r.config.n_layers if r.config is not None else 0):
+    if (_config := _release.config) is not None:
+        _shared = _config.n_kv_heads < _config.n_heads
+        KINDS.setdefault((_release.generation, _shared, _config.tie_embeddings, _config.moe is None), _release.id)
+"""The model with the fewest layers of every generation and kind: the others differ in sizes."""
 
 
 def columns(config: ModelConfig) -> tuple[Column, ...]:
@@ -21,7 +27,9 @@ def columns(config: ModelConfig) -> tuple[Column, ...]:
     return ("meta4", "hf4", "gguf") if config.temper is not None or config.moe else ("meta", "hf", "gguf")
 
 
-@pytest.mark.parametrize("release", RUNNABLE)
+@pytest.mark.parametrize(
+    "release", [pytest.param(id, marks=[] if id in KINDS.values() else pytest.mark.slow) for id in RUNNABLE]
+)
 def test_every_parameter_is_named_once_in_every_column(release: str) -> None:
     config = RUNNABLE[release]
     assert config is not None

@@ -26,6 +26,7 @@ MODULES = {
     "yaml",
     "runpy",
 }
+LOOKED_AT = (ast.Import, ast.ImportFrom, ast.Call, ast.Attribute, ast.keyword)
 BUILTINS = {"eval", "exec", "compile", "__import__", "execfile"}
 ATTRIBUTES = {
     ("torch", "load"),
@@ -85,11 +86,9 @@ def reads_own_state(node: ast.AST, name: str) -> bool:
 
 
 def findings(source: str, name: str) -> Iterator[str]:
-    tree = ast.parse(source)
-    allowed = {
-        id(part) for node in ast.walk(tree) if reads_own_state(node, name) for part in ast.iter_child_nodes(node)
-    }
-    for node in ast.walk(tree):
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, LOOKED_AT)]
+    allowed = {id(part) for node in nodes if reads_own_state(node, name) for part in ast.iter_child_nodes(node)}
+    for node in nodes:
         if id(node) in allowed:
             continue
         match node:

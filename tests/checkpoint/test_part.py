@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +22,7 @@ from herd.quant.scheme import QuantTensor
 from tests.build import fill, tiny
 from tests.checkpoint.folders import oracle, write_hf, write_meta
 from tests.checkpoint.gguf_files import write_gguf
+from tests.checkpoint.peaks import needs_peaks, run
 from tests.quant.wide import EXPERTS, WIDE
 
 SCOUT = replace(tiny("llama-4-scout"), n_heads=10, n_kv_heads=2)
@@ -120,35 +119,31 @@ def test_what_cannot_be_shared_is_refused_with_the_counts(config: ModelConfig, r
 
 
 PEAK = """
-import sys, resource, torch
+import torch
 from herd.checkpoint.open import open_store
 from herd.checkpoint.part import PartStore
 from herd.checkpoint.fill import fill
 from herd.parallel.part import Part
-def now():
-    return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1])
 torch.zeros(8) @ torch.zeros(8)
 open_store(sys.argv[1])
-before = now()
-store = open_store(sys.argv[1])
-model = fill(PartStore(store, Part(store.config, int(sys.argv[2]) - 1, int(sys.argv[2]))), torch.float32)
-for weight in model.parameters():
-    weight.sum()
-print(now() - before)
+for ranks in (1, 4):
+    before = restart()
+    store = open_store(sys.argv[1])
+    model = fill(PartStore(store, Part(store.config, ranks - 1, ranks)), torch.float32)
+    for weight in model.parameters():
+        weight.sum()
+    print(ranks, peak() - before)
+    del model, store
 """
 SLACK = 1.35
 """Beside its share a rank holds norms, one matrix that is being copied, and pages of the file that come in neighbourhoods."""
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="VmHWM is Linux's")
+@needs_peaks
 def test_a_rank_takes_its_share_of_memory(tmp_path: Path) -> None:
     config = replace(WIDE, dim=1024, hidden_dim=4096, vocab_size=8192, head_dim=64, n_heads=16, n_kv_heads=8)
     write_meta(tmp_path, Llama(config).to(torch.bfloat16))
-    peaks = {}
-    for ranks in (1, 4):
-        run = subprocess.run([sys.executable, "-c", PEAK, tmp_path, str(ranks)], capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
-        peaks[ranks] = int(run.stdout) * 1024
+    peaks = {int(ranks): int(grown) for ranks, grown in map(str.split, run(PEAK, tmp_path))}
     weights = 4 * sum(weight.numel() for weight in Llama(config).parameters())
     assert peaks[1] > 0.8 * weights  # some of it was free before
     assert peaks[4] < SLACK * weights / 4, (peaks, weights)

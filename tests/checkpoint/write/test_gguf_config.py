@@ -92,7 +92,7 @@ def test_the_keys_of_llama_cpps_converter() -> None:
     assert {key: keys[f"llama4.{key}"] for key in more} == more
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     heads=st.integers(1, 12),
     shared=st.integers(1, 4),

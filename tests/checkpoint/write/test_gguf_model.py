@@ -33,6 +33,7 @@ from tests.checkpoint.gguf_files import EXPERTS, GGML, LLAMA_CPP, MODELS, WIDE, 
 from tests.vocabularies import pieces_of, trained_pieces
 
 GENERATION = GenerationDefaults(temperature=0.6, top_p=0.9, top_k=50, min_p=0.05, repetition_penalty=1.1)
+QUANTS = ("q8_0", "q4_0", "q4_k_m", "Q6_K")
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 _SCOUT = LLAMA_CPP["llama-4-scout as llama.cpp has it"]
@@ -118,8 +119,14 @@ def test_numbers_beyond_f16_are_refused(tmp_path: Path) -> None:
         quiet(source(HFStore(tmp_path / "hf")), tmp_path / "a.gguf", dtype=torch.float16)
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q6_K"])
-@pytest.mark.parametrize("config", [WIDE, WIDE_SCOUT], ids=["dense", "experts"])
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        *((WIDE, kind) for kind in ("Q4_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q6_K")),
+        *((WIDE_SCOUT, kind) for kind in ("Q8_0", "Q4_K")),
+        *(pytest.param(WIDE_SCOUT, kind, marks=pytest.mark.slow) for kind in ("Q4_0", "Q5_1", "Q2_K", "Q3_K", "Q6_K")),
+    ],
+)
 def test_blocks_of_another_file_are_copied(kind: str, config: Any, tmp_path: Path) -> None:
     path = gguf_files.write_gguf(
         tmp_path / "theirs.gguf",
@@ -140,11 +147,27 @@ def test_blocks_of_another_file_are_copied(kind: str, config: Any, tmp_path: Pat
         assert ours.get_field(key).contents() == theirs.get_field(key).contents()  # pyright: ignore[reportOptionalMemberAccess]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+TIED = replace(WIDE, tie_embeddings=True)
+
+
 @pytest.mark.parametrize(
-    "config", [WIDE, replace(WIDE, tie_embeddings=True), WIDE_SCOUT], ids=["dense", "tied", "experts"]
+    ("config", "quant", "dtype"),
+    [
+        *((WIDE, quant, dtype) for quant in QUANTS for dtype in (torch.float32, torch.bfloat16)),
+        *((TIED, quant, torch.float32) for quant in QUANTS),
+        *(pytest.param(TIED, quant, torch.bfloat16, marks=pytest.mark.slow) for quant in QUANTS),
+        (WIDE_SCOUT, "q8_0", torch.float32),
+        (WIDE_SCOUT, "q4_k_m", torch.bfloat16),
+        *(
+            pytest.param(WIDE_SCOUT, quant, torch.bfloat16, marks=pytest.mark.slow)
+            for quant in ("q8_0", "q4_0", "Q6_K")
+        ),
+        *(
+            pytest.param(WIDE_SCOUT, quant, torch.float32, marks=pytest.mark.slow)
+            for quant in ("q4_0", "q4_k_m", "Q6_K")
+        ),
+    ],
 )
-@pytest.mark.parametrize("quant", ["q8_0", "q4_0", "q4_k_m", "Q6_K"])
 def test_quantized_matrices(quant: str, config: Any, dtype: torch.dtype, tmp_path: Path) -> None:
     """Types by the mix, blocks by the encoder, whatever dtype the source has; the gguf package decodes the same values."""
     given = hf_source(tmp_path / "hf", config, dtype)
