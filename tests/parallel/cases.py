@@ -1,4 +1,4 @@
-"""What the ranks of the crew do: the same ten steps on the same rows, however the run is spread."""
+"""What the ranks of the crew do: the same steps on the same rows, however the run is spread."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ from herd.parallel.prepare import prepare
 from herd.quant.apply import quantize
 from herd.train.losses import next_token_loss
 
-ROWS, LENGTH, STEPS, CLIP = 8, 32, 10, 0.5
+ROWS, LENGTH, CLIP = 8, 32, 0.5
+FEW, STEPS = 3, 10
+"""Steps of default tests, of which the second has moved weights and the third moved moments; and of slow ones."""
 IGNORE = -100
 EPS = 1e-6
 """AdamW divides a gradient by itself. Of those that are zero but for rounding the usual 1e-8 makes whole steps, and ten of them
@@ -99,14 +101,14 @@ def fresh(name: str, method: str = "full") -> Llama:
     return model
 
 
-def losses(name: str, part: ParallelPart, method: str = "full") -> list[tuple[float, float]]:
+def losses(name: str, part: ParallelPart, method: str = "full", steps: int = STEPS) -> list[tuple[float, float]]:
     """(loss, gradient norm) of every step."""
     mesh = Mesh.of(part)
     model = fresh(name, method)
     spread = prepare(model, mesh)
     optimiser = moved(spread)
     torch.manual_seed(2 + mesh.draws)
-    return [_step(spread, optimiser, *rows(step, model.config)) for step in range(STEPS)]
+    return [_step(spread, optimiser, *rows(step, model.config)) for step in range(steps)]
 
 
 def moved(spread: Any) -> AdamW:
@@ -146,12 +148,12 @@ def _step(spread: Any, optimiser: AdamW, tokens: Tensor, labels: Tensor, positio
     return float(mesh.sum(total)), float(norm)
 
 
-def reference(name: str, method: str = "full") -> list[tuple[float, float]]:
+def reference(name: str, method: str = "full", steps: int = STEPS) -> list[tuple[float, float]]:
     """The same with nothing of herd.parallel: one process, all rows at once."""
     model = fresh(name, method)
     optimiser = AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3, eps=EPS)
     found = []
-    for step in range(STEPS):
+    for step in range(steps):
         tokens, labels, positions = rows(step, model.config)
         hidden = model.hidden(model.embed(tokens), positions, packed(model.config, positions))
         loss = next_token_loss(hidden, labels, model.output) / (labels != IGNORE).sum()

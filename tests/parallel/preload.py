@@ -2,6 +2,9 @@
 
 import torch.distributed.checkpoint
 import torch.distributed.fsdp
-import torch.distributed.pipelining  # noqa: F401
+import torch.distributed.pipelining
+import torch.utils.tensorboard  # noqa: F401
 
-import tests.parallel.cases  # noqa: F401
+import tests.parallel.cases
+import tests.parallel.late
+import tests.parallel.results  # noqa: F401

@@ -1,4 +1,4 @@
-"""Adapters over ranks: ten steps have the losses and gradient norms of one process, whatever is cut and wherever layers are."""
+"""Adapters over ranks: steps have the losses and gradient norms of one process, whatever is cut and wherever layers are."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ ROUNDED = 2e-3
 """Of losses of some 5 nats whose products are of 16 bits, and added in another order."""
 
 FAST = [
-    ("llama3", "dora", {"tp": 2}),
     ("tied", "lora", {"pp": 2}),
     ("wide", "qdora", {"tp": 2}),
     ("llama4", "experts", {"dp_shard": 2}),
@@ -36,6 +35,7 @@ FAST = [
     ("llama3", "prompt", {"pp": 2}),
 ]
 SLOW = [
+    ("llama3", "dora", {"tp": 2}),
     ("llama3", "lora", {"tp": 2}),
     ("llama3", "dora", {"pp": 2}),
     ("llama3", "inner", {"dp_shard": 2}),
@@ -110,17 +110,24 @@ def _name(value: Any) -> str | None:
 
 
 @cache
-def _alone(model: str, method: str) -> list[tuple[float, float]]:
-    return cases.reference(model, method)
+def _alone(model: str, method: str, steps: int) -> list[tuple[float, float]]:
+    return cases.reference(model, method, steps)
 
 
 @pytest.mark.parametrize(
-    ("model", "method", "spread"), [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)], ids=_name
+    ("model", "method", "spread", "steps"),
+    [
+        *((*case, cases.FEW) for case in FAST),
+        *(pytest.param(*case, cases.STEPS, marks=pytest.mark.slow) for case in (*FAST, *SLOW)),
+    ],
+    ids=_name,
 )
-def test_adapters_have_the_losses_of_one_process(ranks: Crew, model: str, method: str, spread: dict[str, Any]) -> None:
+def test_adapters_have_the_losses_of_one_process(
+    ranks: Crew, model: str, method: str, spread: dict[str, Any], steps: int
+) -> None:
     part = ParallelPart(**spread)
-    expected = _alone(model, method)
-    for found in ranks.run("tests.parallel.cases:losses", part.world, model, part, method):
+    expected = _alone(model, method, steps)
+    for found in ranks.run("tests.parallel.cases:losses", part.world, model, part, method, steps):
         for step, (got, wanted) in enumerate(zip(found, expected, strict=True)):
             assert got == pytest.approx(wanted, rel=SAME), f"step {step}: loss and gradient norm"
     assert abs(expected[-1][0] - expected[0][0]) > 100 * SAME

@@ -185,7 +185,7 @@ def test_parts_of_drawn_matrices_are_parts_of_the_whole(monkeypatch: pytest.Monk
             assert torch.equal(drawn(3, name, shape, config, index), whole[index])
 
 
-LARGE = ModelConfig(dim=512, n_heads=8, n_kv_heads=8, head_dim=64, hidden_dim=2048, vocab_size=12288, layers=plain(8))
+LARGE = ModelConfig(dim=512, n_heads=8, n_kv_heads=8, head_dim=64, hidden_dim=2048, vocab_size=8192, layers=plain(4))
 SMALL_CHANGE = 12 * MIB
 """Blocks that are drawn or read (8 MiB at most), and holes of the heap."""
 ENCODING = 4 * prod((LARGE.vocab_size, LARGE.dim))
@@ -225,7 +225,7 @@ def test_factors_of_experts_are_drawn_by_who_holds_them() -> None:
 def test_a_rank_takes_memory_for_its_share_and_one_tensor(
     tmp_path: Path, spread: dict[str, Any], method: str, source: str
 ) -> None:
-    """Resident memory of four processes, each of which was to hold the whole model, 176 MiB, at a time."""
+    """Resident memory of four processes, each of which was to hold the whole model, 96 MiB, at a time."""
     sizes = [4 * prod(shape) for shape in shapes(LARGE).values()]
     base = Base(LARGE)
     if source == "hf":

@@ -1,8 +1,7 @@
-"""However a run is spread over ranks, ten steps have the losses and gradient norms of one process that knows nothing of ranks."""
+"""However a run is spread over ranks, its steps have the losses and gradient norms of one process that knows nothing of ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -16,7 +15,6 @@ SAME = 1e-5
 """Relative, fp32: sums are taken in another order, and ten steps of AdamW carry the difference on (measured: below 5e-7)."""
 
 FAST = [
-    ("llama3", {"dp_shard": 2}),
     ("tied", {"dp_shard": 2}),
     ("few", {"tp": 2}),
     ("llama4", {"tp": 2, "experts": "number"}),
@@ -25,6 +23,7 @@ FAST = [
     ("llama3", {"dp_shard": 2, "tp": 2}),
 ]
 SLOW = [
+    ("llama3", {"dp_shard": 2}),
     ("llama3", {"tp": 2}),
     ("llama3", {"pp": 2}),
     ("tied", {"tp": 2}),
@@ -75,19 +74,24 @@ def _name(value: Any) -> str | None:
 
 
 @cache
-def _alone(model: str, method: str = "full") -> list[tuple[float, float]]:
-    return cases.reference(model, method)
+def _alone(model: str, steps: int) -> list[tuple[float, float]]:
+    return cases.reference(model, steps=steps)
 
 
-def _slow(cases: Sequence[tuple[Any, ...]]) -> list[Any]:
-    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
-
-
-@pytest.mark.parametrize(("model", "spread"), [*FAST, *_slow(SLOW), *_slow(THREE)], ids=_name)
-def test_spread_runs_have_the_losses_of_one_process(ranks: Crew, model: str, spread: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("model", "spread", "steps"),
+    [
+        *((*case, cases.FEW) for case in FAST),
+        *(pytest.param(*case, cases.STEPS, marks=pytest.mark.slow) for case in (*FAST, *SLOW, *THREE)),
+    ],
+    ids=_name,
+)
+def test_spread_runs_have_the_losses_of_one_process(
+    ranks: Crew, model: str, spread: dict[str, Any], steps: int
+) -> None:
     part = ParallelPart(**spread)
-    expected = _alone(model)
-    for found in ranks.run("tests.parallel.cases:losses", part.world, model, part):
+    expected = _alone(model, steps)
+    for found in ranks.run("tests.parallel.cases:losses", part.world, model, part, "full", steps):
         for step, (got, wanted) in enumerate(zip(found, expected, strict=True)):
             assert got == pytest.approx(wanted, rel=SAME), f"step {step}: loss and gradient norm"
     assert expected[-1][1] != expected[0][1]

@@ -8,6 +8,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -24,11 +25,13 @@ from herd.checkpoint.write.hf import write_hf
 from herd.checkpoint.write.model_store import ModelStore
 from herd.checkpoint.write.source import Source
 from herd.model.config import ModelConfig, plain
+from herd.train import throughput
 from herd.train.overrides import load_config
 from herd.train.run import run_recipe
 from herd.train.watch import Recorder
 from tests.build import build, tiny
 from tests.parallel.crew import Crew
+from tests.train.conftest import measured_once
 
 SAME = 1e-5
 """Of losses of some 8 nats and of figures: sums are taken in another order."""
@@ -77,7 +80,10 @@ def train(config: Path, overrides: list[str], until: int | None = None, exact: b
     os.environ.update(names)
     seen = Recorder()
     try:
-        run_recipe(load_config(config, overrides), watchers=[seen], tell=lambda text: None, until=until, exact=exact)
+        with patch.object(throughput, "_measured", measured_once):
+            run_recipe(
+                load_config(config, overrides), watchers=[seen], tell=lambda text: None, until=until, exact=exact
+            )
     finally:
         for name in names:
             del os.environ[name]
@@ -288,7 +294,7 @@ MUON = ["train.optim={kind: muon, muon_lr: 1e-3}"]
 INTERLEAVED = {"pp": 2, "schedule": "interleaved", "stages": 2}
 DEALT = {"tp": 2, "experts": "number"}
 SETTINGS: dict[str, tuple[dict[str, Any], list[str], dict[str, Any]]] = {
-    "qat-tp": (QAT, [], {"tp": 2}),
+    "qat-tp": (QAT, ["train.budget.steps=2"], {"tp": 2}),
     "qat-pp": (QAT, [], {"pp": 2}),
     "qat-experts": (EXPERTS | QAT, [], DEALT),
     "muon-dp-tp": ({}, MUON, {"dp_shard": 2, "tp": 2}),

@@ -115,7 +115,7 @@ def test_to_the_byte_what_one_process_exports(
 
 def _large(home: Path, name: str) -> tuple[Path, list[int]]:
     """The configuration of a run of a model of many matrices, and the bytes of its tensors in float32."""
-    shape = {"dim": 512, "n_layers": 4, "n_heads": 8, "n_kv_heads": 8, "hidden_dim": 2048, "tie_embeddings": False}
+    shape = {"dim": 384, "n_layers": 4, "n_heads": 8, "n_kv_heads": 8, "hidden_dim": 1536, "tie_embeddings": False}
     config = described(home, name, model={"shape": shape, "tokenizer": "nano"})
     run = load_config(config)
     geometry = start(run, torch.device("cpu"), later=True).model.config
