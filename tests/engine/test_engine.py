@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -407,13 +405,3 @@ def test_add_and_abort_from_other_threads() -> None:
             told, end = _said(events, id), _end(events, id)
             assert told == expected[int(id[-1])][: len(told)]
             assert end.finish == ("length" if len(told) == 12 else "abort")
-
-
-def test_starting_imports_no_compiler() -> None:
-    """torch's compiler and sympy are a second and 80 MB of every start, and nothing on a CPU needs them."""
-    code = (
-        "import sys, herd.engine.llm, herd.checkpoint.load, herd.cli.run; "
-        "sys.exit(', '.join(sorted({'torch._dynamo', 'sympy', 'triton'} & set(sys.modules))) or 0)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -35,10 +36,12 @@ from herd.quant.linear import QuantLinear
 from tests.build import build, tiny, tokens
 from tests.checkpoint.gguf_files import GGML, transformers_model, write_gguf
 from tests.engine.words import small
+from tests.modes.pairs import pairs
 from tests.quant.wide import WIDE
 
 DENSE = replace(tiny("llama-3"), hidden_dim=192, max_seq_len=512)
 MOE = replace(tiny("llama-4-scout"), dim=64, n_heads=4, hidden_dim=192, max_seq_len=512)
+CONFIGS = {"dense": DENSE, "experts": MOE}
 PARAMS = SamplingParams(temperature=0.9, top_p=0.95, seed=7, max_tokens=24, logprobs=3, prompt_logprobs=1)
 TARGET = tuple(tokens(WIDE, 70, seed=70)[0].tolist())
 OTHER = SamplingParams(temperature=1.0, max_tokens=40)
@@ -88,10 +91,10 @@ def _others(count: int, first: int) -> list[Request]:
 
 
 def _run(engine: Engine, begin: Callable[[int], list[Request]]) -> tuple[Told, list[TokenEvent]]:
-    """Steps until idle, `begin(step)` being added before each; what the target was told."""
+    """Steps until the target has its reply, `begin(step)` being added before each; what it was told."""
     events: list[TokenEvent] = []
     step = 0
-    while step < 6 or engine.busy:
+    while not any(event.request_id == "target" and event.finish for event in events):
         for request in begin(step):
             engine.add(request)
         events += engine.step()
@@ -142,6 +145,7 @@ def _preempted(served: Served) -> Told:
 
 
 COMPANY = (_among_16, _with_prefix_hits, _in_pieces, _preempted)
+SOME = (_with_prefix_hits, _preempted)
 
 
 def _check(served: Served, company: tuple[Way, ...] = COMPANY) -> Told:
@@ -162,11 +166,10 @@ def _quantized(config: ModelConfig, weights: str) -> Llama:
 
 
 @needs_library
-@pytest.mark.parametrize("kv", ["float32", "int8"])
-@pytest.mark.parametrize("weights", ["int8", "int4", "w8a8"])
-@pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "experts"])
-def test_native_quantized_weights(weights: str, config: ModelConfig, kv: str) -> None:
-    model = _quantized(config, weights)
+@pytest.mark.parametrize(("weights", "way"), pairs(["int8", "int4", "w8a8"], product(CONFIGS, ["float32", "int8"])))
+def test_native_quantized_weights(weights: str, way: tuple[str, str]) -> None:
+    config, kv = way
+    model = _quantized(CONFIGS[config], weights)
     engine = Engine(model, EngineConfig(blocks=4, max_len=32, kv=kv))
     assert isinstance(engine.runner, NativeRunner)  # without asking for it
     _check(Served(model, kv=kv))
@@ -210,10 +213,11 @@ def test_behind_virtual_tokens(weights: str, kv: str, count: int) -> None:
     assert told != _alone(Served(model, NativeRunner(model), kv=kv))
 
 
-def test_behind_virtual_tokens_in_tiles() -> None:
+@pytest.mark.parametrize("company", [pytest.param(COMPANY, marks=pytest.mark.slow), SOME], ids=["every", "some"])
+def test_behind_virtual_tokens_in_tiles(company: tuple[Way, ...]) -> None:
     model = build(DENSE)
     prompt = Prompt(torch.randn(7, DENSE.dim, generator=torch.Generator().manual_seed(0)))
-    _check(Served(model, TiledRunner(model), target=BEHIND, virtual=prompt))
+    _check(Served(model, TiledRunner(model), target=BEHIND, virtual=prompt), company)
 
 
 DRAFTS: dict[str, Callable[[], Drafter]] = {
@@ -224,7 +228,7 @@ DRAFTS: dict[str, Callable[[], Drafter]] = {
 
 
 @needs_library
-@pytest.mark.parametrize("draft", DRAFTS)
+@pytest.mark.parametrize("draft", ["lookup", pytest.param("draft model", marks=pytest.mark.slow), "the model itself"])
 def test_guesses_change_no_bit(draft: str) -> None:
     served = Served(_quantized(DENSE, "int4"), draft=DRAFTS[draft])
     company = COMPANY if draft == "lookup" else COMPANY[:3]  # replies that come faster are not preempted any more
@@ -257,7 +261,7 @@ def test_native_plain_weights_when_asked(dtype: torch.dtype) -> None:
     _check(Served(model))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=str)
 def test_tiles_of_torch_when_asked(dtype: torch.dtype) -> None:
     model = build(DENSE).to(dtype)
     _check(Served(model, TiledRunner(model)))
@@ -265,7 +269,7 @@ def test_tiles_of_torch_when_asked(dtype: torch.dtype) -> None:
 
 def test_tiles_of_experts() -> None:
     model = build(MOE)
-    _check(Served(model, TiledRunner(model)), (_with_prefix_hits, _preempted))
+    _check(Served(model, TiledRunner(model)), SOME)
 
 
 @pytest.mark.slow
@@ -277,4 +281,4 @@ def test_tiles_of_experts_in_every_company(dtype: torch.dtype) -> None:
 
 def test_tiles_over_an_int8_cache() -> None:
     model = build(DENSE)
-    _check(Served(model, TiledRunner(model), kv="int8"), (_with_prefix_hits, _preempted))
+    _check(Served(model, TiledRunner(model), kv="int8"), SOME)

@@ -29,10 +29,9 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home"
 
 
-@pytest.fixture
-def lora(tmp_path: Path) -> str:
-    folder = tmp_path / "lora"
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("lora")
     with LLM("nano", max_len=64) as llm:
         write_peft(change(llm, 0.3), folder, llm.model.config, lambda _: None)
     return str(folder)
@@ -43,18 +42,26 @@ def made(**more: Any) -> str:
     return "sheep"
 
 
-@pytest.mark.parametrize("opened", [False, True], ids=["by name", "opened before"])
-def test_system_prompt_turns_parameters_context_and_adapter(opened: bool, lora: str) -> None:
-    name = made(system=SYSTEM, messages=TURNS, context=300, adapter=lora)
+@pytest.fixture(scope="module")
+def plainly(lora: str) -> tuple[Any, ...]:
+    """What nano says when everything is given to it by hand."""
     before = [{"role": "system", "content": SYSTEM}, *({"role": role, "content": text} for role, text in TURNS)]
     params = SamplingParams(**GREEDY)
     with LLM("nano") as plain:
         plain.load_adapter("tuned", lora)
-        expected = plain.chat([*before, *ASKED], params, adapter="tuned").message.text
-        text = plain.generate(PROMPT, params, adapter="tuned")[0].text
-        bare = plain.chat(ASKED, params).message.text
-        sure = plain.score([("A dog", " runs")], adapter="tuned")
-        vector = plain.embed(["A dog"], adapter="tuned")
+        return (
+            plain.chat([*before, *ASKED], params, adapter="tuned").message.text,
+            plain.generate(PROMPT, params, adapter="tuned")[0].text,
+            plain.chat(ASKED, params).message.text,
+            plain.score([("A dog", " runs")], adapter="tuned"),
+            plain.embed(["A dog"], adapter="tuned"),
+        )
+
+
+@pytest.mark.parametrize("opened", [False, True], ids=["by name", "opened before"])
+def test_system_prompt_turns_parameters_context_and_adapter(opened: bool, lora: str, plainly: tuple[Any, ...]) -> None:
+    name = made(system=SYSTEM, messages=TURNS, context=300, adapter=lora)
+    expected, text, bare, sure, vector = plainly
     with LLM(open_checkpoint(name, "float32") if opened else name) as llm:
         assert llm.chat(ASKED).message.text == expected
         assert llm.generate(PROMPT)[0].text == text

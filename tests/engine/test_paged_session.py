@@ -20,6 +20,7 @@ from herd.model.llama import Llama
 from herd.quant.apply import dequantize, quantize
 from herd.tokenizer.tokenizer import Tokenizer
 from tests.build import TINY, build, tiny, tokens
+from tests.modes.pairs import pairs
 from tests.quant.wide import WIDE
 
 needs_native = pytest.mark.skipif(native.isa() is None, reason=f"no native kernels: {native.missing()}")
@@ -40,8 +41,7 @@ def nano() -> tuple[Llama, Tokenizer]:
 
 
 @needs_native
-@pytest.mark.parametrize("ending", ENDINGS)
-@pytest.mark.parametrize("beginning", BEGINNINGS)
+@pytest.mark.parametrize(("beginning", "ending"), pairs(BEGINNINGS, ENDINGS))
 def test_fifty_greedy_replies_of_nano(beginning: str, ending: str) -> None:
     """Token by token the same as the naive loop, as far as the naive loop's choice is clear."""
     model, tokenizer = nano()

@@ -91,7 +91,7 @@ def fits(counts: np.ndarray, chances: np.ndarray) -> float:
     return float(torch.special.gammaincc(half[0], half[1]))
 
 
-@pytest.mark.parametrize("kind", ["drawn", "likeliest"])
+@pytest.mark.parametrize("kind", ["drawn", pytest.param("likeliest", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "params", ["plain", *(pytest.param(name, marks=pytest.mark.slow) for name in PARAMS if name != "plain")]
 )

@@ -24,6 +24,7 @@ from herd.model.config import ModelConfig, plain
 from herd.model.llama import Llama
 from tests.build import TINY, build, tiny
 from tests.engine.test_speculate import CONFIDENCE, fits
+from tests.modes.pairs import pairs
 
 PROMPTS = ([1, 2, 3, 4, 1, 2, 3], [5, 6, 7], [9] * 20, list(range(40)))
 
@@ -101,8 +102,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(("name", "kind"), pairs(TINY, KINDS))
 def test_greedy_is_the_same_token_for_token(name: str, kind: str) -> None:
     model = build(name)
     asked = requests(temperature=0)
@@ -115,8 +115,7 @@ def test_greedy_is_the_same_token_for_token(name: str, kind: str) -> None:
         assert made.speculation.pace.accepted >= 0.9 * (made.speculation.pace.drafted - 5 * len(asked))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["llama-3.2", "llama-4-scout"])
+@pytest.mark.parametrize(("name", "kind"), pairs(["llama-3.2", "llama-4-scout"], KINDS))
 def test_sampled_is_the_same_for_a_seed(name: str, kind: str) -> None:
     """Guesses made with the token's own random number, or with none, never change a token."""
     model = build(name)
@@ -215,7 +214,10 @@ def small_vocabulary(seed: int) -> Llama:
     return build(config, seed)
 
 
-@pytest.mark.parametrize("kind", ["prompt lookup", "same tokens", "standard rule"])
+@pytest.mark.parametrize(
+    "kind",
+    [*(pytest.param(kind, marks=pytest.mark.slow) for kind in ("prompt lookup", "same tokens")), "standard rule"],
+)
 def test_exact_in_distribution_end_to_end(kind: str) -> None:
     """Joint distribution of three sampled tokens through the whole engine, against the model's own probabilities."""
     model, params, prompt = small_vocabulary(1), {"temperature": 1.3, "top_p": 0.95}, (0, 1, 2, 0, 1)

@@ -68,6 +68,21 @@ def packed(kind: str) -> Hand:
     return hand
 
 
+def encoded(kind: str) -> Hand:
+    """`packed(kind)` for weights that are handed over again and again: each is encoded once."""
+    found: dict[tuple[int, ...], QuantTensor] = {}
+
+    def hand(weight: Tensor) -> native.Weight:
+        key = weight.data_ptr(), *weight.shape
+        if key not in found:
+            q = encode(weight.detach(), kind)
+            assert isinstance(q, QuantTensor)
+            found[key] = q
+        return native.pack(found[key].type.id, found[key].blocks, weight.shape[-1])
+
+    return hand
+
+
 def layers(model: Llama, hand: Hand = native.plain) -> list[native.LayerWeights]:
     """The layers of `model` as the decoder takes them."""
     out = []

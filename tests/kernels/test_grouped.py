@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor
@@ -26,10 +23,10 @@ def by_rows(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     return torch.stack([weight[g] @ row for g, row in zip(group.tolist(), x, strict=True)])
 
 
-def operands(counts: list[int], dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
-    """x [12, 5], weight [E, 7, 5], counts [E]."""
-    x = torch.randn(sum(counts), 5, dtype=dtype, requires_grad=True)
-    weight = torch.randn(len(counts), 7, 5, dtype=dtype, requires_grad=True)
+def operands(counts: list[int], width: int = 5, height: int = 7) -> tuple[Tensor, Tensor, Tensor]:
+    """x [rows, width], weight [E, height, width], counts [E]."""
+    x = torch.randn(sum(counts), width, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(len(counts), height, width, dtype=torch.float64, requires_grad=True)
     return x, weight, torch.tensor(counts)
 
 
@@ -41,7 +38,7 @@ def test_equals_the_loop(counts: list[int]) -> None:
 
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 def test_gradients(counts: list[int]) -> None:
-    x, weight, groups = operands(counts)
+    x, weight, groups = operands(counts, 3, 2)  # each number is moved by itself
     assert torch.autograd.gradcheck(lambda a, b: grouped_linear(a, b, groups), (x, weight))
     assert torch.autograd.gradgradcheck(lambda a, b: grouped_linear(a, b, groups), (x, weight))
 
@@ -80,11 +77,10 @@ def test_counts_must_add_up() -> None:
         grouped_linear(x, weight, torch.tensor([5, 6]))
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiles_whole_for_any_counts(backend: str) -> None:
+def test_compiles_whole_for_any_counts() -> None:
     """Group sizes are data: one graph serves all of them, forward and backward."""
     torch._dynamo.reset()
-    compiled = torch.compile(grouped_linear, backend=backend, fullgraph=True, dynamic=False)
+    compiled = torch.compile(grouped_linear, backend="aot_eager", fullgraph=True, dynamic=False)
     with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
         for counts in ([3, 3, 3, 3], [0, 5, 0, 7], [12, 0, 0, 0]):
             x, weight, groups = operands(counts)
@@ -105,14 +101,3 @@ def test_op_registration() -> None:
     y = torch.randn(12, 7, dtype=x.dtype, requires_grad=True)
     torch.library.opcheck(outer, (y, x, groups), test_utils=kinds)
     torch.library.opcheck(outer, (y, x, groups), test_utils="test_autograd_registration")
-
-
-def test_neither_direction_imports_the_compiler() -> None:
-    code = (
-        "import sys, torch, herd.kernels.grouped as g\n"
-        "x, w = torch.ones(3, 4, requires_grad=True), torch.ones(2, 5, 4, requires_grad=True)\n"
-        "g.grouped_linear(x, w, torch.tensor([1, 2])).sum().backward()\n"
-        "assert x.grad is not None and w.grad is not None\n"
-        "sys.exit('torch._dynamo' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from herd.model.norm import rms
 from herd.quant.encode import encode
 from herd.quant.scheme import QuantTensor
 from tests.build import TINY, build, tiny, tokens
-from tests.kernels.native import BLOCK, FORMATS, Paged, isa, packed
+from tests.kernels.native import BLOCK, FORMATS, Hand, Paged, encoded, isa
 
 __all__ = ["isa"]
 
@@ -146,16 +147,22 @@ def wide(name: str) -> Llama:
     return build(replace(config, moe=moe))
 
 
+@cache
+def wide_pair(name: str, kind: str) -> tuple[Llama, Hand, Llama, Tensor, Tensor]:
+    """A wide model, what hands its weights over in blocks of `kind`, its twin, embedded ids, and the twin's logits of them: the
+    same for every instruction set."""
+    model, twin = wide(name), rounded(wide(name), kind)
+    ids = tokens(model.config, LENGTH)
+    return model, encoded(kind), twin, model.embed(ids[0]), twin(ids)[0]
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("name", ["llama-3.1", "llama-guard-4"])
 def test_quantized_layers_equal_their_twin(isa: str, name: str, kind: str) -> None:
-    model = wide(name)
-    ids = tokens(model.config, LENGTH)
-    x = model.embed(ids[0])
-    results = [run(Paged(model, packed(kind)), x, split) for split in SPLITS[:2]]
-    twin = rounded(model, kind)
-    apart = (logits(twin, results[0]) - twin(ids)[0]).abs().amax(-1)
+    model, hand, twin, x, wanted = wide_pair(name, kind)
+    results = [run(Paged(model, hand), x, split) for split in SPLITS[:2]]
+    apart = (logits(twin, results[0]) - wanted).abs().amax(-1)
     assert (apart < FLOAT).sum() >= UNTOUCHED
     assert apart.max() < FLIPPED
     assert all(torch.equal(one, results[0]) for one in results)
@@ -164,12 +171,9 @@ def test_quantized_layers_equal_their_twin(isa: str, name: str, kind: str) -> No
 @torch.inference_mode()
 @pytest.mark.parametrize("name", ["llama-4-scout", "llama-4-maverick", "llama-4-top-2"])
 def test_quantized_experts_equal_their_twin(isa: str, name: str) -> None:
-    model = wide(name)
-    ids = tokens(model.config, LENGTH)
-    x = model.embed(ids[0])
-    results = [run(Paged(model, packed("Q8_0")), x, split) for split in SPLITS[:2]]
-    twin = rounded(model, "Q8_0")
-    apart = (logits(twin, results[0]) - twin(ids)[0]).abs().amax(-1)
+    model, hand, twin, x, wanted = wide_pair(name, "Q8_0")
+    results = [run(Paged(model, hand), x, split) for split in SPLITS[:2]]
+    apart = (logits(twin, results[0]) - wanted).abs().amax(-1)
     # No bound on the others: a rounding can turn the choice between two experts.
     assert (apart < FLOAT).sum() >= UNTOUCHED
     assert all(torch.equal(one, results[0]) for one in results)

@@ -110,7 +110,7 @@ def meta_llama4(model: Llama, length: int) -> nn.Module:
         "ffn_exp": 4.0,
         "head_dim": c.head_dim,
         "attention_chunk_size": next((s.chunk for s in c.layers if s.chunk is not None), None),
-        "nope_layer_interval": 4,
+        "nope_layer_interval": 1 + next(i for i, s in enumerate(c.layers) if s.placement in ("tempered", "none")),
         "use_qk_norm": any(s.placement == "rope_norm" for s in c.layers),
         "attn_temperature_tuning": c.temper is not None,
         "floor_scale": 8192.0 if c.temper is None else c.temper.floor_scale,

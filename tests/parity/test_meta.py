@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from herd.model.config import RopeScaling
+from herd.model.config import RopeScaling, irope
 from tests.build import DENSE, LLAMA4, build, tiny, tokens
 from tests.parity.meta import meta_llama3, meta_llama4, meta_logits
 from tests.parity.test_transformers import FP32_BOUND
@@ -50,7 +50,7 @@ def test_meta_cache(name: str, measured: Measured) -> None:
 def test_real_chunk_and_temperature(measured: Measured) -> None:
     """Llama 4's chunk of 8,192 and temperature from position 8,191, against the code that defines them."""
     small = replace(tiny("llama-guard-4"), dim=16, n_heads=1, head_dim=16)
-    layers = tuple(replace(spec, chunk=8192 if i != 3 else None) for i, spec in enumerate(small.layers))
+    layers = irope(2, nope=[1], chunk=8192)
     assert small.temper is not None
     model = build(replace(small, layers=layers, temper=replace(small.temper, floor_scale=8192.0)))
     ids = tokens(model.config, 8192 + 60)

@@ -137,9 +137,9 @@ def test_a_row_has_the_same_bits_in_any_company(device: str) -> None:
     """Alone and among others, in a prompt of any pieces: with a fixed number of splits, and in tiles of prompts."""
     from herd.kernels.triton import attention, prefill
 
-    c = Case([(0, 22), (33, 4)], 16, (4, 2), 16, torch.float32, False, 0, device)
+    c = Case([(0, 22), (33, 4)], 16, (2, 1), 16, torch.float32, False, 0, device)
     splits = 4
-    scratch = paged.decode_scratch(len(c.q), 4, 16, splits, device)
+    scratch = paged.decode_scratch(len(c.q), 2, 16, splits, device)
     together, alone = torch.empty_like(c.q), torch.empty_like(c.q)
     attention.decode_attention_out(
         c.q, c.k, c.v, c.positions, c.tables, None, None, None, c.owners, splits, scratch, together

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from herd.kernels import packed
 from herd.kernels.packed import KINDS, Packed
 from herd.quant.packing import PACKS, pack
 from tests.kernels.native import blocks
+from tests.modes.pairs import pairs
 
 pytest.importorskip("triton", reason="triton is for Linux")
 
@@ -45,16 +48,13 @@ def parts(w: Packed) -> tuple[Tensor | None, ...]:
     return w.scale, w.sub, w.minimum, w.sub_minimum
 
 
-@pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=str)
-def dtype(request: pytest.FixtureRequest, device: str) -> torch.dtype:
-    if request.param == torch.bfloat16 and device == "cpu":
-        pytest.skip("the interpreter has no bfloat16 products")
-    return request.param
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [*pairs(KINDS, [torch.float32, torch.float16]), *itertools.product(KINDS, [torch.bfloat16])]
+)
 def test_products(device: str, dtype: torch.dtype, kind: str) -> None:
     """One row, a few, more than a tile; columns in two parts; a number of weight rows that fills no tile."""
+    if dtype == torch.bfloat16 and device == "cpu":
+        pytest.skip("the interpreter has no bfloat16 products")
     from herd.kernels.triton import product
     from herd.kernels.triton.tiles import RowTile, Tile
 

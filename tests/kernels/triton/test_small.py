@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from torch import Tensor
 
 from herd.kernels import fused
+from tests.modes.pairs import pairs
 
 pytest.importorskip("triton", reason="triton is for Linux")
 
@@ -64,16 +67,14 @@ def test_gate(device: str, dtype: torch.dtype, rows: int, width: int) -> None:
     assert near(found, expected)
 
 
-@pytest.mark.parametrize("eight", [False, True], ids=["float", "int8"])
-@pytest.mark.parametrize("placement", fused.PLACEMENTS)
-@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 2, 8), (5, 1, 24), (6, 6, 64)])
-def test_placing(
-    device: str, dtype: torch.dtype, heads: int, kv_heads: int, width: int, placement: str, eight: bool
-) -> None:
+@pytest.mark.parametrize(
+    ("way", "shape"), pairs(product(fused.PLACEMENTS, [False, True]), [(4, 2, 8), (5, 1, 24), (6, 6, 64)])
+)
+def test_placing(device: str, dtype: torch.dtype, way: tuple[str, bool], shape: tuple[int, int, int]) -> None:
     """Views of one projection, a row that writes nothing, blocks of the cache that stay as they were."""
     from herd.kernels.triton import place
 
-    rows = 4
+    rows, (placement, eight), (heads, kv_heads, width) = 4, way, shape
     whole = torch.randn(rows, (heads + 2 * kv_heads) * width, device=device).to(dtype)
     parts = whole.split([heads * width, kv_heads * width, kv_heads * width], dim=1)
     q, k, v = (t.unflatten(1, (-1, width)) for t in parts)
