@@ -83,14 +83,14 @@ def test_a_small_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_what_fits_follows_memory_and_limits() -> None:
-    little, much = capacities(8 * GIB, None), capacities(1 << 44, None)
-    assert [one.model for one in little] == [one.model for one in much]
-    assert all(form.fits for one in much for form in one.forms)
+    little = capacities(8 * GIB, None)
+    slow, fast = (capacities(1 << 44, Rates(rate, 1e11, 2e11)) for rate in (1e10, 2e10))
+    assert [one.model for one in little] == [one.model for one in slow]
+    assert all(form.fits for one in slow for form in one.forms)
     assert [form.name for form in little[0].forms] == list(FORMS)
     row = next(one for one in little if one.model == "llama-3.1-8b")
     assert [form.fits for form in row.forms] == [False, False, True]
     assert (row.forms[0].decode, row.same) == (None, ("llama-guard-3-8b",))
-    slow, fast = (capacities(1 << 44, Rates(rate, 1e11, 2e11)) for rate in (1e10, 2e10))
     for one, other in zip(slow, fast, strict=True):
         assert one.forms[2].decode is not None
         assert one.forms[2].decode < (other.forms[2].decode or 0)

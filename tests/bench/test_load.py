@@ -307,7 +307,7 @@ def test_it_is_a_command_of_bench(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.fixture(scope="module")
 def nano() -> Iterator[OwnServer]:
-    with OwnServer("nano", ["-np", "16"]) as own:
+    with OwnServer("nano", ["-np", "8"]) as own:
         yield own
 
 
@@ -316,7 +316,7 @@ def test_a_model_that_is_not_there_is_said() -> None:
         OwnServer("./no-such-model")
 
 
-@pytest.mark.parametrize("clients", [32, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("clients", [16, pytest.param(64, marks=pytest.mark.slow)])
 def test_herd_under_many_clients(
     clients: int, nano: OwnServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -158,6 +158,7 @@ def test_a_full_queue_is_waited_for_and_faults_are_told(tmp_path: Path) -> None:
             return [failing[text]] if text in failing else [saying("x")[0], 0.05, *saying("x")[1:]]
 
         async with faked(script, state_dir=str(tmp_path), max_queue=1) as fake:
+            fake.state._retry_after = lambda waiting: 0.05  # type: ignore[method-assign]
             id = await begun(fake, *(line(str(i)) for i in range(10)), line("broken"), line("other", model="nothing"))
             batch = await over(fake, id)
             assert batch["request_counts"] == {"total": 12, "completed": 10, "failed": 2}

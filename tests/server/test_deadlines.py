@@ -25,7 +25,7 @@ from herd.server.settings import ModelSpec, ServerSettings
 from tests.server.conftest import Live, serving
 from tests.server.fakes import Scripted, saying
 
-HEAD, BODY, SEND, IDLE, LINGER = 0.3, 0.4, 0.4, 1.5, 0.5
+HEAD, BODY, SEND, IDLE, LINGER = 0.3, 0.4, 0.4, 1.2, 0.5
 SLACK = 6.0
 """Seconds by which a timer of a busy machine may be late."""
 BIG, HUGE = 3_000_000, 12_000_000
