@@ -66,8 +66,18 @@ def in_memory(path: Path, monkeypatch: pytest.MonkeyPatch) -> Llama:
         return load_model(path)
 
 
-@pytest.mark.parametrize("kind", [GGML.Q4_0, GGML.Q8_0, GGML.Q4_K, GGML.Q5_K, GGML.Q6_K])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *(("wide", kind) for kind in (GGML.Q4_0, GGML.Q8_0, GGML.Q4_K, GGML.Q5_K, GGML.Q6_K)),
+        *((name, kind) for name in ("tied", "experts") for kind in (GGML.Q8_0, GGML.Q4_K)),
+        *(
+            pytest.param(name, kind, marks=pytest.mark.slow)
+            for name in ("tied", "experts")
+            for kind in (GGML.Q4_0, GGML.Q5_K, GGML.Q6_K)
+        ),
+    ],
+)
 def test_the_copy_is_what_packing_gives(
     name: str, kind: GGML, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,8 +56,16 @@ def quiet(given: Source, file: Path, **more: Any) -> list[Path]:
         return write_gguf(given, file, **more)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", MODELS)
+HALVED = ("llama-2", "llama-3.2", "llama-4-scout", "llama-4-maverick as llama.cpp has it")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.float32) for name in MODELS),
+        *(pytest.param(name, torch.bfloat16, marks=[] if name in HALVED else pytest.mark.slow) for name in MODELS),
+    ],
+)
 def test_every_generation_comes_back(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     given = hf_source(tmp_path / "hf", MODELS[name], dtype)
     file = tmp_path / "tiny.gguf"
