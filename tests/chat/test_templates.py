@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from typing import Any
 
 import jinja2
@@ -45,6 +46,10 @@ def family_of(name: str) -> Family:
     return "llama4" if name in ("llama4", "llama4-hf", "llama-guard-4") else "llama3"
 
 
+letters_of = cache(Letters)
+"""Tokenizers of letters, made once; tests that change one make their own."""
+
+
 def as_dict(message: Message) -> dict[str, Any]:
     item: dict[str, Any] = {"role": message.role, "content": message.text}
     if message.tool_calls:
@@ -77,7 +82,7 @@ def written(name: str, messages: list[dict[str, Any]], tools: Any = (), *, gener
 def both(name: str, messages: list[Any], tools: Any = (), *, generate: bool = True) -> tuple[str | None, str | None]:
     """Our text and the template's; None for a refusal."""
     items = [as_dict(message) if isinstance(message, Message) else message for message in messages]
-    letters = Letters(family_of(name))
+    letters = letters_of(family_of(name))
     try:
         ours = letters.decode(
             render(items, (name, letters), tools_from(tools), generate=generate).tokens, skip_special=False

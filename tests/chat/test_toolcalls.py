@@ -214,22 +214,22 @@ def test_calls_come_as_soon_as_they_are_complete() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "{" + " " * 300_000,
-        "[" + "\n" * 300_000,
-        "\n" * 300_000,
-        '{"name": "get", "parameters": {"a": ' + "[" * 300_000,
-        "[get(a=" + "(" * 300_000,
-        '{"name": "get"\n' * 20_000,
-        "[get(a='" + "\\" * 100_001,
-        "<function=get>" * 20_000,
-        ('{"name": "get", "parameters": {"a": ' + "[" * 60 + "\n") * 2_000,
-        "x\n" * 150_000,
+        "{" + " " * 100_000,
+        "[" + "\n" * 100_000,
+        "\n" * 100_000,
+        '{"name": "get", "parameters": {"a": ' + "[" * 100_000,
+        "[get(a=" + "(" * 100_000,
+        '{"name": "get"\n' * 7_000,
+        "[get(a='" + "\\" * 33_001,
+        "<function=get>" * 7_000,
+        ('{"name": "get", "parameters": {"a": ' + "[" * 60 + "\n") * 700,
+        "x\n" * 50_000,
     ],
 )
 def test_hostile_text_takes_linear_time_and_is_kept(text: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()  # the machine may be busy
     assert scan(text[i : i + 4] for i in range(0, len(text), 4)) == [text]
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 1.6
 
 
 def test_deeply_nested_arguments_are_text() -> None:
