@@ -49,6 +49,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "rslora": {"use_rslora": True},
 }
+BASES = ("float32", "bfloat16", "nf4", "int8")
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -77,9 +78,18 @@ def test_what_peft_saved_has_the_same_logits_in_training_and_goes_back(settings:
         assert (back(input_ids=ids).logits - model(ids)).abs().max() <= LOGITS
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_twenty_steps_lose_what_peft_loses(kind: str, tied: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("tied", "kind"),
+    [
+        (False, "lora"),
+        (True, "dora"),
+        (True, "rslora"),
+        pytest.param(True, "lora", marks=pytest.mark.slow),
+        pytest.param(False, "dora", marks=pytest.mark.slow),
+        pytest.param(False, "rslora", marks=pytest.mark.slow),
+    ],
+)
+def test_twenty_steps_lose_what_peft_loses(tied: bool, kind: str, tmp_path: Path) -> None:
     model = build("llama-3.2" if tied else "llama-3")
     settings = KINDS[kind] | {"target_modules": [*NAMES, "embed_tokens"] if tied else NAMES}
     theirs = saved_by_peft(tmp_path, model, **settings).train()
@@ -145,9 +155,15 @@ def train(model: Llama, steps: int, rate: float = 2e-2) -> list[float]:
     return [report.loss for report in seen.steps]
 
 
-@pytest.mark.parametrize("base", ["float32", "bfloat16", "nf4", "int8"])
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-def test_the_trainer_teaches_adapters_of_every_base(base: str, dora: bool) -> None:
+@pytest.mark.parametrize(
+    ("kind", "base"),
+    [
+        *(("lora", base) for base in BASES),
+        ("dora", "nf4"),
+        *(pytest.param("dora", base, marks=pytest.mark.slow) for base in BASES if base != "nf4"),
+    ],
+)
+def test_the_trainer_teaches_adapters_of_every_base(kind: str, base: str) -> None:
     model = build("llama-3")
     if base in ("nf4", "int8"):
         quantize(model, base)
@@ -155,7 +171,7 @@ def test_the_trainer_teaches_adapters_of_every_base(base: str, dora: bool) -> No
         model.to(getattr(torch, base))
     before = frozen(model)
     torch.manual_seed(0)
-    apply_lora(model, LoraConfig(4, 8.0, 0.1, use_dora=dora))
+    apply_lora(model, LoraConfig(4, 8.0, 0.1, use_dora=kind == "dora"))
     assert {p.dtype for p in trained(model).values()} == {torch.float32}
     losses = train(model, 25)
     assert sum(losses[-5:]) / 5 < losses[0] - 1

@@ -116,7 +116,7 @@ def test_a_start_from_ids_is_those_ids(start: Any) -> None:
             assert (tune(model, 3, start)(ids) - expected).abs().max() <= LOGITS
 
 
-@pytest.mark.parametrize("base", ["float32", "bfloat16", "nf4"])
+@pytest.mark.parametrize("base", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16", "nf4"])
 @pytest.mark.parametrize("tune", [tune_prefix, tune_prompt])
 def test_the_trainer_teaches_virtual_tokens_and_leaves_the_base(base: str, tune: Any) -> None:
     model = build("llama-3")

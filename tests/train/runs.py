@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import subprocess
@@ -67,6 +68,12 @@ class Runs:
         """When saves of the last run began and ended, in turn."""
         lines = self.saves.read_text().splitlines(keepends=True) if self.saves.exists() else []
         return [float(line) for line in lines if line.endswith("\n")]
+
+    def alone(self) -> Runs:
+        """The same for runs of one process."""
+        made = copy.copy(self)
+        made.world = 1
+        return made
 
     @property
     def errors(self) -> list[str]:

@@ -4,8 +4,10 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 import warnings
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,7 @@ from herd.train.overrides import load_config
 from herd.train.recipes.catalog import names, recipe_file, recipe_module, summary
 from herd.train.run import run_recipe
 from herd.train.start import shape_config
+from herd.train.tokenizer import learn, write_vocabulary
 from herd.train.watch import Recorder
 from tests.build import build, tiny
 from tests.vocabularies import trained_pieces
@@ -49,17 +52,22 @@ KINDS = {"llama-2": "llama2", "llama-3": "llama3", "llama-4-maverick": "llama3"}
 """Generation -> a prompt format for which a small vocabulary is at hand. That of Llama 4 differs in its headers alone."""
 
 
-def tokenizer(name, tmp_path):
-    if name == "llama-2":
-        path = tmp_path / "tokenizer.model"
-        path.write_bytes(trained_pieces())
-        return load_tokenizer(path)
-    return load_tokenizer("nano")
+@cache
+def tokenizer(name):
+    """A small vocabulary of a generation's kind: it is read and written many times."""
+    with tempfile.TemporaryDirectory() as place:
+        if name == "llama-2":
+            path = Path(place) / "tokenizer.model"
+            path.write_bytes(trained_pieces())
+            return load_tokenizer(path)
+        text = " ".join(f"{i} and 1? That is {i + 1}. word so on" for i in range(12)).encode()
+        write_vocabulary(learn([text], "tiktoken", 300, special=32), Path(place), [text])
+        return load_tokenizer(place)
 
 
 def written(tmp_path, name="llama-3", **changes):
     """A tiny model of a generation with a vocabulary of its kind, in a folder."""
-    vocabulary = tokenizer(name, tmp_path)
+    vocabulary = tokenizer(name)
     config = replace(tiny(name), vocab_size=vocabulary.vocab_size, **changes)
     model = build(config)
     folder = tmp_path / name
@@ -68,9 +76,15 @@ def written(tmp_path, name="llama-3", **changes):
     return folder
 
 
-@pytest.fixture
-def source(tmp_path):
-    return lambda name="llama-3", **changes: written(tmp_path, name, **changes)
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Each model is written once."""
+
+    @cache
+    def made(name="llama-3", **changes):
+        return written(tmp_path_factory.mktemp("source"), name, **changes)
+
+    return made
 
 
 @pytest.fixture
@@ -120,7 +134,7 @@ def test_fine_tuning_of_every_generation(name, source, chats, tmp_path):
     folder = source(name)
     recorder = Recorder()
     made = config(
-        tmp_path, "sft", f"model.source={folder}", f"data.sources={chats}", "data.held_out=30%", "train.optim.lr=1e-2"
+        tmp_path, "sft", f"model.source={folder}", f"data.sources={chats}", "data.held_out=45%", "train.optim.lr=1e-2"
     )
     ticks = []
     figures, told = done(made, watchers=[recorder], tick=ticks.append)
@@ -514,5 +528,5 @@ def test_recipes_that_come_with_herd_are_whole(name):
     compile(text, name, "exec")
 
 
-def test_a_small_vocabulary_of_pieces_is_one(tmp_path):
-    assert isinstance(tokenizer("llama-2", tmp_path), SentencePieceTokenizer)
+def test_a_small_vocabulary_of_pieces_is_one():
+    assert isinstance(tokenizer("llama-2"), SentencePieceTokenizer)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +16,12 @@ from herd.quant.apply import quantize
 from herd.train.config import AveragePart, OptimConfig, SavePart
 from herd.train.identity import differences
 from herd.train.objective import NextToken
-from herd.train.state import NEW, latest
+from herd.train.state import latest
 from herd.train.stop import Stopped
 from herd.train.trainer import Trainer, load_weights
 from herd.train.watch import Recorder, Silent
 from tests.build import build
 from tests.train.loop import Loader, config, fingerprint, model, rows, trainer, weights
-from tests.train.runs import Runs
 
 KINDS: dict[str, Any] = {
     "muon": {},
@@ -323,68 +320,3 @@ def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
     run, _ = trainer(6, tmp_path, objective=Stubborn())
     with pytest.raises(KeyboardInterrupt):
         run.fit()
-
-
-WRITTEN = ("nothing", "tensors.safetensors", "rank-00000.json", "state.json", "digest-00000.json", "manifest.json")
-"""Files of a checkpoint in the order of their writing."""
-
-
-def survive(folder: Path, kills: int, steps: int, seed: int, inside: int = 0) -> dict[str, int]:
-    """Kill -9 `kills` times, and until `inside` of them met a growing checkpoint; resume each time.
-
-    Every second kill comes at any moment, the others at any moment of a save. Every byte must be that of a run nobody touched.
-    Returns what was met: how many kills, and what those in a save left of the checkpoint.
-    """
-    runs = Runs(folder)
-    try:
-        runs.run(folder / "first", 1)  # what torch does only once is done
-        began = time.monotonic()
-        expected = runs.run(folder / "whole", steps)
-        once = time.monotonic() - began
-        times = runs.times()
-        saving = sorted(end - begin for begin, end in zip(times[::2], times[1::2], strict=True))[steps // 2]
-        rng = random.Random(seed)
-        met = dict.fromkeys(("kills", "in a growing checkpoint", "finished runs", "steps done again"), 0)
-        out, seen = folder / "killed", dict[str, str]()
-
-        def look(lines: list[str]) -> None:
-            for line in lines:
-                number, _, what = line.partition(" ")
-                met["steps done again"] += number in seen
-                assert seen.setdefault(number, what) == what, f"step {number} was another one"
-
-        while met["kills"] < kills or met["in a growing checkpoint"] < inside:
-            if met["kills"] % 2:
-                look(runs.run(out, steps, wait=rng.random() * saving, save=rng.randint(1, 1 + steps // 8)))
-            else:
-                look(runs.run(out, steps, wait=rng.random() * once / 3))
-            met["kills"] += 1
-            for grown in (out / "checkpoints").glob(".*-step-*"):
-                grows = grown.name.startswith(NEW)
-                met["in a growing checkpoint"] += grows
-                newest = max((path.name for path in grown.iterdir()), key=WRITTEN.index, default="nothing")
-                found = f"{'growing' if grows else 'going'}, with {newest}"
-                met[found] = met.get(found, 0) + 1
-            place = latest(out, pytest.fail)  # a damaged one would be told
-            done = 0 if place is None else int(place.name.removeprefix("step-"))
-            last = max((int(n) for n in seen if n != "done"), default=0)
-            assert done in (last - 1, last, last + 1)
-            if "done" in seen:
-                met["finished runs"] += 1
-                assert [f"{number} {what}" for number, what in seen.items()] == expected
-                out, seen = folder / f"killed {met['finished runs']}".replace(" ", "-"), {}
-        look(runs.run(out, steps))
-        assert [f"{number} {what}" for number, what in seen.items()] == expected
-        return met
-    finally:
-        runs.close()
-
-
-def test_killed_and_resumed_runs_have_the_same_bytes(tmp_path: Path) -> None:
-    met = survive(tmp_path, kills=4, steps=16, seed=0)
-    assert met["kills"] == 4
-
-
-@pytest.mark.slow
-def test_two_hundred_kills(tmp_path: Path) -> None:
-    print(survive(tmp_path, kills=200, steps=60, seed=1, inside=50))  # shown by pytest -rP
