@@ -75,7 +75,7 @@ def test_shards_hold_what_encode_gives(tmp_path, sources):
     assert [one.kind for one in build(tmp_path / "out", *sources)] == ["text", "messages", "completion"]
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_bytes_do_not_depend_on_the_number_of_processes(tmp_path, sources, processes):
     build(tmp_path / "one", *sources)
     build(tmp_path / "many", *sources, processes=processes)

@@ -1,5 +1,6 @@
 import gzip
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,14 @@ from herd.data.encode import IGNORE, FormatError, check_prompts, encode
 from herd.data.records import ChatRecord, CompletionRecord, PreferenceRecord, TextRecord
 from herd.errors import DataError
 from herd.tokenizer.files import load_tokenizer
+from herd.tokenizer.tokenizer import Tokenizer
+from tests.conftest import shared_path
 from tests.data.corpus import chat_format, tokenizer
+
+
+@cache
+def released(family) -> Tokenizer:
+    return load_tokenizer(shared_path(f"data/tokenizers/{family}.tokenizer.model"))
 
 
 def learned(example) -> str:
@@ -77,7 +85,7 @@ WITHOUT_TOOLS = {"llama2", "codellama", "llama3", "llama3-hf"}
 @pytest.mark.parametrize(("family", "name"), [(family, name) for family, names in OF_FAMILY.items() for name in names])
 def test_real_conversations_are_learned_as_they_are_served(shared, family, name):
     """Plain, long and tool conversations: prompts are prefixes of what is trained, and replies are all that is learned."""
-    format = format_named(name, load_tokenizer(shared(f"data/tokenizers/{family}.tokenizer.model")))
+    format = format_named(name, released(family))
     checked = 0
     for file in ("dolly_subset", "gsm8k_train", "tools_sgd_train", "tools_glaive_demo"):
         for i, record in enumerate(records(shared(f"data/sft/{file}.jsonl.gz"))):
@@ -97,13 +105,13 @@ def test_real_conversations_are_learned_as_they_are_served(shared, family, name)
     assert checked >= 12
 
 
-def test_formats_that_serve_other_prompts_than_they_train_are_refused(shared):
+def test_formats_that_serve_other_prompts_than_they_train_are_refused():
     """The Guards: what they are asked is a question about a conversation, not the conversation."""
     guards = [name for name in FORMATS if "guard" in name]
     assert guards
     family = {"llama-guard-1": "llama2", "llama-guard-4": "llama4"}
     for name in guards:
-        vocabulary = load_tokenizer(shared(f"data/tokenizers/{family.get(name, 'llama3')}.tokenizer.model"))
+        vocabulary = released(family.get(name, "llama3"))
         with pytest.raises(FormatError, match="no format to train conversations with"):
             check_prompts(ChatRecord.pairs("hello", "hi"), format_named(name, vocabulary))
 
