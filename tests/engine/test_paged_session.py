@@ -42,7 +42,7 @@ def nano() -> tuple[Llama, Tokenizer]:
 
 @needs_native
 @pytest.mark.parametrize(("beginning", "ending"), pairs(BEGINNINGS, ENDINGS))
-def test_fifty_greedy_replies_of_nano(beginning: str, ending: str) -> None:
+def test_greedy_replies_of_nano(beginning: str, ending: str) -> None:
     """Token by token the same as the naive loop, as far as the naive loop's choice is clear."""
     model, tokenizer = nano()
     prompt = tokenizer.encode(beginning + ending, bos=True)

@@ -48,7 +48,9 @@ def test_recorded_steps_equal_the_full_forward(name: str, device: str, measured:
     """Without drafts, so that steps of single rows are frequent; few blocks, so that they move."""
     model, tape = fresh(name).to(device), Tape()
     runner = CudaRunner(model, max_seqs=4, max_len=LENGTH + 4, capture=tape if device == "cpu" else None)
-    seen = run(name, whole(name), model=model, runner=runner, seed=9, drafts=False, scratch=True, device=device)
+    seen = run(
+        name, whole(name), model=model, runner=runner, seed=9, drafts=False, scratch=True, late=True, device=device
+    )
     measured(TABLE, f"{name}, recorded GPU steps on {device}", seen.worst)
     assert seen.worst <= (MODES_BOUND if device == "cpu" else GPU_BOUND)
     if device == "cpu":
@@ -75,7 +77,9 @@ def test_calls_of_the_kernels(name: str, kv: torch.dtype, monkeypatch: pytest.Mo
 def test_half_precision(name: str, device: str, dtype: torch.dtype, measured: Measured) -> None:
     model = fresh(name).to(device, dtype)
     runner = CudaRunner(model, max_seqs=4, max_len=LENGTH + 4, capture=Tape() if device == "cpu" else None)
-    seen = run(name, whole(name, dtype), model=model, runner=runner, dtype=dtype, device=device, scratch=True)
+    seen = run(
+        name, whole(name, dtype), model=model, runner=runner, dtype=dtype, device=device, scratch=True, late=True
+    )
     measured(f"{dtype} logits against the full forward, max abs difference", f"{name}, GPU runtime", seen.worst)
     assert seen.worst <= HALF_BOUND[dtype]
 
@@ -87,7 +91,17 @@ def test_int8_cache(name: str, device: str, measured: Measured) -> None:
     with torch.no_grad():
         expected = [twin(torch.tensor([ids]), None, [Rounded()] * twin.config.n_layers)[0] for ids in texts(name)]
     runner = CudaRunner(model, max_seqs=4, max_len=LENGTH + 4, capture=Tape() if device == "cpu" else None)
-    seen = run(name, expected, model=model, runner=runner, dtype=torch.int8, device=device, drafts=False, scratch=True)
+    seen = run(
+        name,
+        expected,
+        model=model,
+        runner=runner,
+        dtype=torch.int8,
+        device=device,
+        drafts=False,
+        scratch=True,
+        late=True,
+    )
     measured(TABLE, f"{name}, GPU runtime on {device}, int8 keys", seen.worst)
     assert seen.worst <= INT8_BOUND
 

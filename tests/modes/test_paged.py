@@ -84,10 +84,12 @@ def run(
     scratch: bool = False,
     cache: Callable[..., PagedCache] = PagedCache,
     virtual: VirtualTokens | None = None,
+    late: bool = False,
 ) -> Seen:
     """Feed every text through scheduler, pack and runner, each token after a random prompt as if it had been sampled, and hold
     the logits of every row against `expected`. `spare` blocks beyond what the longest text needs: few mean preemption. With
-    `virtual` tokens before every text but each third.
+    `virtual` tokens before every text but each third. `late`: prompts are half of their texts at least, so that there are fewer
+    steps, for runners that take long for one.
     """
     draw = random.Random(seed)
     model = build(name) if model is None else model
@@ -102,7 +104,7 @@ def run(
     seen = Seen()
     sequences = []
     for i, ids in enumerate(texts(name)):
-        cut = draw.randint(1, len(ids) - 1)
+        cut = draw.randint(len(ids) // 2 if late else 1, len(ids) - 1)
         params = SamplingParams(max_tokens=len(ids) - cut)
         adapter = None if virtual is None or i % 3 == 2 else "virtual"
         sequences += scheduler.add(Request(str(i), tuple(ids[:cut]), params, adapter=adapter))

@@ -76,7 +76,7 @@ def test_two_ranks(name: str, pair: Ranks, tmp_path: Path, measured: Measured) -
     expected = alone(made(shared(name), tmp_path), name)
     model, runner = over(pair, tmp_path)
     assert model.config.n_heads == shared(name).n_heads // 2
-    seen = run(name, expected, model=model, runner=runner, cache=runner.cache, seed=4, spare=3)
+    seen = run(name, expected, model=model, runner=runner, cache=runner.cache, late=True, seed=4, spare=3)
     measured(TABLE, f"{name}, two ranks", seen.worst)
     assert seen.worst <= MODES_BOUND
     assert seen.cached
@@ -90,7 +90,9 @@ def test_key_heads_that_both_ranks_hold(pair: Ranks, tmp_path: Path) -> None:
     expected = alone(made(config, tmp_path), "llama-1")
     model, runner = over(pair, tmp_path)
     assert (model.config.n_kv_heads, model.config.vocab_size) == (1, 319)
-    assert run("llama-1", expected, model=model, runner=runner, cache=runner.cache, seed=2).worst <= MODES_BOUND
+    assert (
+        run("llama-1", expected, model=model, runner=runner, cache=runner.cache, late=True, seed=2).worst <= MODES_BOUND
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*")
@@ -108,14 +110,17 @@ def test_quantized(name: str, weights: str, pair: Ranks, tmp_path: Path) -> None
     whole = made(wide(name), tmp_path)
     assert quantize(whole, weights) == []
     model, runner = over(pair, tmp_path, weights)
-    assert run(name, alone(whole, name), model=model, runner=runner, cache=runner.cache, seed=3).worst <= ROUNDED
+    assert (
+        run(name, alone(whole, name), model=model, runner=runner, cache=runner.cache, late=True, seed=3).worst
+        <= ROUNDED
+    )
 
 
 def test_int8_keys_and_values(pair: Ranks, tmp_path: Path) -> None:
     name = "llama-3"
     expected = alone(made(tiny(name), tmp_path), name, rounded=True)
     model, runner = over(pair, tmp_path)
-    seen = run(name, expected, model=model, runner=runner, cache=runner.cache, dtype=torch.int8)
+    seen = run(name, expected, model=model, runner=runner, cache=runner.cache, late=True, dtype=torch.int8)
     assert seen.worst <= INT8_BOUND
 
 
@@ -125,7 +130,7 @@ def test_tiles_and_bfloat16(pair: Ranks, tmp_path: Path) -> None:
     whole = made(tiny(name), tmp_path)
     expected = alone(whole.to(torch.bfloat16), name)
     model, runner = over(pair, tmp_path, dtype=torch.bfloat16, deterministic=True)
-    seen = run(name, expected, model=model, runner=runner, cache=runner.cache, dtype=torch.bfloat16)
+    seen = run(name, expected, model=model, runner=runner, cache=runner.cache, late=True, dtype=torch.bfloat16)
     assert seen.worst <= HALVES
 
 
@@ -135,7 +140,7 @@ def test_what_gpus_run(name: str, pair: Ranks, tmp_path: Path) -> None:
     expected = alone(made(shared(name), tmp_path), name)
     model, runner = over(pair, tmp_path)
     runner.own = CudaRunner(model, max_seqs=4, max_len=LENGTH + 4, graphs=False)
-    assert run(name, expected, model=model, runner=runner, cache=runner.cache, seed=6).worst <= MODES_BOUND
+    assert run(name, expected, model=model, runner=runner, cache=runner.cache, late=True, seed=6).worst <= MODES_BOUND
 
 
 @pytest.mark.slow
@@ -145,7 +150,7 @@ def test_four_ranks(name: str, tmp_path: Path) -> None:
     expected = alone(made(tiny(name), tmp_path), name)
     with Ranks(4) as ranks:
         model, runner = over(ranks, tmp_path)
-        assert run(name, expected, model=model, runner=runner, cache=runner.cache).worst <= MODES_BOUND
+        assert run(name, expected, model=model, runner=runner, cache=runner.cache, late=True).worst <= MODES_BOUND
 
 
 @pytest.mark.slow
@@ -163,7 +168,7 @@ def test_fp8_has_scales_of_parts(pair: Ranks, tmp_path: Path) -> None:
         for linear, weight in zip(_cut_by_columns(layer), weights, strict=True):
             linear.weight = nn.Parameter(weight, requires_grad=False)
     model, runner = over(pair, tmp_path, "fp8")
-    seen = run(name, alone(twin, name), model=model, runner=runner, cache=runner.cache, seed=3)
+    seen = run(name, alone(twin, name), model=model, runner=runner, cache=runner.cache, late=True, seed=3)
     assert seen.worst <= MODES_BOUND
 
 
