@@ -5,12 +5,13 @@ from __future__ import annotations
 import ast
 import asyncio
 import contextlib
+import json
 import re
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,21 @@ def patient() -> Iterator[Sandbox]:
         yield opened
 
 
+@pytest.fixture(scope="module")
+def kept() -> Iterator[Callable[[str], Outcome]]:
+    """Outcomes of the process itself, one for all templates: a sandbox starts another one after each refusal."""
+    with Sandbox() as opened:
+
+        def run(source: str) -> Outcome:
+            if len(source) > MAX_SOURCE:
+                return opened.run(source, given())
+            request = {"source": source, "variables": given(), "now": [2026, 11, 21, 12, 0, 0]}
+            reply = opened._exchange(json.dumps(request).encode(), opened.wall_seconds)
+            return Outcome("stopped") if reply is None else Outcome(reply["kind"], str(reply.get("text", "")))
+
+        yield run
+
+
 def given(**more: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": "hi"}], "bos_token": "<s>", "add_generation_prompt": True, **more}
 
@@ -65,17 +81,18 @@ def test_there_are_enough_attacks() -> None:
 
 
 @pytest.mark.parametrize("source", ESCAPES)
-def test_nothing_escapes(sandbox: Sandbox, source: str) -> None:
-    outcome = sandbox.run(source, given())
+def test_nothing_escapes(kept: Callable[[str], Outcome], source: str) -> None:
+    outcome = kept(source)
+    assert outcome.kind != "stopped"
     assert not any(leak in outcome.text for leak in LEAKS), outcome
     assert not CANARY.exists()
 
 
 @pytest.mark.parametrize("name", EXHAUSTING)
-def test_nothing_takes_long(sandbox: Sandbox, name: str) -> None:
-    sandbox.run("warm", given())  # start-up is not the template's time
+def test_nothing_takes_long(kept: Callable[[str], Outcome], name: str) -> None:
+    assert kept("warm").text == "warm"  # start-up is not the template's time
     before = time.monotonic()
-    outcome = sandbox.run(EXHAUSTING[name], given())
+    outcome = kept(EXHAUSTING[name])
     took = time.monotonic() - before
     assert took < WALL_SECONDS + SPARE
     if name not in ("many tags", "open comment", "long sum", "many macros"):
@@ -136,6 +153,14 @@ def test_an_event_loop_stays_responsive() -> None:
 def test_a_stopped_process_is_replaced(sandbox: Sandbox) -> None:
     assert sandbox.run(EXHAUSTING["nested loops"], given()).kind == "stopped"
     assert sandbox.run("{{ bos_token }}", given()).text == "<s>"
+
+
+def test_a_process_that_met_an_attack_is_replaced(sandbox: Sandbox) -> None:
+    assert sandbox.run("x", given()).text == "x"
+    process = sandbox._process
+    assert sandbox.run(ESCAPES[0], given()).kind == "refused"
+    assert sandbox.run("x", given()).text == "x"
+    assert sandbox._process is not process
 
 
 def test_one_process_serves_many(patient: Sandbox) -> None:

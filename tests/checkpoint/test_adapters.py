@@ -83,8 +83,18 @@ def logits(model: Any) -> torch.Tensor:
         return model(ids) if isinstance(model, Llama) else model(input_ids=ids).logits
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("name", ["llama-3", "llama-2"])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        *(("llama-3", settings) for settings in SETTINGS),
+        ("llama-2", "every matrix"),
+        *(
+            pytest.param("llama-2", settings, marks=pytest.mark.slow)
+            for settings in SETTINGS
+            if settings != "every matrix"
+        ),
+    ],
+)
 def test_an_adapter_saved_by_peft_gives_the_same_logits(name: str, settings: str, tmp_path: Path) -> None:
     model = build(name)
     ids = tokens(model.config, 24)

@@ -32,13 +32,23 @@ def divisible(name: str, ranks: int) -> ModelConfig:
     )
 
 
+EVERY_COUNT = ("llama-2", "llama-3", "llama-4-scout")
+
+
 def runnable(name: str) -> bool:
     """Configs that params.json can describe: its NoPE pattern is regular and its dense width follows the rule."""
     return name not in ("llama-guard-4",)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
-@pytest.mark.parametrize("name", [name for name in TINY if runnable(name)])
+@pytest.mark.parametrize(
+    ("name", "ranks"),
+    [
+        pytest.param(name, ranks, marks=[] if ranks in (1, 4) or name in EVERY_COUNT else pytest.mark.slow)
+        for name in TINY
+        if runnable(name)
+        for ranks in (1, 2, 4, 8)
+    ],
+)
 def test_logits_equal(tmp_path: Path, name: str, ranks: int, measured: Measured) -> None:
     model = build(divisible(name, ranks))
     columns = name in ("llama-1", "llama-2", "llama-2-70b", "code-llama")

@@ -38,8 +38,18 @@ def same_values(model: Llama, plain: Llama) -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *(("wide", kind) for kind in KINDS),
+        *((name, kind) for name in ("tied", "experts") for kind in (GGML.Q8_0, GGML.Q4_K)),
+        *(
+            pytest.param(name, kind, marks=pytest.mark.slow)
+            for name in ("tied", "experts")
+            for kind in (GGML.Q4_0, GGML.Q5_K, GGML.Q6_K)
+        ),
+    ],
+)
 def test_a_quantized_file_stays_quantized(name: str, kind: GGML, tmp_path: Path) -> None:
     path = gguf(tmp_path, name, kind)
     model = load_model(path)
@@ -85,8 +95,14 @@ def test_plain_weights_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert kind_of(load_model(path)) is None, "torch alone multiplies bfloat16 faster than blocks"
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4", "q4_k_m", "w8a8", "fp8"])
-@pytest.mark.parametrize("config", [WIDE, TIED], ids=["wide", "tied"])
+@pytest.mark.parametrize(
+    ("config", "weights"),
+    [
+        *((WIDE, weights) for weights in ("int8", "int4", "q4_k_m", "w8a8", "fp8")),
+        *((TIED, weights) for weights in ("int8", "q4_k_m", "fp8")),
+        *(pytest.param(TIED, weights, marks=pytest.mark.slow) for weights in ("int4", "w8a8")),
+    ],
+)
 def test_quantized_while_loading(config, weights: str, tmp_path: Path) -> None:
     built = build(config)
     write_hf(tmp_path, built)

@@ -183,7 +183,7 @@ KINDS: Counts = {
     "adapter": (150, adapter_cases, open_adapter),
     "tokenizer": (300, vocabulary_cases, encode),
 }
-STEPS = {"gguf": 29, "safetensors": 23, "torch": 17, "config": 7, "adapter": 5, "tokenizer": 5}
+STEPS = {"gguf": 61, "safetensors": 37, "torch": 23, "config": 7, "adapter": 5, "tokenizer": 5}
 """Every how many-th file the quick test takes."""
 
 

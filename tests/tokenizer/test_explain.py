@@ -6,16 +6,27 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from herd.checkpoint import vocabulary
 from herd.cli.main import run
 from herd.tokenizer.explain import explain
 from tests.tokenizer.conftest import model_path, opened
 
 LLAMA3 = str(model_path("llama3"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _opened_once() -> Iterator[None]:
+    """The command opens Llama 3's file in its own way, the first time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vocabulary, "tokenizer_at", cache(vocabulary.tokenizer_at))
+        yield
 
 
 def shown(capsys: pytest.CaptureFixture[str], *args: str, status: int = 0) -> str:

@@ -19,7 +19,7 @@ from herd.tokenizer.tiktoken import TiktokenTokenizer
 from tests.tokenizer import texts
 from tests.tokenizer.conftest import opened, with_infill_pieces
 
-MANY = texts.ALL + texts.generate(3_000, seed=13)
+MANY = texts.ALL + texts.generate(1_500, seed=13)
 PRE = {"llama3": "llama-bpe", "llama4": "llama4"}
 
 

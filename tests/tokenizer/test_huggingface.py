@@ -41,7 +41,12 @@ def build(content: dict[str, Any], folder: Path) -> Tokenizer:
     return load_tokenizer(folder)
 
 
+FAMILIES = ["llama3", pytest.param("llama4", marks=pytest.mark.slow)]
+"""Llama 4's tokenizer.json is held to the tokenizers package in write/test_huggingface.py."""
+
+
 @pytest.mark.parametrize("many", [pytest.param(MANY, id="many"), MORE])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_ids_equal_metas_file_and_tokenizers(family: str, hf_folder: Callable[[str], Path], many: list[str]) -> None:
     from tokenizers import Tokenizer
 
@@ -55,7 +60,7 @@ def test_ids_equal_metas_file_and_tokenizers(family: str, hf_folder: Callable[[s
         assert ours.encode(text) == encoded.ids, text
 
 
-@pytest.mark.parametrize("family", ["llama3", pytest.param("llama4", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_merges_are_left_out_only_when_the_ranks_are_metas(family: str, hf_folder: Callable[[str], Path]) -> None:
     path = hf_folder(family) / "tokenizer.json"
     quick = open_tokenizer_json(path)
@@ -63,6 +68,7 @@ def test_merges_are_left_out_only_when_the_ranks_are_metas(family: str, hf_folde
     assert quick == slow
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 def test_released_folders_agree_silently(family: str, hf_folder: Callable[[str], Path], tmp_path: Path) -> None:
     shutil.copytree(hf_folder(family), tmp_path, dirs_exist_ok=True)
     (tmp_path / "original").mkdir()
@@ -73,10 +79,10 @@ def test_released_folders_agree_silently(family: str, hf_folder: Callable[[str],
 
 
 def test_two_generations_in_one_folder(hf_folder: Callable[[str], Path], tiny_pieces: bytes, tmp_path: Path) -> None:
-    shutil.copy(model_path("llama3"), tmp_path / "tokenizer.model")
-    shutil.copy(hf_folder("llama4") / "tokenizer.json", tmp_path)
-    with pytest.warns(TokenizerFilesWarning, match="cuts text as llama4, not as llama3"):
-        assert load_tokenizer(tmp_path).family == "llama3"
+    shutil.copy(model_path("llama4"), tmp_path / "tokenizer.model")
+    shutil.copy(hf_folder("llama3") / "tokenizer.json", tmp_path)
+    with pytest.warns(TokenizerFilesWarning, match="cuts text as llama3, not as llama4"):
+        assert load_tokenizer(tmp_path).family == "llama4"
     (tmp_path / "tokenizer.model").write_bytes(tiny_pieces)
     with pytest.warns(TokenizerFilesWarning, match="byte-BPE vocabulary, the other a SentencePiece one"):
         assert load_tokenizer(tmp_path).family == "llama2"

@@ -221,7 +221,14 @@ def test_piece_is_printable() -> None:
     assert "llama3" in repr(tokenizer)
 
 
-@pytest.mark.parametrize("text", ["a", "^", "0", " ", "\n", "😀", "'s"])
+@pytest.mark.parametrize(
+    ("family", "text"),
+    [
+        *(("llama3", text) for text in ("a", "^", "0", " ", "\n", "😀", "'s")),
+        *(("llama4", text) for text in ("a", "'s")),
+        *(pytest.param("llama4", text, marks=pytest.mark.slow) for text in ("^", "0", " ", "\n", "😀")),
+    ],
+)
 def test_one_megabyte_of_one_thing_takes_less_than_a_second(family: str, text: str) -> None:
     tokenizer = opened(family)
     megabyte = text * (1_000_000 // len(text.encode()))

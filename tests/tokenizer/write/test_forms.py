@@ -42,7 +42,7 @@ def test_two_forms_in_a_row(name: str, first: str, second: str, tmp_path: Path) 
         pytest.skip("checked below: a tokenizer.model alone does not say which tokens are special")
     ours = original(name)
     middle = reopened(ours, first, tmp_path / "first")
-    check_same(ours, reopened(middle, second, tmp_path / "second"), MANY[::7])
+    check_same(ours, reopened(middle, second, tmp_path / "second"), MANY[::20])
 
 
 @pytest.mark.parametrize(

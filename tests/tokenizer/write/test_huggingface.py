@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from herd.errors import TokenizerError
+from herd.tokenizer.files import load_tokenizer
 from herd.tokenizer.pieces import NORMAL, UNUSED, PieceModel
 from herd.tokenizer.sentencepiece import SentencePieceTokenizer
 from herd.tokenizer.special import with_added, with_stop
@@ -25,7 +26,7 @@ FolderOf = Callable[[str], Path]
 
 
 @pytest.mark.parametrize("name", [*SMALL, *SOME[:3], "llama4"])
-def test_ids_and_text_equal_theirs(name: str, folder_of: FolderOf) -> None:
+def test_ids_and_text_equal_theirs(name: str, folder_of: FolderOf, tmp_path: Path) -> None:
     from tokenizers import Tokenizer
 
     ours, theirs = original(name), Tokenizer.from_file(str(folder_of(name) / "tokenizer.json"))
@@ -33,9 +34,12 @@ def test_ids_and_text_equal_theirs(name: str, folder_of: FolderOf) -> None:
     texts = [text for text in MANY if text]
     visible = [t for t in ("<tool>",) if t in ours.special.ids]  # which the package finds in any text
     texts = [text for text in texts if not any(t in text for t in visible)]
+    (tmp_path / "tokenizer.json").write_bytes((folder_of(name) / "tokenizer.json").read_bytes())
+    again = load_tokenizer(tmp_path)
+    assert again.special.ids == ours.special.ids
     for text, encoded in zip(texts, theirs.encode_batch(texts, add_special_tokens=False), strict=True):
         ids = ours.encode(text)
-        assert ids == encoded.ids, text
+        assert ids == encoded.ids == again.encode(text), text
         assert ours.decode(ids) == theirs.decode(ids), text
 
 
