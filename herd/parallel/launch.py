@@ -23,6 +23,8 @@ from herd.errors import ConfigError, RanksError
 from herd.parallel.config import ParallelPart
 
 if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
+
     from herd.parallel.mesh import Mesh
 
 __all__ = ["follow", "group", "launched", "lost", "spawn", "start", "stop"]
@@ -33,6 +35,20 @@ GRACE = 15.0
 """Seconds that the other ranks have to end by themselves after one has died: they may have a state to save."""
 TOLD = 40
 """Last lines of a dead rank that are shown."""
+_GONE = (
+    "closed by peer",
+    "connection reset",
+    "connection closed",
+    "connection was",
+    "refused",
+    "broken pipe",
+    "timed out",
+    "timeout",
+    "exited",
+)
+"""In what gloo, NCCL and the store say when another rank is gone."""
+_meeting: tuple[Store, int, int] | None = None
+"""Where this process meets others, its rank and their number: rank 0 serves the store for as long as it is held here."""
 _PASSED_ON = ("SIGINT", "SIGTERM", "SIGUSR1")
 _NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LEASH = "HERD_LEASH"
@@ -55,10 +71,7 @@ def start(part: ParallelPart, device: str = "cpu") -> Mesh:
     follow()
     import torch
     import torch.distributed as dist
-    from torch.distributed.distributed_c10d import PrefixStore
-    from torch.distributed.rendezvous import rendezvous
 
-    from herd.parallel.meeting import agree
     from herd.parallel.mesh import Mesh
 
     if not launched():
@@ -71,17 +84,35 @@ def start(part: ParallelPart, device: str = "cpu") -> Mesh:
         place = torch.device(kind, _whole("LOCAL_RANK", os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(place)
     if not dist.is_initialized():
-        store, rank, world = next(rendezvous("env://", timeout=PATIENCE))
-        store.set_timeout(PATIENCE)
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's store, which outlives the ranks
-            store = PrefixStore(f"herd/start/{agree(store, rank, world, PATIENCE)}", store)
-        backend = "nccl" if kind == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
+        try:
+            _join("nccl" if kind == "cuda" else "gloo")
+        except RuntimeError as error:  # DistError is one, too
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise RanksError(
+                f"rank {os.environ['RANK']} could not meet the others at {where}: {_line(error)}"
+            ) from error
     try:
         return Mesh.of(part, place)
     except ConfigError:
         stop()
         raise
+
+
+def _join(backend: str) -> None:
+    """Make the group. Each has names of its own in the store, which outlives it: under torchrun the ranks, here the group."""
+    global _meeting
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    from herd.parallel.meeting import agree
+
+    if _meeting is None:
+        _meeting = next(rendezvous("env://", timeout=PATIENCE))
+    store, rank, world = _meeting
+    store.set_timeout(PATIENCE)
+    store = PrefixStore(f"herd/start/{agree(store, rank, world, PATIENCE)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
 
 
 def stop() -> None:
@@ -93,20 +124,28 @@ def stop() -> None:
 
 
 def lost(error: BaseException) -> RanksError | None:
-    """What an error of an exchange between ranks means: another one is gone or out of reach. None for every other error.
+    """What an error of an exchange between ranks means: another one is gone or out of reach, or what the backend says. None for
+    every other error.
 
     gloo's errors are RuntimeErrors that begin with the place in gloo's source.
     """
     import torch.distributed as dist
 
-    told = str(error)
-    if not isinstance(error, dist.DistError) and not (isinstance(error, RuntimeError) and "/gloo/" in told[:200]):
+    gloo = isinstance(error, RuntimeError) and "/gloo/" in str(error)[:200]
+    if not isinstance(error, dist.DistError) and not gloo:
         return None
-    said = (told.partition("] ")[2] or told).splitlines()[0].partition(". ")[0]
+    rank, said = os.environ.get("RANK", "0"), _line(error)
+    if not any(words in said.lower() for words in _GONE):
+        return RanksError(f"rank {rank} could not exchange with the others: {said}")
     return RanksError(
-        f"rank {os.environ.get('RANK', '0')} lost another one ({said}): that rank ended, or its "
-        "machine is out of reach; what it printed says why"
+        f"rank {rank} lost another one ({said}): that rank ended, or its machine is out of reach; what it printed says why"
     )
+
+
+def _line(error: BaseException) -> str:
+    """All that an error says, in one line, without the place in the source that gloo begins with."""
+    said = " ".join(str(error).split())
+    return said.partition("] ")[2] if said.startswith("[/") else said
 
 
 def follow() -> None:

@@ -35,14 +35,14 @@ def agree(store: Store, rank: int, world: int, patience: timedelta) -> str:
     answered: dict[int, str] = {}
     while True:
         if rank:
-            number, name = store.get(f"herd/told/{rank}").decode().split()
+            number, name = _said(store, f"herd/told/{rank}").split() or ("", "")
             if number == mine:
                 store.add(f"herd/met/{name}", 1)
                 return name
         else:
             for other in range(1, world):
-                said = store.get(f"herd/says/{other}").decode()
-                if answered.get(other) != said:
+                said = _said(store, f"herd/says/{other}")
+                if said and answered.get(other) != said:
                     store.set(f"herd/told/{other}", f"{said} {mine}")
                     answered[other] = said
             if store.add(f"herd/met/{mine}", 0) == world - 1:
@@ -51,3 +51,7 @@ def agree(store: Store, rank: int, world: int, patience: timedelta) -> str:
             whom = f"rank 0, which gave rank {rank} no answer" if rank else f"all {world - 1} other ranks"
             raise ConfigError(f"waited {patience} for {whom}: look what became of them")
         time.sleep(PAUSE)
+
+
+def _said(store: Store, key: str) -> str:
+    return store.get(key).decode() if store.check([key]) else ""  # `get` alone would wait for it

@@ -22,10 +22,12 @@ from herd.model.late import room
 from herd.model.llama import Llama
 from herd.parallel import launch
 from herd.parallel.mesh import Mesh
+from herd.parallel.parting import main_alone
 from herd.train.config import RunConfig
 from herd.train.export import export
 from herd.train.identity import NEUTRAL, differences
 from herd.train.keeper import fill_weights, promise_weights
+from herd.train.lock import alone
 from herd.train.memory import keep_freed_memory
 from herd.train.metrics import LOG, Board, Figures, JsonLines, kept
 from herd.train.overrides import dump_config
@@ -80,7 +82,7 @@ def run_recipe(
         lost = launch.lost(error)
         if lost is None:
             raise
-        raise RanksError(f"{lost}. The same command goes on from the last checkpoint") from error
+        raise RanksError(f"{lost}. The same command goes on from the last checkpoint, if there is one") from error
 
 
 def budget_rows(config: RunConfig, dp: int) -> int | None:
@@ -189,13 +191,27 @@ def result(
     """Write what a run that is over has made, and say where; a run that is not over has no result.
 
     Several ranks leave their group here: the main one alone reads their last checkpoint, one tensor at a time as it is written
-    (ADR 16), so that nobody waits for anybody. When it fails, the same command makes another attempt.
+    (ADR 16), and the others stay until it is done. It holds the run's folder, so that no other run removes that checkpoint. When
+    it fails, the same command makes another attempt. Raises ConfigError when another run has taken the folder, and RanksError on
+    ranks whose main one failed.
     """
-    over, mesh, model = trainer.progress >= 1, trainer.mesh, trainer.model
-    if mesh.world > 1:
+    if trainer.progress < 1:
         launch.stop()
-    if not over or not mesh.is_main:
         return
+    with main_alone(trainer.mesh):
+        if trainer.mesh.is_main:
+            with alone(Path(config.out), lambda text: None):  # the loop has told of a file system without locks
+                _result(trainer, begun, config, tell, tick)
+
+
+def _result(
+    trainer: Trainer,
+    begun: Start,
+    config: RunConfig,
+    tell: Callable[[str], None],
+    tick: Callable[[Progress], None],
+) -> None:
+    mesh, model = trainer.mesh, trainer.model
     if trainer.average is not None and not trainer.average.count:
         tell(
             "train.average: the run was over before anything was averaged (start, every_steps): this is the last weights"

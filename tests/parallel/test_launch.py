@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import select
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -17,9 +19,10 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from herd.errors import ConfigError
+from herd.errors import ConfigError, RanksError
 from herd.parallel import launch
 from herd.parallel.config import ParallelPart
+from tests.parallel.test_recipes import described
 
 SPAWN = "import sys, herd.parallel.launch as launch; launch.GRACE = 0.5; sys.exit(launch.spawn([], 2, program=sys.argv[1:]))"
 """The launcher with a program of the test's own."""
@@ -27,11 +30,15 @@ TIMEOUT = 300
 """Seconds after which something that should end is held to hang: far beyond what a loaded machine takes."""
 
 
-def _spawn(folder: Path, body: str) -> subprocess.CompletedProcess[str]:
+def _spawn(folder: Path, body: str, *, grace: float = 0.5) -> subprocess.CompletedProcess[str]:
     script = folder / "script.py"
     script.write_text("import os, sys, time\nrank = int(os.environ['RANK'])\n" + textwrap.dedent(body))
     return subprocess.run(
-        [sys.executable, "-c", SPAWN, str(script)], capture_output=True, text=True, timeout=TIMEOUT, check=False
+        [sys.executable, "-c", SPAWN.replace("0.5", str(grace)), str(script)],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
     )
 
 
@@ -78,6 +85,92 @@ def test_other_errors_lose_nobody() -> None:
     assert launch.lost(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
     assert launch.lost(ValueError("[/src/gloo/pair.cc:1] no")) is None
     assert "out of reach" in str(launch.lost(dist.DistNetworkError("The client socket has timed out")))
+    said = "NCCL error in: x.cpp:1. unhandled\nLast error:\nDuplicate GPU detected : rank 0 and rank 1 both on 1b000"
+    told = str(launch.lost(dist.DistBackendError(said)))
+    assert told == f"rank 0 could not exchange with the others: {' '.join(said.split())}"
+
+
+def test_who_cannot_meet_the_others_says_where_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_meeting", None)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for name, value in {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(
+            RanksError, match=rf"rank 0 could not meet the others at 127.0.0.1:{port}: .*{port}.*EADDRINUSE"
+        ):
+            launch.start(ParallelPart())
+
+
+def test_the_others_stay_until_the_main_rank_is_done_and_all_meet_again(tmp_path: Path) -> None:
+    """A stage of a run begins with what the main rank made of the stage before, however long that took."""
+    body = """
+    from herd.parallel import launch
+    from herd.parallel.config import ParallelPart
+    from herd.parallel.parting import main_alone
+    made = os.path.join(os.path.dirname(__file__), "made")
+    for number in range(2):
+        mesh = launch.start(ParallelPart(dp_replicate=2))
+        with main_alone(mesh):
+            if mesh.is_main:
+                time.sleep(1)
+                open(made, "a").write("x")
+        assert os.path.getsize(made) == number + 1
+    """
+    done = _spawn(tmp_path, body)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_a_stage_begins_when_the_one_before_is_written(tmp_path: Path) -> None:
+    made = described(tmp_path, "run", recipe="extend", stages=[{"length": 32}, {"length": 64}])
+    body = f"""
+    from herd.train import run
+    from herd.train.overrides import load_config
+    honest = run._write
+    run._write = lambda *given: (time.sleep(2), honest(*given))
+    with open(__file__ + str(rank), "w") as log:
+        run.run_recipe(load_config({str(made)!r}, ["parallel.dp_shard=2"]), tell=lambda text: print(text, file=log))
+    """
+    done = _spawn(tmp_path, body)
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        assert "stage 2 of 2" in (tmp_path / f"script.py{rank}").read_text()
+    assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["max_position_embeddings"] == 64
+
+
+def test_nobody_stays_for_a_main_rank_that_failed_or_is_gone(tmp_path: Path) -> None:
+    body = """
+    from herd.errors import RanksError
+    from herd.parallel import launch
+    from herd.parallel.config import ParallelPart
+    from herd.parallel.parting import main_alone
+    for number in range(2):
+        mesh = launch.start(ParallelPart(dp_replicate=2))
+        try:
+            with main_alone(mesh):
+                if mesh.is_main and number:
+                    os._exit(4)
+                if mesh.is_main:
+                    raise OSError("the disk is full")
+        except OSError:
+            assert mesh.is_main
+        except RanksError as error:
+            open(f"{__file__}.{number}", "w").write(str(error))
+    """
+    done = _spawn(tmp_path, body, grace=TIMEOUT)
+    assert done.returncode == 4, done.stderr
+    assert [(tmp_path / f"script.py.{number}").read_text().partition(";")[0] for number in range(2)] == [
+        "the main rank could not do what was left to do",
+        "the main rank is gone before its work was done",
+    ]
 
 
 def test_a_killed_rank_is_told_by_its_signal(tmp_path: Path) -> None:
@@ -94,6 +187,7 @@ def test_a_group_that_is_started_again_reads_nothing_of_the_dead_one(monkeypatch
         monkeypatch.setenv(name, value)
     keys = []
     for _ in range(2):
+        monkeypatch.setattr(launch, "_meeting", None)  # each start of torchrun is a new process
         launch.start(ParallelPart())
         launch.stop()
         keys.append(server.num_keys())
