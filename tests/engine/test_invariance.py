@@ -176,7 +176,7 @@ def test_native_quantized_weights(weights: str, way: tuple[str, str]) -> None:
 
 
 @needs_library
-@pytest.mark.parametrize("weights", ["q4_k_m", "q5_k_m", "q6_k"])
+@pytest.mark.parametrize("weights", ["q4_k_m", pytest.param("q5_k_m", marks=pytest.mark.slow), "q6_k"])
 def test_native_super_blocks(weights: str) -> None:
     _check(Served(_quantized(WIDE, weights)))
 
@@ -201,7 +201,12 @@ BEHIND = replace(TARGET_REQUEST, adapter="virtual")
 @needs_library
 @pytest.mark.parametrize(
     ("weights", "kv", "count"),
-    [("plain", "float32", 5), ("plain", "int8", 16), ("int4", "float32", 16), ("int4", "int8", 5)],
+    [
+        ("plain", "float32", 5),
+        ("plain", "int8", 16),
+        pytest.param("int4", "float32", 16, marks=pytest.mark.slow),
+        pytest.param("int4", "int8", 5, marks=pytest.mark.slow),
+    ],
 )
 def test_behind_virtual_tokens(weights: str, kv: str, count: int) -> None:
     """A prefix among requests without one: full blocks of it, and one that is partly filled."""

@@ -59,7 +59,7 @@ def test_step_by_step(name: str, windowed: bool, measured: Measured) -> None:
 
 
 @pytest.mark.parametrize("name", TINY)
-@settings(max_examples=12, deadline=None, derandomize=True, database=None)
+@settings(max_examples=6, deadline=None, derandomize=True, database=None)
 @given(cuts=st.sets(st.integers(1, LENGTH - 1), max_size=8), windowed=st.booleans(), room=st.integers(1, LENGTH + 20))
 def test_any_split_of_the_prompt(name: str, cuts: set[int], windowed: bool, room: int) -> None:
     """`room` is the cache's first size: it also grows on the way, or has positions to spare."""

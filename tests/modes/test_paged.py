@@ -172,7 +172,7 @@ def test_after_preemption(name: str, measured: Measured) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama-3.2", "llama-4-scout"])
-@settings(max_examples=8, deadline=None, derandomize=True, database=None)
+@settings(max_examples=4, deadline=None, derandomize=True, database=None)
 @given(seed=st.integers(0, 1000), block_size=st.sampled_from([1, 3, 4, 16, 32]), spare=st.integers(0, 12))
 def test_any_split_and_pressure(name: str, seed: int, block_size: int, spare: int) -> None:
     assert run(name, whole(name), seed=seed, block_size=block_size, spare=spare).worst <= MODES_BOUND

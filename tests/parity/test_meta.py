@@ -47,6 +47,7 @@ def test_meta_cache(name: str, measured: Measured) -> None:
     assert worst <= FP32_BOUND
 
 
+@pytest.mark.slow
 def test_real_chunk_and_temperature(measured: Measured) -> None:
     """Llama 4's chunk of 8,192 and temperature from position 8,191, against the code that defines them."""
     small = replace(tiny("llama-guard-4"), dim=16, n_heads=1, head_dim=16)
