@@ -162,19 +162,22 @@ def _write(plan: TrainPlan, slurm: Path | None, kuberay: Path | None, config: st
 
 def _compare(plan: TrainPlan, file: str, words: list[str]) -> None:
     """Say what `file` has other than was planned. Raises ConfigError when herd train would not take it with `words`."""
-    from herd.errors import HerdError
+    from herd.errors import ConfigError, HerdError
     from herd.planning.subject import subject
     from herd.train.overrides import load_config
 
     config = load_config(file, words)
     own: Any = config.model.shape
     if not isinstance(own, dict):
+        name = str(config.model.source or own)
         try:
-            found = subject(str(config.model.source or own)).config
+            found = subject(name).config
+            if found is None:
+                raise ConfigError(f"{name}: its geometry was never published")
         except HerdError as error:
             note(f"{file} was not compared with what was planned: {error}", "yellow")
             return
-        own = {} if found is None else {"dim": found.dim, "n_layers": found.n_layers}
+        own = {"dim": found.dim, "n_layers": found.n_layers}
     if (own.get("dim"), own.get("n_layers")) != (plan.config.dim, plan.config.n_layers):
         note(
             f"{file} trains another model: dim {own.get('dim')}, {own.get('n_layers')} layers; planned were dim "

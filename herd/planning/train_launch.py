@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 from herd.errors import ConfigError
@@ -23,12 +24,10 @@ VOLUME = "/data"
 def overrides(layout: Layout) -> list[str]:
     """The words that make `herd train CONFIG ...` use a planned layout, whatever CONFIG had in its place."""
     part = layout.part
+    spread = {field.name: getattr(part, field.name) for field in fields(part)}
     kind = {"none": "none", "half": "2", "full": "full"}[layout.checkpointing]
     return [
-        *(
-            f"parallel.{name}={getattr(part, name)}"
-            for name in ("dp_replicate", "dp_shard", "tp", "cp", "pp", "stages", "schedule")
-        ),
+        *(f"parallel.{name}={str(value).lower()}" for name, value in spread.items()),
         f"train.accumulate={layout.microbatches}",
         f"data.rows={layout.rows}",
         f"data.length={layout.length}",
@@ -65,7 +64,8 @@ export MASTER_ADDR MASTER_PORT={PORT} OMP_NUM_THREADS=8
 
 # Five minutes before the end every rank gets SIGUSR1, saves and ends with status 75: then the job is queued again.
 trap 'kill -USR1 "$ranks"' USR1 TERM
-srun --kill-on-bad-exit=1 {line} &
+# --wait=0: a cluster's WaitTime would end rank 0, which may be writing the result, when other ranks have left.
+srun --kill-on-bad-exit=1 --wait=0 {line} &
 ranks=$!
 status=0
 wait "$ranks" || status=$?

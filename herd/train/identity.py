@@ -74,10 +74,8 @@ def differences(kept: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[s
         kept, now = ({key: value for key, value in part.items() if key != "trained"} for part in (kept, now))
     old, new = dict(_flat(kept, "")), dict(_flat(now, ""))
     other = [key for key in dict.fromkeys((*old, *new)) if old.get(key, "nothing") != new.get(key, "nothing")]
-    if any(key.startswith("facts.data.") for key in other):
-        other = [key for key in other if key != CONTENT]  # which follows from the settings
     for key in other:
-        name = "the content of the data" if key == CONTENT else key.removeprefix("facts.")
+        name = "rows of the data and their order" if key == CONTENT else key.removeprefix("facts.")
         lines.append(
             f"{name}: {_short(old.get(key, 'nothing'))} in the checkpoint, {_short(new.get(key, 'nothing'))} now"
         )

@@ -33,9 +33,10 @@ def unused(part: Any, prefix: str = "") -> Iterator[str]:
 def alone(config: RunConfig) -> Iterator[str]:
     """A line for each key that was changed and says how to do what the run does not do at all."""
     part, report = config.parallel, config.report
-    for name, ranks in (("schedule", "pp"), ("experts", "tp"), ("reshard", "dp_shard")):
-        if getattr(part, name) != getattr(type(part)(), name) and getattr(part, ranks) == 1:
-            yield f"parallel.{name} has no effect: it is for parallel.{ranks} of 2 or more, and this is 1"
+    for name, ranks in (("schedule", ("pp",)), ("experts", ("tp",)), ("reshard", ("dp_shard", "cp"))):
+        if getattr(part, name) != getattr(type(part)(), name) and all(getattr(part, rank) == 1 for rank in ranks):
+            needed = " or ".join(f"parallel.{rank}" for rank in ranks)
+            yield f"parallel.{name} has no effect: it is for {needed} of 2 or more, and this is 1"
     for name in ("project", "name"):
         if not report.to and getattr(report, name) != getattr(ReportPart(), name):
             yield f"report.{name} has no effect: report.to names no tracker that would show it"

@@ -341,8 +341,8 @@ def test_launch_files_are_whole(tmp_path: Path) -> None:
     # what the files say is a layout that herd train takes
     words = shlex.split(next(line for line in text.splitlines() if line.startswith("srun")).removesuffix(" &"))
     spread = dict(word.removeprefix("parallel.").split("=") for word in words if word.startswith("parallel."))
-    part = ParallelPart(**{key: value if key == "schedule" else int(value) for key, value in spread.items()})  # type: ignore[arg-type]
-    assert part.world == 256
+    numbers = {key: int(value) for key, value in spread.items() if value.isdigit()}
+    assert ParallelPart(**numbers, schedule=spread["schedule"]).world == 256  # type: ignore[arg-type]
     assert "train.checkpointing=" in text
 
 
@@ -352,13 +352,13 @@ out: runs/large
 model: {shape: SHAPE, tokenizer: nano}
 data: {sources: texts}
 train: {budget: {steps: 10}, precision: float32, checkpointing: full, optim: {kind: KIND}}
-parallel: {dp_replicate: 2, tp: 2, cp: 2, pp: 4, schedule: interleaved, stages: 2}
+parallel: {dp_replicate: 2, tp: 2, cp: 2, pp: 4, schedule: interleaved, stages: 2, experts: number, reshard: false}
 """
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float8"])
 def test_the_run_that_is_started_is_the_one_that_was_planned(precision: str, tmp_path: Path) -> None:
-    """Whatever layout and precision the configuration had before."""
+    """Whatever layout and precision the configuration had before: every key of `parallel` is another one there."""
     file, batch = tmp_path / "run.yaml", tmp_path / "a.sbatch"
     file.write_text(CONFIG.replace("SHAPE", "llama-3.1-8b").replace("KIND", "adamw"))
     words = ("--model", "8b", "--gpus", "8", "--precision", precision, "--length", "4096")
@@ -366,8 +366,8 @@ def test_the_run_that_is_started_is_the_one_that_was_planned(precision: str, tmp
     best = json.loads(_run("train", *words, "--json"))["layouts"][0]
     line = next(line for line in batch.read_text().splitlines() if line.startswith("srun"))
     started = load_config(file, [word for word in shlex.split(line) if "=" in word and not word.startswith("--")])
-    for name in ("dp_replicate", "dp_shard", "tp", "cp", "pp", "stages"):
-        assert getattr(started.parallel, name) == best[name]
+    planned = plan_train("8b", LLAMA_31_8B, cluster_of("h100"), 8, length=4096, precision=precision)  # type: ignore[arg-type]
+    assert started.parallel == planned.fits[0].layout.part
     assert (started.train.precision, started.train.compile) == (precision, True)
     assert (started.train.checkpointing, started.train.accumulate) == (best["checkpointing"], best["accumulate"])
     assert (started.data.rows, started.data.length) == (best["rows"], 4096)
@@ -385,6 +385,7 @@ def test_the_run_that_is_started_is_the_one_that_was_planned(precision: str, tmp
         ),
         ("{dim: 64, n_layers: 2}", "adamw", "run.yaml trains another model: dim 64, 2 layers"),
         ("llama-9-1b", "adamw", "run.yaml was not compared with what was planned: "),
+        ("llama-4-behemoth", "adamw", "llama-4-behemoth: its geometry was never published"),
     ],
 )
 def test_a_configuration_that_was_not_planned_is_told(
@@ -438,7 +439,9 @@ def test_the_slurm_script_queues_itself_again(tmp_path: Path) -> None:
         assert done.returncode == status
         assert (tmp_path / f"queued-{status}").exists() == queued
     assert (
-        (tmp_path / "ran").read_text().startswith("node1 --kill-on-bad-exit=1 herd train run.yaml parallel.dp_shard=8")
+        (tmp_path / "ran")
+        .read_text()
+        .startswith("node1 --kill-on-bad-exit=1 --wait=0 herd train run.yaml parallel.dp_shard=8")
     )
 
 

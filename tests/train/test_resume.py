@@ -139,14 +139,14 @@ def test_averages_go_on_too(kind: str, start: float, tmp_path: Path) -> None:
     assert figures["first"] != float(whole.model.norm.weight.detach()[0])
 
 
-def test_other_data_are_told_once_and_in_few_letters() -> None:
-    def facts(seed: int, letter: str) -> dict[str, object]:
-        return {"facts": {"data": {"seed": seed}, "digest": letter * 64}}
+def test_other_data_are_told_in_few_letters_beside_whatever_else_differs() -> None:
+    def facts(rows: int, letter: str) -> dict[str, object]:
+        return {"facts": {"data": {"rows": rows}, "digest": letter * 64}}
 
-    assert differences(facts(0, "a"), facts(1, "b")) == (["data.seed: 0 in the checkpoint, 1 now"], True)
-    told = "the content of the data: aaaaaaaaaaaa... in the checkpoint, bbbbbbbbbbbb... now"
-    assert differences(facts(0, "a"), facts(0, "b")) == ([told], True)
-    assert differences(facts(0, "a"), facts(0, "a")) == ([], True)
+    told = "rows of the data and their order: aaaaaaaaaaaa... in the checkpoint, bbbbbbbbbbbb... now"
+    assert differences(facts(4, "a"), facts(2, "b")) == (["data.rows: 4 in the checkpoint, 2 now", told], True)
+    assert differences(facts(4, "a"), facts(4, "b")) == ([told], True)
+    assert differences(facts(4, "a"), facts(4, "a")) == ([], True)
 
 
 def test_another_configuration_is_refused_with_the_differences(tmp_path: Path) -> None:

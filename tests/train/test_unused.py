@@ -42,7 +42,11 @@ def test_recipes_have_no_key_without_effect(recipe: str) -> None:
         ),
         (["parallel.schedule=gpipe", "parallel.pp=2"], []),
         (["parallel.experts=number"], ["parallel.experts has no effect: it is for parallel.tp of 2 or more"]),
-        (["parallel.reshard=false"], ["parallel.reshard has no effect: it is for parallel.dp_shard of 2 or more"]),
+        (
+            ["parallel.reshard=false", "parallel.dp_replicate=2"],
+            ["parallel.reshard has no effect: it is for parallel.dp_shard or parallel.cp of 2 or more, and this is 1"],
+        ),
+        (["parallel.reshard=false", "parallel.cp=2"], []),
         (["parallel.reshard=false", "parallel.dp_shard=-1"], []),
         (
             ["report.project=a", "report.name=b"],
