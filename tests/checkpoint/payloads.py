@@ -167,7 +167,7 @@ def assembled(canary: Path) -> dict[str, tuple[bytes, str | None]]:
         "huge string": (b"\x80\x02X\xff\xff\xff\xffabc.", None),
         "huge frame": (b"\x80\x04\x95" + b"\xff" * 8 + system + argument + b"R.", "os.system"),
         "a million marks": (b"\x80\x02" + b"(" * 1_000_000 + b".", None),
-        "deep tuples": (b"\x80\x02)" + b"\x85" * 300_000 + b".", None),
+        "deep tuples": (b"\x80\x02)" + b"\x85" * 1_000_000 + b".", None),
         "list inside itself": (b"\x80\x02]q\x00h\x00a.", None),
         "dict with a list as key": (b"\x80\x02}]K\x01s.", None),
         "recalled but never stored": (b"\x80\x02h\x07.", None),

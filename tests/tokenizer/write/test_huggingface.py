@@ -39,8 +39,9 @@ def test_ids_and_text_equal_theirs(name: str, folder_of: FolderOf, tmp_path: Pat
     assert again.special.ids == ours.special.ids
     for text, encoded in zip(texts, theirs.encode_batch(texts, add_special_tokens=False), strict=True):
         ids = ours.encode(text)
-        assert ids == encoded.ids == again.encode(text), text
+        assert ids == encoded.ids, text
         assert ours.decode(ids) == theirs.decode(ids), text
+    assert [again.encode(text) for text in texts[::5]] == [ours.encode(text) for text in texts[::5]]
 
 
 @pytest.mark.parametrize("name", [*SMALL, *SOME])
