@@ -59,8 +59,9 @@ def alone(folder: Path, tell: Callable[[str], None]) -> Iterator[None]:
                 f"{folder}: this file system has no locks ({error.strerror}): take care that no second run writes there"
             )
         who = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(who).encode(), 0)
+        with contextlib.suppress(OSError):  # a full disk: the lock holds, though it cannot say for whom
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(who).encode(), 0)
         yield
     finally:
         _held.discard(place)

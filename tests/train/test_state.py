@@ -10,7 +10,8 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from herd.parallel.mesh import Mesh
 from herd.train.config import SavePart
 from herd.train.lock import LOCK, alone
 from herd.train.payload import OneFile
+from herd.train.run import result
 from herd.train.state import Checkpoints, damage, latest, read_rank, read_state
 from herd.train.stop import SaveError
 from tests.train.loop import fingerprint, trainer, weights
@@ -303,6 +305,26 @@ def test_two_writers_of_one_folder_are_refused(tmp_path: Path) -> None:
     assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
 
 
+def test_the_folder_is_held_while_the_result_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run could remove the checkpoint that the result is made of."""
+    run, _ = trainer(2, tmp_path)
+    run.fit()
+    config: Any = SimpleNamespace(out=str(tmp_path), method=SimpleNamespace(qat=None))
+    written: list[Path] = []
+
+    def write(*given: object) -> None:
+        with pytest.raises(ConfigError, match="another run of this process"), alone(tmp_path, print):
+            pass
+        written.append(tmp_path)
+
+    monkeypatch.setattr("herd.train.run._write", write)
+    result(run, cast(Any, None), config, print)
+    assert written
+    with alone(tmp_path, print), pytest.raises(ConfigError, match="another run"):
+        result(run, cast(Any, None), config, print)
+    assert len(written) == 1
+
+
 def test_the_lock_of_a_killed_process_is_free_even_when_its_children_live(tmp_path: Path) -> None:
     code = (
         "import os, sys, time; from pathlib import Path; from herd.train.lock import alone\n"
@@ -334,6 +356,15 @@ def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest
     told: list[str] = []
     with alone(tmp_path, told.append):
         assert "no locks" in told[0]
+
+
+def test_a_lock_on_a_full_disk_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*given: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with alone(tmp_path, print), pytest.raises(ConfigError, match="another run"), alone(tmp_path, print):
+        pass
 
 
 def test_a_run_in_another_thread_takes_no_signals(tmp_path: Path) -> None:
