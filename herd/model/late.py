@@ -117,7 +117,7 @@ def lent(
     """Inside, a model without numbers computes: each module has its own while it is called, one after the other.
 
     A module of `units` has all that is below it: what reads the numbers of its children (adapters do) has to be one. `before` is
-    called before each has its own.
+    called before each has its own. Single quantized matrices make themselves for each product (`herd.quant.late`).
     """
     handles: list[Any] = []
     seen: set[nn.Module] = set()
@@ -135,8 +135,9 @@ def lent(
 
 
 def _lendable(module: nn.Module) -> list[tuple[str, Callable[..., Any]]]:
-    """Promised parameters and buffers; quantized matrices that nobody made compute as they are (`herd.quant.late`)."""
-    return [(k, make) for k, make in promises(module).items() if k in module._parameters or k in module._buffers]
+    """Promised parameters and buffers, and the matrices of experts, which are of one tensor: once for all, not once for each."""
+    held = module._parameters.keys() | module._buffers.keys()
+    return [(k, make) for k, make in promises(module).items() if k in held or isinstance(getattr(module, k), tuple)]
 
 
 def _lending(
@@ -147,13 +148,13 @@ def _lending(
     def give(*_: Any) -> None:
         before()
         for module, key, make in made:
-            if key in module._buffers:
-                module._buffers[key] = make()
-            else:
+            if key in module._parameters:
                 module._parameters[key] = nn.Parameter(make(), requires_grad=False)
+            else:
+                setattr(module, key, make())
 
     def take(*_: Any) -> None:
         for module, key, bare in kept:
-            (module._buffers if key in module._buffers else module._parameters)[key] = bare
+            setattr(module, key, bare)
 
     return [unit.register_forward_pre_hook(give), unit.register_forward_hook(take, always_call=True)]

@@ -55,14 +55,15 @@ def prepare(
     mesh: Mesh,
     *,
     middle: Callable[[Llama], object] = lambda model: None,
+    tick: Callable[[int, int], None] | None = None,
     dtype: torch.dtype | None = None,
     built: list[Stage] | None = None,
 ) -> Spread:
     """Spread `model` in place: every rank must hold, or promise, the same values (the same seed, or the same file).
 
-    `middle` is applied between tensor parallelism and FSDP; `dtype` is what FSDP computes in (None: the parameters' own).
-    `built` receives this rank's stages instead of a pipeline being made of them (`herd.parallel.fake`).
-    Raises ConfigError for what these ranks cannot share.
+    `middle` is applied between tensor parallelism and FSDP; `tick` is told how far the numbers are, as by `settle`; `dtype` is
+    what FSDP computes in (None: the parameters' own). `built` receives this rank's stages instead of a pipeline being made of
+    them (`herd.parallel.fake`). Raises ConfigError for what these ranks cannot share.
     """
     if mesh.part.pp > 1:
         _in_layers(model, mesh)
@@ -77,7 +78,7 @@ def prepare(
     if built is not None:
         built += stages
         return Spread(model, mesh)
-    settle(model)
+    settle(model, tick=tick)
     if mesh.devices is not None and mesh.part.tp > 1 and not mesh.spread:
         tensor.sum_gradients(model)
     return Spread(model, mesh, Pipeline(model, stages, mesh, tied=tied) if stages else None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -17,25 +17,27 @@ Fill = Callable[[nn.Module, str, Tensor], Tensor]
 """(module, key, the parameter without numbers) -> what this rank holds of it."""
 
 
-def settle(model: nn.Module, fill: Fill | None = None) -> None:
+def settle(model: nn.Module, fill: Fill | None = None, tick: Callable[[int, int], None] | None = None) -> None:
     """Keep the promises of `model` in place (`herd.model.late`): parameters, buffers and what else was promised.
 
     Parameters that are tied stay tied. `fill` stands in for promises of parameters; a parameter without numbers and without
-    either is a bug of the caller.
+    either is a bug of the caller. `tick(done, total)` is told how many bytes of how many this rank has of what it is to hold.
     """
-    make, made = fill or _promised, dict[int, nn.Parameter]()
-    for module in model.modules():
-        for key, parameter in module._parameters.items():
-            if parameter is None or not _bare(parameter):
-                continue
-            if id(parameter) not in made:
-                made[id(parameter)] = _parameter(parameter, make(module, key, parameter))
-            module._parameters[key] = made[id(parameter)]
-        for key, give in promises(module).items():
-            if key in module._buffers:
-                module._buffers[key] = give()
-            elif key not in module._parameters:
-                setattr(module, key, give())
+    make, made, due = fill or _promised, dict[int, nn.Parameter](), list(_due(model))
+    sizes = {id(bare): _bytes(bare) for *_, bare in due}
+    done, total = 0, sum(sizes.values())
+    if tick is not None and due:
+        tick(done, total)
+    for module, key, bare in due:
+        if key not in module._parameters:
+            setattr(module, key, promises(module)[key]())
+        else:
+            if id(bare) not in made:
+                made[id(bare)] = _parameter(bare, make(module, key, bare))
+            module._parameters[key] = made[id(bare)]
+        if tick is not None and id(bare) in sizes:
+            done += sizes.pop(id(bare))
+            tick(done, total)
     broken(model)
 
 
@@ -49,8 +51,24 @@ def part_of(tensor: Tensor) -> Index | None:
     return tuple(slice(first, first + count) for first, count in zip(start, shape, strict=True))
 
 
-def _bare(parameter: Tensor) -> bool:
-    return (parameter._local_tensor if isinstance(parameter, DTensor) else parameter).is_meta
+def _due(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    """(module, key, what is there without numbers): parameters, and whatever else was promised."""
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None and _local(parameter).is_meta:
+                yield module, key, parameter
+        for key in promises(module):
+            if key not in module._parameters:
+                yield module, key, getattr(module, key)
+
+
+def _bytes(bare: Any) -> int:
+    """Of a tensor, a matrix (`herd.quant.late`) or several, when they are made."""
+    return sum(_bytes(one) for one in bare) if isinstance(bare, tuple) else _local(bare).nbytes
+
+
+def _local(tensor: Any) -> Any:
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def _promised(module: nn.Module, key: str, parameter: Tensor) -> Tensor:

@@ -28,6 +28,10 @@ class LateMatrix(Matrix):
         self.blocks, self.panels, self.activations = None, None, None
         self._made: Matrix | None = None
 
+    @property
+    def nbytes(self) -> int:
+        return -(-self.rows * self.columns // self.type.values) * self.type.nbytes
+
     def now(self) -> Matrix:
         """The matrix itself, made once: what shares it (a tied output) goes on sharing."""
         if self._made is None:

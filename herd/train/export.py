@@ -10,14 +10,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from herd.adapters.apply import LowRankEmbedding, LowRankLinear, adapter_of, apply_adapter
 from herd.adapters.experts import LowRankExperts
-from herd.adapters.prefix import Prefix, PrefixTuned, PromptTuned
+from herd.adapters.lora import LoraAdapter
+from herd.adapters.prefix import Prefix, PrefixTuned, PromptTuned, Virtual
 from herd.chat.base import BaseFormat
 from herd.chat.templates import template_of
 from herd.checkpoint.fill import fill
@@ -31,6 +31,7 @@ from herd.checkpoint.write.model_store import ModelStore
 from herd.checkpoint.write.planned import Tick
 from herd.checkpoint.write.source import Source
 from herd.errors import CheckpointError
+from herd.model.accounting import parameters
 from herd.model.late import lent, lives_on
 from herd.model.llama import Llama
 from herd.train.config import RunConfig
@@ -99,7 +100,7 @@ def export(
         notes = write_hf(source, place, dtype=begun.stored, tick=_counting(watch, "writing", size))
     _same_weights(model, folder, begun.stored, _counting(watch, "reading back", size))
     drift = None
-    if sum(weight.numel() for weight in model.parameters()) <= LARGE:
+    if parameters(model.config) <= LARGE:
         written = open_store(folder)
         again = fill(written, torch.float32, device, later=_late(model))
         exact = begun.stored == torch.float32 == model.norm.weight.dtype
@@ -109,7 +110,7 @@ def export(
 
 def _adapter(model: Llama, begun: Start, config: RunConfig, folder: Path, device: torch.device) -> Exported:
     notes: tuple[str, ...] = ()
-    small = sum(weight.numel() for weight in model.parameters()) <= LARGE
+    small = parameters(model.config) <= LARGE
     again: Llama | None = None
     with new_folder(folder, overwrite=True) as place:
         if isinstance(model, PrefixTuned | PromptTuned):
@@ -118,6 +119,7 @@ def _adapter(model: Llama, begun: Start, config: RunConfig, folder: Path, device
             write_peft(adapter_of(model, begun.base), place, model.config, lambda nbytes: None)
     if isinstance(model, PrefixTuned | PromptTuned):
         kept = read_virtual(folder, model.config)
+        _same_virtual(model.adapter(), kept, folder)
         if small:
             base = start(config, device, later=_late(model)).model
             again = PrefixTuned(base, kept) if isinstance(kept, Prefix) else PromptTuned(base, kept)
@@ -148,9 +150,7 @@ def _same_weights(model: Llama, folder: Path, stored: torch.dtype, tick: Tick) -
     store, kept = open_store(folder), ModelStore(model)
     for name in kept.names():
         if not _same(store, kept, name, stored):
-            raise CheckpointError(
-                "holds other numbers than were trained: is the disk damaged?", path=folder, tensor=name
-            )
+            raise _other(folder, name)
         tick(math.prod(kept.info(name).shape) * stored.itemsize)
 
 
@@ -168,15 +168,23 @@ def _late(model: Llama) -> bool:
     return model.norm.weight.is_meta
 
 
-def _same_factors(trained: Any, kept: Any, folder: Path) -> None:
+def _same_factors(trained: LoraAdapter, kept: LoraAdapter, folder: Path) -> None:
     for name, pair in trained.factors.items():
         other = kept.factors[name]
         for part in ("a", "b", "magnitude"):
             one, two = getattr(pair, part), getattr(other, part)
             if (one is None) != (two is None) or (one is not None and not torch.equal(one.cpu(), two.cpu())):
-                raise CheckpointError(
-                    "holds other numbers than were trained: is the disk damaged?", path=folder, tensor=name
-                )
+                raise _other(folder, name)
+
+
+def _same_virtual(trained: Virtual, kept: Virtual, folder: Path) -> None:
+    for part in ("keys", "values") if isinstance(trained, Prefix) else ("embeddings",):
+        if type(trained) is not type(kept) or not torch.equal(getattr(trained, part).cpu(), getattr(kept, part)):
+            raise _other(folder, part)
+
+
+def _other(folder: Path, name: str) -> CheckpointError:
+    return CheckpointError("holds other numbers than were trained: is the disk damaged?", path=folder, tensor=name)
 
 
 @torch.no_grad()

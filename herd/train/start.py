@@ -82,7 +82,8 @@ def start(
 ) -> Start:
     """Open or make the model of a run. Raises ConfigError, CheckpointError, UnknownModelError and TokenizerError.
 
-    With `later` its numbers are promised (`herd.model.late`): `herd.parallel.prepare` makes those that this rank holds.
+    `tick(done, total)` is told the bytes that were read or made. With `later` its numbers are promised (`herd.model.late`):
+    `herd.parallel.prepare` makes those that this rank holds.
     """
     part, method = config.model, config.method
     if part.source:
@@ -92,7 +93,7 @@ def start(
         geometry = model_config(part, tokenizer, config.data.length)
         model = random_model(geometry, part.seed, _dtype(part, method, device), device)
         if not later:
-            settle(model)
+            settle(model, tick=tick)
         stop = GenerationDefaults(tokenizer.special.stop)
         begun = Start(model, tokenizer, format_named("base", tokenizer), stop, "", torch.bfloat16)
     if part.save_dtype is not None:

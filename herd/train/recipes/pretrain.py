@@ -52,7 +52,10 @@ def run(
     mesh = launch.start(config.parallel, device_of(config.device).type)
 
     # The model: an existing one, or random weights and a tokenizer.
-    begun = start(config, mesh.device, lambda done, total: tick(Progress("loading", done, total)), later=mesh.world > 1)
+    def loading(done: int, total: int) -> None:
+        tick(Progress("loading" if config.model.source else "drawing weights", done, total))
+
+    begun = start(config, mesh.device, loading, later=mesh.world > 1)
     model = adapt(begun.model, config.method, config.model.seed)
 
     # The data: tokenized once, kept, and drawn in an order that depends on the seed alone. Texts need no prompt format.
@@ -65,7 +68,7 @@ def run(
     # The method on these machines: rounding, recomputing, low precision, compiling; cut over the ranks.
     if config.method.qat is not None:
         tell("\n".join(prepare_qat(model, config.method.qat)))
-    spread = prepare(model, mesh, middle=lambda whole: prepare_model(whole, config.train))
+    spread = prepare(model, mesh, middle=lambda whole: prepare_model(whole, config.train), tick=loading)
 
     # What is learned, what is measured, and who is told.
     routers = Routers(model, config.train.router_aux, config.train.router_z)

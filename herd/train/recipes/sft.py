@@ -54,7 +54,10 @@ def run(
     mesh = launch.start(config.parallel, device_of(config.device).type)
 
     # The model, and the prompt format in which it is asked and answers.
-    begun = start(config, mesh.device, lambda done, total: tick(Progress("loading", done, total)), later=mesh.world > 1)
+    def loading(done: int, total: int) -> None:
+        tick(Progress("loading" if config.model.source else "drawing weights", done, total))
+
+    begun = start(config, mesh.device, loading, later=mesh.world > 1)
     if isinstance(begun.format, BaseFormat):
         raise ConfigError(
             f"data.chat_format: the files of {config.model.source or config.model.tokenizer} do not say how it chats: name the "
@@ -72,7 +75,7 @@ def run(
     # The method on these machines: rounding, recomputing, low precision, compiling; cut over the ranks.
     if config.method.qat is not None:
         tell("\n".join(prepare_qat(model, config.method.qat)))
-    spread = prepare(model, mesh, middle=lambda whole: prepare_model(whole, config.train))
+    spread = prepare(model, mesh, middle=lambda whole: prepare_model(whole, config.train), tick=loading)
 
     # What is learned, what is measured, and who is told.
     routers = Routers(model, config.train.router_aux, config.train.router_z)
