@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,13 +31,6 @@ def pytest_configure(config: pytest.Config) -> None:
     """Triton decides when it is imported whether its kernels are interpreted: without a GPU they are; `-m gpu` compiles them."""
     if "not gpu" in (config.option.markexpr or ""):
         os.environ.setdefault("TRITON_INTERPRET", "1")
-
-
-@pytest.hookimpl(wrapper=True, optionalhook=True)
-def pytest_xdist_auto_num_workers() -> Generator[None, int, int]:
-    """`-n auto` is one worker more than there are cores: tests also wait, for timers and for other processes."""
-    cores = yield
-    return cores if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ else cores + 1
 
 
 @pytest.fixture(autouse=True)
