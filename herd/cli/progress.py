@@ -114,8 +114,9 @@ class _Lines:
             return
         self._said, gone = now, now - self._began
         left = gone * (total - done) / max(done, 1)
+        digits = 1 if total < 10e6 else 0
         size = (
-            f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB"
+            f"{done / 1e6:,.{digits}f} of {total / 1e6:,.{digits}f} MB"
             if self._unit == "bytes"
             else f"{done:,} of {total:,} {self._unit}"
         )

@@ -154,7 +154,7 @@ def _check_flags(print_config: bool, dry_run: bool, verify_resume: bool, as_json
 
 def _foretell(config: RunConfig, nproc: int | None, dry: bool) -> None:
     """What the run will be; in a dry run also its data, and what this machine lacks. Raises what the run would, but sooner."""
-    from herd.train.check import check, lacking
+    from herd.train.check import check, lacking, try_rows
     from herd.train.forecast import forecast
 
     sources = check(config)
@@ -162,6 +162,7 @@ def _foretell(config: RunConfig, nproc: int | None, dry: bool) -> None:
         note(line, "")
     if not dry:
         return
+    try_rows(config)
     for line in sources:
         note(line, "")
     world = os.environ.get("WORLD_SIZE", str(nproc or 1))
@@ -204,7 +205,9 @@ def configured(what: str, overrides: Sequence[str]) -> RunConfig:
     if path.is_file():
         return load_config(path, overrides)
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-        raise ConfigError(f"{path}: there is no such file")
+        raise ConfigError(
+            f"{path}: there is no such file or folder: give a recipe (herd recipes), a YAML file or the folder of a run"
+        )
     try:
         recipe = recipe_file(what)
     except ConfigError as error:

@@ -119,7 +119,8 @@ class Screen:
             report = self.last[-1]
             from herd.train.throughput import duration
 
-            self.say(f"{report.step:,} steps, {report.all_tokens:,} tokens in {duration(report.all_seconds)}")
+            steps = "1 step" if report.step == 1 else f"{report.step:,} steps"
+            self.say(f"{steps}, {report.all_tokens:,} tokens in {duration(report.all_seconds)}")
 
     def _where(self, report: StepReport) -> str:
         steps = (self.config.train if self.begun is None else self.begun.config).budget.steps  # of this stage

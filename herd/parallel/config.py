@@ -74,16 +74,23 @@ class ParallelPart:
         part = self
         if self.dp_shard == -1:
             if world % self.others:
-                raise ConfigError(
-                    f"{world} processes cannot be shared by {self}: {world} is not a multiple of {self.others}"
-                )
+                count = "one process" if world == 1 else f"{world} processes"
+                raise ConfigError(f"{count} cannot be shared by {self}: {world} is not a multiple of {self.others}")
             part = replace(self, dp_shard=world // self.others)
         if part.world != world:
-            raise ConfigError(
-                f"the config asks for {part.world} processes ({part}), but {world} run: start {part.world}, "
-                "or set parallel.dp_shard=-1"
-            )
+            raise ConfigError(part._unlike(world))
         return part
+
+    def _unlike(self, world: int) -> str:
+        """That `world` processes run, and the configuration asks for another number."""
+        runs = "one runs" if world == 1 else f"{world} run"
+        if self.world == 1:
+            return (
+                f"the config is for one process, but {runs}: set parallel.dp_shard=-1 (every process reads other rows, all share "
+                "the training state), or start one"
+            )
+        rest = ", or set parallel.dp_shard=-1" if world % self.others == 0 else ""
+        return f"the config asks for {self.world} processes ({self}), but {runs}: start {self.world}{rest}"
 
     def __str__(self) -> str:
         names = ("dp_replicate", "dp_shard", "pp", "cp", "tp")

@@ -175,12 +175,16 @@ def _activations(config: RunConfig, geometry: ModelConfig, held: int) -> int:
 def _steps(config: RunConfig, tokens: int) -> str:
     budget, ends = config.train.budget, []
     if budget.steps is not None:
-        ends.append(f"{budget.steps:,} steps ({_count(budget.steps * tokens)} tokens)")
+        ends.append(f"{_steps_of(budget.steps)} ({_count(budget.steps * tokens)} tokens)")
     if budget.tokens is not None:
-        ends.append(f"{_count(budget.tokens)} tokens (about {-(-budget.tokens // tokens):,} steps)")
+        ends.append(f"{_count(budget.tokens)} tokens (about {_steps_of(-(-budget.tokens // tokens))})")
     if budget.minutes is not None:
         ends.append(f"{budget.minutes:g} minutes")
     return ends[0] if len(ends) == 1 else " or ".join(ends) + ", whichever is first"
+
+
+def _steps_of(count: int) -> str:
+    return "1 step" if count == 1 else f"{count:,} steps"
 
 
 def _warnings(config: RunConfig, geometry: ModelConfig, tokens: int, held: str) -> Iterator[str]:

@@ -128,7 +128,7 @@ class Keeper:
         if lines and self.exact:
             raise ConfigError(
                 f"{place} was written by another run than this one:\n  {told}\nRestore these settings, or go on all the same, "
-                "though not exactly (exact=False, --inexact), or choose another `out`"
+                "though not exactly (--inexact), or choose another `out`"
             )
         for line in lines:
             self.tell(f"not exact: {line}")

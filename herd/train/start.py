@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,7 +35,8 @@ from herd.train.config import MethodPart, ModelPart, RunConfig
 from herd.train.typed import nearest
 
 __all__ = [
-    "Start", "adapt", "device_of", "model_config", "random_model", "shape_config", "start", "stored_dtype",
+    "Start", "adapt", "device_of", "format_of", "model_config", "random_model", "shape_config", "start", "stored_dtype",
+    "unknown_format",
 ]  # fmt: skip
 
 SHAPE_KEYS = (
@@ -87,7 +89,7 @@ def start(
     """
     part, method = config.model, config.method
     if part.source:
-        begun = _opened(part, method, device, tick, later=later)
+        begun = _opened(config, device, tick, later=later)
     else:
         tokenizer = load_tokenizer(part.tokenizer)
         geometry = model_config(part, tokenizer, config.data.length)
@@ -95,10 +97,35 @@ def start(
         if not later:
             settle(model, tick=tick)
         stop = GenerationDefaults(tokenizer.special.stop)
-        begun = Start(model, tokenizer, format_named("base", tokenizer), stop, "", torch.bfloat16)
+        begun = Start(model, tokenizer, format_of(config, tokenizer), stop, "", torch.bfloat16)
     if part.save_dtype is not None:
         begun = replace(begun, stored=getattr(torch, part.save_dtype))
-    return replace(begun, format=_format(config, begun))
+    return begun
+
+
+def format_of(config: RunConfig, tokenizer: Tokenizer) -> ChatFormat:
+    """The prompt format of a run: `data.chat_format`, else the model's own; that of a base model when herd knows none.
+
+    Raises ConfigError for a name that is none, and for a vocabulary without the format's tokens.
+    """
+    name = config.data.chat_format
+    if name is not None:
+        try:
+            return format_named(name, tokenizer)
+        except HerdError as error:
+            raise ConfigError(f"data.chat_format: {error}") from error
+    if config.model.source:
+        with contextlib.suppress(HerdError):  # its template is of a format that herd does not know
+            return detect(tokenizer)
+    return format_named("base", tokenizer)
+
+
+def unknown_format(config: RunConfig) -> ConfigError:
+    """That nothing says in which prompt format conversations are to be learned."""
+    return ConfigError(
+        f"data.chat_format: the files of {config.model.source or config.model.tokenizer} do not say how it chats: name the "
+        "prompt format that it is to learn, for example data.chat_format=llama3"
+    )
 
 
 def random_model(config: ModelConfig, seed: int, dtype: torch.dtype, device: torch.device) -> Llama:
@@ -201,7 +228,8 @@ def shape_config(shape: Mapping[str, Any], vocab_size: int) -> ModelConfig:
         raise ConfigError(f"model.shape: {error}") from error
 
 
-def _opened(part: ModelPart, method: MethodPart, device: torch.device, tick: Any, *, later: bool) -> Start:
+def _opened(config: RunConfig, device: torch.device, tick: Any, *, later: bool) -> Start:
+    part, method = config.model, config.method
     path = resolve(part.source)
     store = open_store(path)
     stored = _stored(store)
@@ -216,7 +244,7 @@ def _opened(part: ModelPart, method: MethodPart, device: torch.device, tick: Any
         _own(model)
     tokenizer = tokenizer_of(store)
     generation = getattr(store, "generation", GenerationDefaults())
-    return Start(model, tokenizer, _detected(tokenizer), generation, _named(part.source, path), stored)
+    return Start(model, tokenizer, format_of(config, tokenizer), generation, _named(part.source, path), stored)
 
 
 def _own(model: nn.Module) -> None:
@@ -253,24 +281,6 @@ def _reshaped(config: ModelConfig, part: ModelPart) -> ModelConfig:
     if part.max_seq_len is not None:
         changes["max_seq_len"] = part.max_seq_len
     return replace(config, **changes) if changes else config
-
-
-def _detected(tokenizer: Tokenizer) -> ChatFormat:
-    """The model's own format; that of a base model when its template is of a format that herd does not know."""
-    try:
-        return detect(tokenizer)
-    except HerdError:
-        return format_named("base", tokenizer)
-
-
-def _format(config: RunConfig, begun: Start) -> ChatFormat:
-    name = config.data.chat_format
-    if name is not None:
-        try:
-            return format_named(name, begun.tokenizer)
-        except HerdError as error:
-            raise ConfigError(f"data.chat_format: {error}") from error
-    return begun.format
 
 
 def _named(source: str, path: Path) -> str:

@@ -42,6 +42,7 @@ def build(cls: type, value: Any, where: str = "") -> Any:
         if len(needed) != 1 or value is None or isinstance(value, (list, tuple)):
             raise ConfigError(
                 f"{where or 'the configuration'}: expected keys ({', '.join(keys(cls))}), not {_short(value)}"
+                + _meant(cls, value, where)
             )
         value = {needed[0]: value}
     hints = types_of(cls)
@@ -56,6 +57,13 @@ def build(cls: type, value: Any, where: str = "") -> Any:
             f"{_join(where, missing[0])} is missing: {_first_sentence(documents(cls).get(missing[0], ''))}"
         )
     return cls(**made)
+
+
+def _meant(cls: type, value: Any, where: str) -> str:
+    """A hint for a bare text where only `source` takes one: `model: nano`."""
+    return (
+        f": did you mean {_join(where, 'source')}={value}?" if isinstance(value, str) and "source" in keys(cls) else ""
+    )
 
 
 def plain(value: Any) -> Any:

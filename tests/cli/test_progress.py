@@ -27,7 +27,7 @@ def test_plain_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     assert out.err.splitlines() == [
         "Writing: 25%, 10 of 40 MB, 10 s, about 30 s left",
         "Writing: 50%, 20 of 40 MB, 20 s, about 20 s left",
-        "By GPT: Mixed.jsonl: 50%, 1 of 2 MB, 10 s, about 10 s left",
+        "By GPT: Mixed.jsonl: 50%, 1.0 of 2.0 MB, 10 s, about 10 s left",
     ]
 
 

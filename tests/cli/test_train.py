@@ -212,7 +212,19 @@ def test_ranks_that_do_not_fit_are_not_started(
     [
         (["lor"], r"lor: no such file, and there is no recipe 'lor': did you mean lora"),
         (["lora"], r"data\.sources is missing: say what to train on, for example herd train lora data\.sources=FILE"),
+        (
+            ["dpo"],
+            r"dpo: no such file, and there is no recipe 'dpo': training by preference is not there yet; there are pretr",
+        ),
+        (
+            ["runs/nope"],
+            r"runs/nope: there is no such file or folder: give a recipe \(herd recipes\), a YAML file or the folder",
+        ),
         (["none.yaml"], r"none\.yaml: there is no such file"),
+        (
+            ["lora", "data.sources=x.jsonl", "model=nano"],
+            r"save_dtype.*\), not 'nano': did you mean model\.source=nano\?",
+        ),
         (["lora", "data.sources=x.jsonl", "lr=1"], r"herd calls it train\.optim\.lr"),
         (["lora", "data.sources=no-such-file.jsonl"], r"no-such-file\.jsonl"),
         (
@@ -277,7 +289,7 @@ def test_every_rank_says_that_the_launcher_started_too_many(
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("herd.train.run.run_recipe", lambda *_, **__: pytest.fail("the group was joined"))
     assert run(arguments(tmp_path, texts)) == 1
-    assert "but 2 run: start 1, or set parallel.dp_shard=-1" in capsys.readouterr().err
+    assert "the config is for one process, but 2 run: set parallel.dp_shard=-1 (every" in capsys.readouterr().err
 
 
 def test_a_proof_that_fails_says_where_the_two_runs_lie(

@@ -244,3 +244,9 @@ def test_worlds_that_do_not_fit() -> None:
         ParallelPart(dp_shard=-1, tp=8).of_world(12)
     with pytest.raises(ConfigError, match=r"asks for 16 processes .*but 8 run"):
         ParallelPart(dp_shard=2, tp=8).of_world(8)
+    with pytest.raises(ConfigError, match=r"is for one process, but 2 run: set parallel\.dp_shard=-1 .*, or start one"):
+        ParallelPart().of_world(2)
+    with pytest.raises(ConfigError, match=r"asks for 2 processes \(tp 2\), but one runs: start 2$"):
+        ParallelPart(tp=2).of_world(1)
+    with pytest.raises(ConfigError, match=r"^one process cannot be shared by .*tp 2"):
+        ParallelPart(dp_shard=-1, tp=2).of_world(1)

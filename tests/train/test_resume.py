@@ -162,6 +162,7 @@ def test_another_configuration_is_refused_with_the_differences(tmp_path: Path) -
     assert "vocabulary: abc in the checkpoint, abd now" in text
     assert "facts" not in text
     assert "--inexact" in text
+    assert "exact=" not in text
     assert "muon_lr" not in text
     loud, seen = trainer(6, tmp_path, changes=changes, facts={"vocabulary": "abd"}, exact=False)
     loud.fit(until=3)

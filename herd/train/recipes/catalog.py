@@ -23,9 +23,21 @@ def names() -> list[str]:
     return [name for name in order if name in found] + sorted(found - set(order))
 
 
+NOT_YET = {
+    "training by preference": ("dpo", "orpo", "kto", "simpo", "ipo", "ppo", "grpo", "rlhf", "rloo", "reward", "rm"),
+    "distillation": ("distill", "distillation", "gkd", "kd"),
+}
+"""What herd does not train, by the names under which people ask for it."""
+
+
 def recipe_file(name: str) -> Path:
     """Where the YAML of `name` lies. Raises ConfigError for a name that is none, with the nearest ones."""
     if name not in names():
+        for what, asked in NOT_YET.items():
+            if name.lower() in asked:
+                raise ConfigError(
+                    f"there is no recipe {name!r}: {what} is not there yet; there are {', '.join(names())}"
+                )
         near = difflib.get_close_matches(name, names(), n=2)
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names())}"
         raise ConfigError(f"there is no recipe {name!r}: {hint}")

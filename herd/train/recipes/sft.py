@@ -16,7 +16,6 @@ from pathlib import Path
 from herd.chat.base import BaseFormat
 from herd.data.build import Progress
 from herd.data.open import open_data
-from herd.errors import ConfigError
 from herd.parallel import launch
 from herd.parallel.prepare import prepare
 from herd.train.config import RunConfig
@@ -27,7 +26,7 @@ from herd.train.qat import prepare_qat
 from herd.train.router import Routers
 from herd.train.run import Resume, budget_rows, facts_of, payload_of, result, settle, watchers_of
 from herd.train.samples import Evaluation
-from herd.train.start import adapt, device_of, start
+from herd.train.start import adapt, device_of, start, unknown_format
 from herd.train.trainer import Trainer
 from herd.train.watch import Watcher
 
@@ -59,10 +58,7 @@ def run(
 
     begun = start(config, mesh.device, loading, later=mesh.world > 1)
     if isinstance(begun.format, BaseFormat):
-        raise ConfigError(
-            f"data.chat_format: the files of {config.model.source or config.model.tokenizer} do not say how it chats: name the "
-            "prompt format that it is to learn, for example data.chat_format=llama3"
-        )
+        raise unknown_format(config)
     model = adapt(begun.model, config.method, config.model.seed)
 
     # The data: conversations as the format writes them, loss on what the assistant says.
