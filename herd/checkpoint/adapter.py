@@ -10,6 +10,7 @@ from herd.adapters.lora import LoraAdapter
 from herd.adapters.prefix import Virtual
 from herd.checkpoint.gguf import GGUFFile
 from herd.checkpoint.gguf_lora import read_gguf_lora
+from herd.checkpoint.open import run_folder
 from herd.checkpoint.peft import CONFIG, read_peft
 from herd.checkpoint.peft_virtual import KINDS, read_virtual
 from herd.errors import CheckpointError
@@ -44,7 +45,8 @@ def read_adapter(path: str | os.PathLike[str], base: ModelConfig) -> LoraAdapter
         )
     kind = adapter_kind(place)
     if kind is None:
-        raise CheckpointError("is no adapter: expected a folder with adapter_config.json or a GGUF adapter", path=place)
+        why = run_folder(place) or "is no adapter: expected a folder with adapter_config.json or a GGUF adapter"
+        raise CheckpointError(why, path=place)
     if kind == "gguf":
         return read_gguf_lora(place, base)
     folder = place if place.is_dir() else place.parent

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from herd.checkpoint.store import TensorStore
 from herd.errors import CheckpointError
 from herd.files import short
 
-__all__ = ["open_store"]
+__all__ = ["open_store", "run_folder"]
 
 EXPECTED = (
     "expected a Hugging Face folder (config.json with *.safetensors or pytorch_model*.bin), "
     "a Meta folder (params.json with consolidated.*.pth) or a .gguf file"
 )
+
+SHOWN = 8
+"""Names of a folder that a message gives."""
 
 _PART = re.compile(r"-\d{5}(?=-of-\d{5}\.gguf$)")
 """The number of a GGUF file that is one of several parts."""
@@ -48,11 +52,28 @@ def _open_folder(folder: Path, headers_only: bool) -> TensorStore:
     if len(ggufs) == 1 or (ggufs and len({_PART.sub("", name) for name in ggufs}) == 1):
         return _gguf(folder / ggufs[0])
     if ggufs:
-        raise CheckpointError(f"several GGUF files: name one of {short(ggufs)}", path=folder)
+        raise CheckpointError(f"several GGUF files: name one of {_some(ggufs)}", path=folder)
     if any(name.endswith((".safetensors", ".bin")) for name in names):
         return _hf(folder, headers_only)  # says that config.json is missing
-    held = f"it holds {short(sorted(names))}" if names else "it is empty"
+    if (run := run_folder(folder)) is not None:
+        raise CheckpointError(run, path=folder)
+    held = f"it holds {_some(sorted(names))}" if names else "it is empty"
     raise CheckpointError(f"no checkpoint in this folder: {held}; {EXPECTED}", path=folder)
+
+
+def run_folder(folder: Path) -> str | None:
+    """Where the result lies when `folder` is one that `herd train` writes to; None when it is not."""
+    if not (folder / "config.yaml").is_file() or not (folder / "log.jsonl").is_file():
+        return None
+    if (folder / "model").is_dir():
+        return f"this is the folder of a run: its model is {folder / 'model'}"
+    if (folder / "adapter").is_dir():
+        return f"this is the folder of a run: its adapter is {folder / 'adapter'} (--adapter, beside the base model)"
+    return "this is the folder of a run that has not written its model yet: the same command goes on with it"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(short(name) for name in names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 
 def _open_file(file: Path, headers_only: bool) -> TensorStore:

@@ -12,6 +12,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 import click
 
 from herd.cli.console import note
+from herd.data.report import counted
 from herd.errors import DataError
 
 if TYPE_CHECKING:
@@ -67,11 +68,11 @@ def say_report(report: RowReport, shown: int = SHOWN) -> None:
     """Notes, small repairs and bad rows of a reading, on stderr."""
     say_notes(report.notes)
     for what, count in report.changed.items():
-        note(f"{count:,} rows: {what}")
+        note(f"{counted(count, 'row')}: {what}")
     for row in report.bad[:shown]:
         note(str(row), "yellow")
     if report.bad_count > shown:
-        note(f"{report.bad_count - shown:,} more bad rows", "yellow")
+        note(f"{counted(report.bad_count - shown, 'more bad row')}", "yellow")
 
 
 def say_notes(notes: Sequence[str], shown: int = SHOWN) -> None:

@@ -17,7 +17,7 @@ from herd.checkpoint.adapter import adapter_kind
 from herd.checkpoint.gguf import GGUFFile
 from herd.checkpoint.gguf_lora import one_scale, read_gguf_lora, write_gguf_lora
 from herd.checkpoint.mapped import same_bytes
-from herd.checkpoint.open import open_store
+from herd.checkpoint.open import open_store, run_folder
 from herd.checkpoint.peft import CONFIG, read_peft, write_peft
 from herd.checkpoint.resolve import resolve
 from herd.convert.report import Check, FileEntry, Report, Side, TensorResult
@@ -45,9 +45,8 @@ def open_adapter(path: Path, base: str | os.PathLike[str] | None) -> OpenedAdapt
     """The adapter at `path` on its base: `base`, or else the model that its file names. Raises HerdErrors."""
     kind = adapter_kind(path)
     if kind is None:
-        raise CheckpointError(
-            "is no LoRA adapter: expected a folder with adapter_config.json or a GGUF adapter", path=path
-        )
+        why = run_folder(path) or "is no LoRA adapter: expected a folder with adapter_config.json or a GGUF adapter"
+        raise CheckpointError(why, path=path)
     if base is None:
         base = _named_base(path, kind)
     config = open_store(resolve(base)).config

@@ -10,30 +10,29 @@
 | preference | `prompt`, `chosen`, `rejected`: texts or messages (prompt may be left out) | PreferenceRecord |
 | prompt     | `prompt`: text or messages                                            | PromptRecord        |
 
-Other fields are left alone. The kind is decided once for each file from its first rows, and said; a file whose first rows fit
-two kinds, or disagree, is refused until the caller names one.
+Other fields are left alone. Which kind a file holds is `herd.data.kinds`'s to say.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from herd.chat.messages import Message
-from herd.data.conversation import check_prompt, check_reply, conversation, tools_of
+from herd.data.conversation import check_prompt, check_reply, conversation, messages_in, tools_of
 from herd.data.files import find_files, form_of
-from herd.data.read import Row, read_file
+from herd.data.kinds import KINDS, Kind, looks_like, one_kind, recognise
+from herd.data.read import Row, read_file, type_name
 from herd.data.records import ChatRecord, CompletionRecord, PreferenceRecord, PromptRecord, Record, TextRecord
 from herd.data.report import BadRows, RowReport
 from herd.errors import DataError
+from herd.files import short
 
 __all__ = ["KINDS", "Kind", "adapt", "kind_of", "recognise", "records", "rows_with_records"]
-
-Kind = Literal["text", "messages", "sharegpt", "alpaca", "completion", "preference", "prompt"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
 
 LOOKED_AT = 20
 """Rows at the start of a file that decide its kind."""
@@ -46,7 +45,7 @@ def records(
 
     `kind` None recognises each file (`recognise`). A row that cannot be read or used ends the reading with a DataError
     `file:line: reason`, or with `bad="skip"` is left out, counted and named in `report`. The decision on a row depends on
-    that row and the kind of its file alone.
+    that row and the kind of its file alone. Where that was recognised, a row of another kind ends the reading either way.
     """
     return (record for _, record in rows_with_records(path, kind, bad=bad, report=report))
 
@@ -76,8 +75,9 @@ def rows_with_records(
             try:
                 yield row, adapt(row, found, report)
             except DataError as error:
-                if bad == "stop":
-                    raise DataError(f"{row.where}: {error}") from error
+                mixed = one_kind(str(error)) if kind is None else None
+                if bad == "stop" or mixed is not None:
+                    raise DataError(f"{row.where}: {mixed or error}") from error
                 report.good -= 1
                 report.reject(row.path, row.line, str(error))
 
@@ -97,85 +97,14 @@ def _kind_of_file(file: Path, first: Sequence[Row], kind: Kind | None, report: R
     return kind
 
 
-def recognise(rows: Sequence[Row]) -> Kind:
-    """The kind that the fields of `rows`, the first of a file, agree on; rows that fit none are passed over.
-
-    Raises DataError when no row fits a kind, a row fits two, or two rows fit different ones.
-    """
-    found: dict[Kind, Row] = {}
-    for row in rows:
-        fitting = _fitting(row)
-        if len(fitting) > 1:
-            raise DataError(
-                f"{row.where}: the fields {_named(row.fields)} fit {' and '.join(fitting)}: "
-                "say which is meant (--kind, or kind in the config)"
-            )
-        for kind in fitting:
-            found.setdefault(kind, row)
-    if len(found) > 1:
-        (one, first), (other, second) = list(found.items())[:2]
-        raise DataError(
-            f"{first.where} looks like {one} and {second.where} like {other}: a file holds rows of one kind "
-            "(--kind, or kind in the config, says which; rows of other kinds are then bad rows)"
-        )
-    if not found:
-        raise DataError(
-            f"{rows[0].where}: the fields {_named(rows[0].fields)} are of no kind that is known: "
-            "text, messages, conversations, instruction and output, prompt (and completion), chosen and rejected"
-        )
-    return next(iter(found))
-
-
-def _fitting(row: Row) -> list[Kind]:
-    fields = row.fields
-
-    def there(*names: str) -> bool:
-        return all(fields.get(name) is not None for name in names)
-
-    if isinstance(fields.get("label"), bool) and (there("messages") or there("prompt", "completion")):
-        raise DataError(
-            f"{row.where}: a label of true and false says which replies are good (unpaired preferences): training on all "
-            "of them would learn the bad ones; keep the good rows, without the label"
-        )
-    if there("prompt", "completions"):
-        raise DataError(
-            f"{row.where}: a verdict on each step of a reply (completions and labels): nothing in herd trains on that; a whole "
-            "reply is called completion"
-        )
-    strong: list[Kind] = []
-    if there("messages"):
-        strong.append("messages")
-    if there("conversations"):
-        strong.append("sharegpt")
-    if there("instruction", "output"):
-        strong.append("alpaca")
-    if there("prompt", "completion"):
-        strong.append("completion")
-    if there("chosen", "rejected"):
-        strong.append("preference")
-    if strong:
-        return strong
-    weak: list[Kind] = [kind for kind in ("text", "prompt") if there(kind)]  # type: ignore[misc]
-    if weak == ["prompt"] and (replies := [name for name in _REPLIES if there(name)]):
-        raise DataError(
-            f"{row.where}: the fields {_named(fields)} look like a prompt and its reply: rename {replies[0]!r} to completion "
-            "(or say --kind prompt when only the prompt is meant)"
-        )
-    return weak
-
-
-_REPLIES = ("response", "output", "reply", "target", "completion_text")
-"""What other data sets call a reply. A prompt alone teaches nothing, so leaving one of these out in silence is never meant."""
-
-
-def _named(fields: Mapping[str, Any]) -> str:
-    names = [repr(name[:40]) for name in islice(fields, 8)]
-    return ", ".join(names) + (", ..." if len(fields) > 8 else "") if names else "(none)"
-
-
 def adapt(row: Row, kind: Kind, report: RowReport | None = None) -> Record:
     """The record in a row of `kind`. Raises DataError with the reason alone; `report` counts small repairs."""
-    return _ADAPTERS[kind](row, RowReport() if report is None else report)
+    try:
+        return _ADAPTERS[kind](row, RowReport() if report is None else report)
+    except DataError as error:
+        if other := looks_like(row.fields, kind):
+            raise DataError(f"{other}{error}") from error
+        raise
 
 
 def _source(row: Row) -> dict[str, Any]:
@@ -188,11 +117,20 @@ def _text(row: Row, report: RowReport) -> TextRecord:
     return TextRecord(_said(row.fields, "text"), title if isinstance(title, str) else "", **_source(row))
 
 
+def _given(fields: Mapping[str, Any], name: str) -> Any:
+    """A field that has to be there. Raises DataError, with a field of nearly that name where there is one."""
+    value = fields.get(name)
+    if value is None:
+        near = get_close_matches(name, [other for other in fields if other != name], 1, 0.8)
+        raise DataError(f"{name} is missing" + (f": rename {short(near[0])} if that is it" if near else ""))
+    return value
+
+
 def _said(fields: Mapping[str, Any], name: str) -> str:
     """A text field with something in it."""
-    value = fields.get(name)
+    value = _given(fields, name)
     if not isinstance(value, str):
-        raise DataError(f"{name} is {'missing' if value is None else f'a {type(value).__name__}, expected text'}")
+        raise DataError(f"{name} is {type_name(value)}, expected text")
     if not value.strip():
         raise DataError(f"{name} is empty")
     return value
@@ -201,12 +139,12 @@ def _said(fields: Mapping[str, Any], name: str) -> str:
 def _optional(fields: Mapping[str, Any], name: str) -> str:
     value = fields.get(name)
     if value is not None and not isinstance(value, str):
-        raise DataError(f"{name} is a {type(value).__name__}, expected text")
+        raise DataError(f"{name} is {type_name(value)}, expected text")
     return value or ""
 
 
 def _messages(row: Row, report: RowReport) -> ChatRecord:
-    return _chat(row, conversation(row.fields.get("messages"), "messages", report), report)
+    return _chat(row, conversation(_given(row.fields, "messages"), "messages", report), report)
 
 
 _SEEN = ("images", "image", "videos", "video", "audios", "audio")
@@ -232,7 +170,7 @@ def _alpaca(row: Row, report: RowReport) -> ChatRecord:
     turns: list[Any] = [{"role": "system", "content": text} for text in [_optional(fields, "system")] if text.strip()]
     history = fields.get("history") or []
     if not isinstance(history, list):
-        raise DataError(f"history is a {type(history).__name__}, expected a list of pairs")
+        raise DataError(f"history is {type_name(history)}, expected a list of pairs")
     for i, pair in enumerate(history):
         if not isinstance(pair, list) or len(pair) != 2:
             raise DataError(f"history[{i}] is no pair of a question and a reply")
@@ -252,13 +190,11 @@ _SHAREGPT = {
 
 def _sharegpt(row: Row, report: RowReport) -> ChatRecord:
     fields = row.fields
-    said = fields.get("conversations")
-    if not isinstance(said, list) or not said:
-        raise DataError("conversations is no list of messages, or an empty one")
+    said = messages_in(_given(fields, "conversations"), "conversations")
     turns: list[Any] = [{"role": "system", "content": text} for text in [_optional(fields, "system")] if text.strip()]
     for i, item in enumerate(said):
         if not isinstance(item, Mapping):
-            raise DataError(f"message {i} is a {type(item).__name__}: expected an object with from and value")
+            raise DataError(f"message {i} is {type_name(item)}: expected an object with from and value")
         if "from" not in item:
             turns.append(item)
             continue
@@ -283,13 +219,13 @@ def _call(i: int, value: str) -> dict[str, Any]:
 
 
 def _completion(row: Row, report: RowReport) -> CompletionRecord | ChatRecord:
-    prompt, reply = row.fields.get("prompt"), row.fields.get("completion")
+    prompt, reply = _given(row.fields, "prompt"), row.fields.get("completion")
     if isinstance(prompt, list):
         given = conversation(prompt, "prompt", report)
         messages = (*given, *_reply(reply, "completion", report))
         return _chat(row, messages, report, len(given))
     if not isinstance(prompt, str):  # an empty prompt is fine: the completion is learned from nothing
-        raise DataError(f"prompt is {'missing' if prompt is None else f'a {type(prompt).__name__}, expected text'}")
+        raise DataError(f"prompt is {type_name(prompt)}, expected text")
     return CompletionRecord(prompt, _said(row.fields, "completion"), **_source(row))
 
 

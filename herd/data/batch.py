@@ -83,7 +83,7 @@ class Loader:
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="herd-data") if workers else None
         self._depth = self.AHEAD * workers
         self._ahead: deque[Future[TokenBatch]] = deque()
-        self._told: dict[str, int] = {}
+        self._told = self._doubled({})
         self._notes: list[str] = []
 
     @property
@@ -126,7 +126,7 @@ class Loader:
         self._position = position
         if self.mixture.total is None:
             self._starts = starts
-        self._told = {name: ceil(epochs) for name, epochs in self.mixture.epochs(position, self._starts).items()}
+        self._told = self._doubled(self.mixture.epochs(position, self._starts))
         self._notes.clear()
         self._ahead.clear()
 
@@ -190,23 +190,31 @@ class Loader:
         return TokenBatch(tokens, labels, positions, tuple(own), seen)
 
     def _tell_epochs(self) -> None:
+        """Note which sources are read more often than asked, in one line: when one begins to be, and when the most doubles."""
+        epochs = self.mixture.epochs(self._position, self._starts)
+        told, self._told = self._told, self._doubled(epochs)
+        if max(self._told.values()) <= max(told.values()) and all(
+            told[name] for name in self._told if self._told[name]
+        ):
+            return
+        often = [source for source in self.mixture.sources if self._told[source.name]]
+        named = [
+            f"{source.name} for the {_nth(ceil(epochs[source.name]))} time"
+            + (f" (max_epochs is {source.max_epochs:g})" if source.max_epochs else "")
+            for source in often
+        ]
+        hint = "" if all(source.max_epochs for source in often) else "; max_epochs says how often is fine"
+        self._notes.append(f"data: read again: {', '.join(named)}{hint}")
+
+    def _doubled(self, epochs: Mapping[str, float]) -> dict[str, int]:
+        """How far each source is beyond what was asked for: 0 not at all, then 1, 2, 4, ... times as often."""
+        found = {}
         for source in self.mixture.sources:
             most = 1.0 if source.max_epochs is None else source.max_epochs
-            if most == float("inf") or not len(source.rows):
-                continue
-            drawn = self.mixture.epochs(self._position, self._starts)[source.name]
-            if drawn > most and _due(ceil(drawn), floor(most) + 1) > self._told.get(source.name, 0):
-                asked = f"max_epochs is {most:g}" if source.max_epochs else "max_epochs says how often is fine"
-                self._notes.append(f"data: {source.name} is being read for the {_nth(ceil(drawn))} time ({asked})")
-            self._told[source.name] = ceil(drawn)
-
-
-def _due(count: int, first: int) -> int:
-    """The last of `first` times 1, 2, 4, ... that `count` has reached: a small source would fill the log with every time."""
-    due = 0
-    while first <= count:
-        due, first = first, first * 2
-    return due
+            drawn = epochs.get(source.name, 0.0)
+            often = ceil(drawn) // (floor(most) + 1) if drawn > most else 0
+            found[source.name] = 1 << often.bit_length() - 1 if often else 0
+        return found
 
 
 def _nth(number: int) -> str:

@@ -15,7 +15,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,10 +24,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from herd.data.adapt import Kind, kind_of
+from herd.data.adapt import kind_of
 from herd.data.content import contents as contents_of
 from herd.data.content import stat_of, write_json
 from herd.data.fingerprint import format_fingerprint, tokenizer_fingerprint
+from herd.data.kinds import Kind, one_kind
 from herd.data.read import Row, read_file
 from herd.data.report import BadRow, BadRows, RowReport
 from herd.data.shards import Shard, Tokenized, write_shard
@@ -95,7 +96,8 @@ class Progress:
 
 @dataclass(slots=True)
 class Built:
-    """One source file as shards. `report` is what reading it did, `made` how many shards this run wrote.
+    """One source file as shards, of a `kind` that the caller named or that was `recognised`. `report` is what reading it did,
+    `made` how many shards this run wrote.
 
     `missing` names shards that other parts have to make; then there is no index yet, and the rest may not be used.
     """
@@ -103,6 +105,7 @@ class Built:
     file: Path
     folder: Path
     kind: Kind
+    recognised: bool = False
     shards: list[Path] = field(default_factory=list)
     contents: list[str] = field(default_factory=list)
     report: RowReport = field(default_factory=RowReport)
@@ -167,7 +170,8 @@ class Build:
         """The shards of `files`, each with the kind of its rows (None: recognised), in that order.
 
         Bad rows raise DataError with their `file:line`, or are entered in the reports (`bad="skip"`). Files of which no row at
-        all can be used raise DataError either way. A part of whole files gives only its own.
+        all can be used raise DataError either way, and so do rows of another kind where it was recognised. A part of whole files
+        gives only its own.
         """
         by_shards = not self.part.whole(len(files))
         if not by_shards and not self.joining:
@@ -180,8 +184,8 @@ class Build:
         # A file without a row that can be read has no kind: reading it says what is wrong with it.
         kinds: list[Kind] = [kind or kind_of(file) or "text" for file, kind in files]
         built = [
-            Built(file, self.root / _folder_name(file, self._key(content, kind)), kind)
-            for (file, _), content, kind in zip(files, contents, kinds, strict=True)
+            Built(file, self.root / _folder_name(file, self._key(content, kind)), kind, named is None)
+            for (file, named), content, kind in zip(files, contents, kinds, strict=True)
         ]
         todo = [i for i, one in enumerate(built) if not self._finished(one)]
         if todo:
@@ -189,6 +193,7 @@ class Build:
                 todo = [i for i in todo if not self._finished(built[i])]
                 self._make(built, todo, self.part if by_shards else Part())
         for one in built:
+            _check_kind(one, ((row.line, row.reason) for row in one.report.bad))
             if self.bad == "stop" and one.report.bad_count:
                 raise DataError(
                     f"{one.report.bad[0]} ({one.report.bad_count} such rows; bad rows can be skipped: bad_rows: skip)"
@@ -273,9 +278,11 @@ class Build:
             if outcome.tag != begun:
                 self._close(built, begun, parts)
                 begun, parts = outcome.tag, []
+            one = built[outcome.tag[0]]
             if outcome.bad and self.bad == "stop":
                 line, why = outcome.bad[0]
-                raise DataError(f"{built[outcome.tag[0]].file}:{line}: {why}")
+                raise DataError(f"{one.file}:{line}: {(one_kind(why) if one.recognised else None) or why}")
+            _check_kind(one, outcome.bad)
             parts.append(outcome)
             self._documents += len(outcome.documents.sizes)
             self._tokens += len(outcome.documents.tokens)
@@ -380,7 +387,6 @@ class Build:
                 report.good -= 1
                 report.reject(one.file, int(line), str(why))
             report.changed.update({str(what): int(count) for what, count in shard.file.about["changed"].items()})
-        report.bad.sort(key=lambda row: row.line)
         if opened:
             report.note(f"{one.file}: read as {one.kind}")
         one.contents = [shard.file.content for shard in opened]
@@ -417,6 +423,14 @@ class Build:
                 ],
             },
         )
+
+
+def _check_kind(one: Built, bad: Iterable[tuple[int, str]]) -> None:
+    """Raise DataError when a row among the bad ones is of another kind than its file was taken for."""
+    if one.recognised:
+        for line, why in bad:
+            if (mixed := one_kind(why)) is not None:
+                raise DataError(f"{one.file}:{line}: {mixed}")
 
 
 def _report(kept: Mapping[str, Any], file: Path) -> RowReport:

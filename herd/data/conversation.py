@@ -14,10 +14,11 @@ from herd.chat.format import ToolSpec
 from herd.chat.messages import Image, Message, ToolCall
 from herd.chat.render import messages_from
 from herd.chat.toolspec import BUILTIN_TOOLS, tools_from
+from herd.data.read import type_name
 from herd.data.report import RowReport
 from herd.errors import DataError, PromptError
 
-__all__ = ["check_prompt", "check_reply", "conversation", "tools_of"]
+__all__ = ["check_prompt", "check_reply", "conversation", "messages_in", "tools_of"]
 
 
 def conversation(value: Any, where: str, report: RowReport) -> tuple[Message, ...]:
@@ -25,10 +26,8 @@ def conversation(value: Any, where: str, report: RowReport) -> tuple[Message, ..
 
     `where` names the field in messages. Raises DataError.
     """
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{where} is {'an empty list' if value == [] else _kind(value)}, expected a list of messages")
     try:
-        messages = messages_from([_plain(item, i) for i, item in enumerate(value)])
+        messages = messages_from([_plain(item, i) for i, item in enumerate(messages_in(value, where))])
     except PromptError as error:
         raise DataError(str(error)) from error
     for i, message in enumerate(messages):
@@ -44,6 +43,14 @@ def conversation(value: Any, where: str, report: RowReport) -> tuple[Message, ..
         if not messages:
             raise DataError(f"{where} holds an empty system message and nothing else")
     return messages
+
+
+def messages_in(value: Any, where: str) -> list[Any]:
+    """`value`, which `where` names, as the list that it has to be. Raises DataError."""
+    if not isinstance(value, list) or not value:
+        found = "an empty list" if value == [] else "missing" if value is None else type_name(value)
+        raise DataError(f"{where} is {found}, expected a list of messages")
+    return value
 
 
 def _plain(item: Any, i: int) -> Any:
@@ -171,7 +178,3 @@ def _answer(i: int, message: Message, waiting: list[ToolCall]) -> None:
     if message.name is not None and message.name != waiting[at].name:
         raise DataError(f"message {i} is a result of {message.name!r} where {waiting[at].name!r} was called")
     del waiting[at]
-
-
-def _kind(value: Any) -> str:
-    return "missing" if value is None else f"a {type(value).__name__}"

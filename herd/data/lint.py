@@ -15,12 +15,13 @@ from itertools import islice
 from pathlib import Path
 
 from herd.chat.format import ChatFormat
-from herd.data.adapt import Kind, rows_with_records
+from herd.data.adapt import rows_with_records
 from herd.data.duplicates import Duplicate, Duplicates
 from herd.data.encode import NO_FORMAT, FormatError, NothingLearned, encode
+from herd.data.kinds import Kind
 from herd.data.languages import language
 from herd.data.leakage import Evaluation, Leak
-from herd.data.records import PreferenceRecord, PromptRecord, Record, text_of
+from herd.data.records import PreferenceRecord, PromptRecord, Record, TextRecord, text_of
 from herd.data.report import RowReport
 from herd.errors import DataError, PromptError
 from herd.tokenizer.tokenizer import Tokenizer
@@ -88,6 +89,7 @@ def lint(
     tokenizer: Tokenizer | None = None,
     format: ChatFormat | None = None,
     length: int | None = None,
+    context: int | None = None,
     against: Evaluation | None = None,
     near: bool = True,
     samples: int = 3,
@@ -97,9 +99,10 @@ def lint(
     """Read the rows of `path` (file, folder or pattern) and say what is in them.
 
     With `tokenizer` (and `format`, which conversations need) rows are encoded as training does it: a row that the format cannot
-    express is a bad row, one without a token to learn is named. `length` is the longest row, in tokens (or words). `against`
-    are evaluation files. `near` looks for near duplicates, too. `limit` good rows are read at most. Raises DataError for
-    files that cannot be read and for conversations without a format.
+    express is a bad row, one without a token to learn is named. `length` is the longest row, in tokens (or words); without it
+    `context`, the model's, is that of rows that training does not cut, which are all but texts. `against` are evaluation files.
+    `near` looks for near duplicates, too. `limit` good rows are read at most. Raises DataError for files that cannot be read or
+    hold rows of several kinds, and for conversations without a format.
     """
     found = Lint(RowReport(), "words" if tokenizer is None else "tokens")
     seen = Duplicates(near=near)
@@ -123,7 +126,8 @@ def lint(
         found.kinds[_NAMES[type(record).__name__]] += 1
         found.languages[language(text).code] += 1
         found.lengths.append(size)
-        if length is not None and size > length:
+        longest = length if length is not None or isinstance(record, TextRecord) else context
+        if longest is not None and size > longest:
             found.too_long_count += 1
             found.too_long += [(record.where, size)][: NAMED - len(found.too_long)]
         if marks := set(_MARK.findall(text)):

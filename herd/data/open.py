@@ -22,7 +22,7 @@ from herd.data.config import DataPart, SourcePart
 from herd.data.files import find_files
 from herd.data.heldout import HeldOut
 from herd.data.mix import Mixture, MixtureSource
-from herd.data.report import RowReport
+from herd.data.report import RowReport, counted
 from herd.data.shards import Documents
 from herd.data.tokenworker import Encoder
 from herd.errors import DataError
@@ -62,27 +62,26 @@ class SourceReport:
     def lines(self) -> list[str]:
         """For people."""
         kinds = "/".join(self.kinds)
-        size = (
-            f"{self.documents:,} documents, {self.tokens:,} tokens ({self.learned / max(1, self.tokens):.0%} learned)"
-        )
-        lines = [f"{self.name}: {kinds}, {size}, {self.rows:,} rows with {self.padding:.1%} padding"]
+        size = f"{counted(self.documents, 'document')}, {self.tokens:,} tokens ({self.learned / max(1, self.tokens):.0%} learned)"
+        lines = [f"{self.name}: {kinds}, {size}, {counted(self.rows, 'row')} with {self.padding:.1%} padding"]
         if self.epochs is not None:
             lines[0] += f", read {self.epochs:.2f} times{self.often}"
         if self.split:
-            lines.append(f"{self.name}: {self.split:,} documents are longer than a row and split over several")
+            lines.append(f"{self.name}: {_documents(self.split)} longer than a row and split over several")
         if self.too_long:
             lines.append(
-                f"{self.name}: {self.too_long:,} documents are longer than a row and left out: {_some(self.named, self.too_long)}"
+                f"{self.name}: {_documents(self.too_long)} longer than a row and left out: {_some(self.named, self.too_long)}"
             )
         if self.held_out:
             lines.append(f"{self.name}: {_documents(self.held_out)} held out for evaluation")
         if self.reading.bad_count:
             bad = [str(row) for row in self.reading.bad[:SHOWN]]
             lines.append(
-                f"{self.name}: {self.reading.bad_count:,} rows left out as bad: {_some(bad, self.reading.bad_count)}"
+                f"{self.name}: {counted(self.reading.bad_count, 'row')} left out as bad: {_some(bad, self.reading.bad_count)}"
             )
         lines += [
-            f"{self.name}: {count:,} rows changed: {what}" for what, count in sorted(self.reading.changed.items())
+            f"{self.name}: {counted(count, 'row')} changed: {what}"
+            for what, count in sorted(self.reading.changed.items())
         ]
         return lines
 
@@ -113,7 +112,7 @@ class DataReport:
         """For people: what is read, and what happened to rows on the way."""
         lines = [line for source in self.sources for line in source.lines()]
         if self.held_out is not None:
-            lines.append(f"held out: {self.held_out[0]:,} documents in {self.held_out[1]:,} rows")
+            lines.append(f"held out: {counted(self.held_out[0], 'document')} in {counted(self.held_out[1], 'row')}")
         return lines + self.notes
 
 
@@ -247,5 +246,5 @@ def _held_out(
         return None
     report.held_out = sum(len(one.rows.chosen) for one in arranged), sum(len(one.rows) for one in arranged)
     if left := sum(one.too_long for one in arranged):
-        report.notes.append(f"held out: {left:,} documents are longer than a row and left out")
+        report.notes.append(f"held out: {_documents(left)} longer than a row and left out")
     return HeldOut([one.rows for one in arranged], tokenizer, names, config.rows)

@@ -22,7 +22,18 @@ from herd.data.report import BadRow, BadRows, RowReport
 from herd.errors import DataError
 from herd.files import short
 
-__all__ = ["MAX_ROW", "BadRow", "BadRows", "DataError", "Row", "RowReport", "open_rows", "read_file", "read_rows"]
+__all__ = [
+    "MAX_ROW",
+    "BadRow",
+    "BadRows",
+    "DataError",
+    "Row",
+    "RowReport",
+    "open_rows",
+    "read_file",
+    "read_rows",
+    "type_name",
+]
 
 MAX_ROW = 8 << 20
 """Bytes of the largest row, 8 MiB: some two million tokens. What is longer is a file that lost its line ends."""
@@ -130,7 +141,7 @@ def _unpacked(
                     raise DataError(
                         f"{path}:1: one object over several lines: a data file is an array of rows, or one row a line"
                     )
-                items = _lines(file, lambda blank: report.note(f"{path}: {blank:,} empty lines are passed over"))
+                items = _lines(file, lambda blank: report.note(f"{path}: {_passed_over(blank)}"))
             for line, item in items:  # `line` is for the errors below
                 yield line, item
     except DAMAGE as error:
@@ -168,6 +179,10 @@ def _lines(file: BinaryIO, passed: Callable[[int], None]) -> Iterator[tuple[int,
             blank += 1
     if blank:
         passed(blank)
+
+
+def _passed_over(blank: int) -> str:
+    return "1 empty line is passed over" if blank == 1 else f"{blank:,} empty lines are passed over"
 
 
 def _elements(path: Path, file: BinaryIO) -> Iterator[tuple[int, Any]]:
@@ -259,7 +274,8 @@ def _text(data: bytes) -> Any:
 def _parsed(line: bytes) -> Any:
     """The value of a line of JSON, or the error that it is."""
     try:
-        value = _DECODER.decode(line.decode("utf-8"))
+        # Without the line's end, which would be a wrong character in a string that is not closed.
+        value = _DECODER.decode(line.rstrip(b"\r\n").decode("utf-8"))
     except UnicodeDecodeError as error:
         return DataError(f"not UTF-8 at byte {error.start} of the line")
     except (ValueError, RecursionError) as error:
@@ -294,7 +310,7 @@ def _said(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "nested too deeply"
     if isinstance(error, json.JSONDecodeError):
-        return f"not JSON: {error.msg} at column {error.colno}"
+        return f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
     if "int_max_str_digits" in str(error):  # Python's own limit, told with advice for programmers
         return f"a number of more than {sys.get_int_max_str_digits():,} digits"
     return str(error)
@@ -321,6 +337,7 @@ def _finite(digits: str) -> float:
 _DECODER = JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite)
 
 _NAMES = {
+    dict: "an object",
     list: "an array",
     str: "a string",
     int: "a number",
@@ -335,5 +352,10 @@ def _fields(value: Any) -> Mapping[str, Any]:
     if isinstance(value, Exception):
         raise value
     if not isinstance(value, Mapping):
-        raise DataError(f"an object was expected, found {_NAMES.get(type(value), type(value).__name__)}")
+        raise DataError(f"an object was expected, found {type_name(value)}")
     return value
+
+
+def type_name(value: Any) -> str:
+    """What a value is, in words of JSON, with an article."""
+    return _NAMES.get(type(value), f"a {type(value).__name__}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import insort
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Literal
 
 from herd.errors import DataError
 
-__all__ = ["BadRow", "BadRows", "RowReport"]
+__all__ = ["BadRow", "BadRows", "RowReport", "counted"]
 
 BadRows = Literal["stop", "skip"]
 """What a bad row does: end the reading with a DataError, or be left out and counted."""
@@ -20,6 +21,11 @@ KEPT = 10_000
 fill the memory."""
 
 _DETAIL = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|[\d,]*\d")
+
+
+def counted(count: int, what: str) -> str:
+    """`1 row`, `2 rows`."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +44,8 @@ class BadRow:
 class RowReport:
     """What reading did: rows given out, every row left out, what was changed on the way, and notes.
 
-    `bad` holds the first KEPT rows that were left out, `bad_count` how many there were, `reasons` how many for each reason
-    (numbers and quoted words replaced by dots). `changed` counts small repairs by what they did.
+    `bad` holds the first KEPT rows that were left out, those of one file by line, `bad_count` how many there were, `reasons`
+    how many for each reason (numbers and quoted words replaced by dots). `changed` counts small repairs by what they did.
     """
 
     good: int = 0
@@ -48,13 +54,17 @@ class RowReport:
     reasons: Counter[str] = field(default_factory=Counter)
     changed: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
+    _file: int = field(default=0, repr=False, compare=False)
+    """Where the rows of the file that is being read begin in `bad`."""
 
     def reject(self, path: Path | str, line: int, reason: str) -> None:
         """Record one row that was left out."""
         self.bad_count += 1
         self.reasons[_DETAIL.sub("...", reason)] += 1
         if len(self.bad) < KEPT:
-            self.bad.append(BadRow(str(path), line, reason))
+            if not self.bad or self.bad[-1].path != str(path):
+                self._file = len(self.bad)
+            insort(self.bad, BadRow(str(path), line, reason), lo=self._file, key=lambda row: row.line)
 
     def change(self, what: str) -> None:
         """Count one small repair of a row that was given out."""
@@ -75,6 +85,7 @@ class RowReport:
         """Take in what another part of the same reading did (of another process, for example)."""
         self.good += other.good
         self.bad += other.bad[: max(KEPT - len(self.bad), 0)]
+        self._file = len(self.bad)
         self.bad_count += other.bad_count
         self.reasons.update(other.reasons)
         self.changed.update(other.changed)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from herd.checkpoint.adapter import read_adapter
 from herd.checkpoint.inspect import Inspection, inspect
 from herd.errors import CheckpointError, UnknownModelError
 from herd.model import shapes
@@ -219,6 +220,18 @@ def test_other_gguf_files_are_described(tmp_path: Path, key: str, value: str, ki
 def test_nothing_to_describe_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no checkpoint in this folder"):
         inspect(tmp_path)
+    run = tmp_path / "run"
+    for name in ("config.yaml", "log.jsonl"):
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).touch()
+    with pytest.raises(CheckpointError, match="a run that has not written its model yet"):
+        inspect(run)
+    for name in ("adapter", "model"):
+        (run / name).mkdir()
+        with pytest.raises(CheckpointError, match=f"the folder of a run: its {name} is {run / name}"):
+            inspect(run)
+        with pytest.raises(CheckpointError, match=f"the folder of a run: its {name} is {run / name}"):
+            read_adapter(run, SMALL)
     damaged = tmp_path / "x.gguf"
     damaged.write_bytes(b"GGUF" + b"\xff" * 40)
     with pytest.raises(CheckpointError, match=r"x\.gguf, byte 4"):

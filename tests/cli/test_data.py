@@ -68,7 +68,7 @@ def test_texts_that_a_template_has_written_are_told(tmp_path, capsys):
     path.write_text(json.dumps({"text": "<|im_start|>user\nHi<|im_end|>"}) + "\n")
     assert run(["data", "lint", str(path)]) == 0
     out = capsys.readouterr().out
-    assert "1 rows spell <|im_end|>, <|im_start|>: read as letters, never as tokens" in out
+    assert "<|im_end|>, <|im_start|> in 1 row: read as letters, never as tokens" in out
     assert run(["data", "lint", str(path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["marks"]["rows"] == [f"{path}:1"]
 
@@ -118,6 +118,29 @@ def test_lint_with_a_model(chats, tmp_path, capsys):
     assert facts["duplicates"] == [{"row": f"{chats}:3", "of": f"{chats}:1", "exact": True, "similarity": 1.0}]
     assert facts["leaks"]["rows"][0]["of"] == f"{test}:1"
     assert 0 < facts["learned"] < facts["length"]["sum"]
+
+
+def test_lint_names_rows_longer_than_the_context_of_the_model(tmp_path, capsys):
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(_chat(text)) + "\n" for text in ("Hi.", "long " * 600)))
+    assert run(["data", "lint", str(path), "--model", "nano"]) == 0
+    out = capsys.readouterr().out
+    assert f"Too long  1 row longer than the context of nano, 512\n  {path}:2: " in out
+    assert "training stops at rows that do not fit" in out
+    (tmp_path / "tale.txt").write_text("long " * 600)
+    assert run(["data", "lint", str(tmp_path / "tale.txt"), "--model", "nano"]) == 0
+    assert "Too long" not in capsys.readouterr().out  # training cuts texts where rows end
+
+
+def test_lint_of_several_paths_reports_each(chats, tmp_path, capsys):
+    text = tmp_path / "a.txt"
+    text.write_text("Once upon a time there was a cat.\n")
+    assert run(["data", "lint", str(text), str(chats)]) == 1
+    out = capsys.readouterr().out
+    assert out.index("Nothing stands against") < out.index(f"{chats}:5: message 1") < out.index("Not ready to train on")
+    assert run(["data", "lint", str(text), str(chats), "--json"]) == 1
+    facts = json.loads(capsys.readouterr().out)
+    assert {path: one["rows"] for path, one in facts.items()} == {str(text): 1, str(chats): 4}
 
 
 def test_lint_of_a_good_file_is_zero(tmp_path, capsys):

@@ -169,7 +169,7 @@ def test_a_named_kind_settles_it(tmp_path):
     assert list(records(path, "text", bad="skip", report=report)) == [TextRecord("a"), TextRecord("c")]
     assert [str(bad).rpartition("rows.jsonl")[2] for bad in report.bad] == [
         ":2: text is empty",
-        ":3: text is a int, expected text",
+        ":3: text is a number, expected text",
     ]
     with pytest.raises(DataError, match="there is no kind of rows 'chat'"):
         list(records(path, "chat"))  # type: ignore[arg-type]
@@ -185,7 +185,7 @@ def test_a_named_kind_settles_it(tmp_path):
         ({"prompt": [USER, REPLY], "chosen": "a", "rejected": "b"}, "the prompt ends with a assistant"),
         ({"prompt": [USER], "completion": [USER]}, "message 1 has role user"),
         ({"prompt": [USER], "completion": ""}, "completion is empty"),
-        ({"prompt": 3, "completion": "a"}, "prompt is a int"),
+        ({"prompt": 3, "completion": "a"}, "prompt is a number"),
         ({"instruction": "a", "output": ""}, "output is empty"),
         ({"instruction": "a", "output": "b", "history": [["q"]]}, r"history\[0\] is no pair"),
         ({"prompt": [REPLY]}, "message 0 has role assistant"),

@@ -12,11 +12,12 @@ import pytest
 from herd.data.adapt import records
 from herd.data.build import Build, Built
 from herd.data.config import DataPart, SourcePart
+from herd.data.kinds import Kind
 from herd.data.lint import lint
 from herd.data.open import DataReport, open_data
 from herd.data.read import MAX_ROW, BadRows, DataError, RowReport
 from herd.data.tokenworker import Encoder
-from tests.data.corpus import texts, tokenizer, write
+from tests.data.corpus import chat_format, texts, tokenizer, write
 
 TOOL = {
     "name": "find",
@@ -68,9 +69,13 @@ KINDS: dict[str, tuple[bytes, str]] = {
     "byte order mark inside": (b"\xef\xbb\xbf" + GOOD, "not JSON: "),
     "not UTF-8": (GOOD.replace(b"kind", b"k\xefnd"), "not UTF-8 at byte"),
     "UTF-16": (GOOD.decode().encode("utf-16-le").replace(b"\n", b""), "not JSON: |not UTF-8"),
+    "a string that never ends": (
+        b'{"messages": [{"role": "user',
+        "not JSON: Unterminated string starting at column 24",
+    ),
     "NUL byte": (GOOD.replace(b"kind", b"k\0nd"), "not JSON: Invalid control character"),
     "NUL escape": (GOOD.replace(b"kind", b"k\\u0000nd"), "a string holds a NUL character"),
-    "tab in a string": (GOOD.replace(b"kind", b"k\tnd"), "not JSON: Invalid control character"),
+    "tab in a string": (GOOD.replace(b"kind", b"k\tnd"), "not JSON: Invalid control character at column"),
     "half a surrogate": (GOOD.replace(b"kind", b"k\\ud83dnd"), "half a surrogate pair"),
     "bad escape": (GOOD.replace(b"kind", b"k\\xnd"), "not JSON: Invalid"),
     "10 MB": (GOOD.replace(b"kind", b"k" * 10_000_000), f"10,000,\\d+ bytes, more than {MAX_ROW:,}"),
@@ -84,8 +89,12 @@ KINDS: dict[str, tuple[bytes, str]] = {
     "null row": (b"null", "an object was expected, found null"),
     # shape
     "no messages": (_with("messages", drop=True), "messages is missing"),
-    "another kind": (_line({"text": "Once upon a time."}), "messages is missing"),
-    "messages are text": (_with("messages", value="hi"), "messages is a str, expected a list"),
+    "a name misspelt": (_line({"message": ROW["messages"]}), "messages is missing: rename 'message' if that is it"),
+    "another kind": (
+        _line({"text": "Once upon a time."}),
+        "the row looks like text, not messages: messages is missing",
+    ),
+    "messages are text": (_with("messages", value="hi"), "messages is a string, expected a list"),
     "no message": (_with("messages", value=[]), "messages is an empty list"),
     "message is text": (_with("messages", 1, value="hi"), "message 1 is a str"),
     "no role": (_with("messages", 1, "role", drop=True), "message 1: role is None"),
@@ -177,25 +186,63 @@ def test_strict_stops_at_the_line_with_the_reason(name: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("kind", [None, "messages"])
 def test_skip_gives_exactly_the_good_rows_and_names_the_others(kind: str | None, tmp_path: Path) -> None:
     path = tmp_path / "chats.jsonl"
-    every = 1000 // len(KINDS)
+    kinds = {name: row for name, row in KINDS.items() if kind or name != "another kind"}
+    every = (1001 - FIRST) // len(kinds)
     expected = {}
     lines = []
     for number in range(1, 1001):
         which, at = divmod(number - FIRST, every)
-        if number >= FIRST and at == 0 and which < len(KINDS):
-            name = list(KINDS)[which]
+        if number >= FIRST and at == 0 and which < len(kinds):
+            name = list(kinds)[which]
             expected[number] = name
-            lines.append(KINDS[name][0])
+            lines.append(kinds[name][0])
         else:
             lines.append(GOOD.replace(b"Find cats", b"Find cats %d" % number))
-    assert set(expected.values()) == set(KINDS)
+    assert set(expected.values()) == set(kinds)
     path.write_bytes(b"\n".join(lines) + b"\n")
     report = RowReport()
     found = list(records(path, kind, bad="skip", report=report))  # type: ignore[arg-type]
     assert [record.where for record in found] == [f"{path}:{n}" for n in range(1, 1001) if n not in expected]
     assert [bad.line for bad in report.bad] == list(expected)
-    assert (report.good, report.bad_count) == (1000 - len(KINDS), len(KINDS))
+    assert (report.good, report.bad_count) == (1000 - len(kinds), len(kinds))
     assert report.notes == ([f"{path}: read as messages"] if kind is None else [])
+
+
+def test_rows_of_another_kind_end_the_reading_wherever_they_stand(tmp_path: Path) -> None:
+    """Of a file whose kind was recognised; left out they would be a part of the data that nothing is wrong with."""
+    path = tmp_path / "mixed.jsonl"
+    other = _line({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]})
+    path.write_bytes(b"\n".join([_said(("user", "a"), ("assistant", "b"))] * FIRST + [other] * FIRST) + b"\n")
+    said = (
+        rf"mixed\.jsonl:{FIRST + 1}: the row looks like sharegpt, not messages as before: a file holds rows of one kind"
+    )
+
+    def build(kind: Kind | None, bad: BadRows) -> Built:
+        made = Build(tmp_path / "out", Encoder(tokenizer(), chat_format()), bad=bad, processes=1)
+        return made([(path, kind)])[0]
+
+    for bad in ("stop", "skip"):
+        with pytest.raises(DataError, match=said):
+            list(records(path, bad=bad))  # type: ignore[arg-type]
+        with pytest.raises(DataError, match=said):
+            build(None, bad)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=said):
+        lint(path)
+    # A kind that is named makes them bad rows like any other.
+    report = RowReport()
+    assert len(list(records(path, "messages", bad="skip", report=report))) == FIRST
+    assert dict(report.reasons) == {"the row looks like sharegpt, not messages: messages is missing": FIRST}
+    assert build("messages", "skip").report.bad == report.bad
+    with pytest.raises(DataError, match=said):  # with the shards of that build there
+        build(None, "skip")
+
+
+def test_bad_rows_are_in_the_order_of_their_lines(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_bytes(b"\n".join([GOOD, KINDS["no reply"][0], GOOD, b"{", GOOD]))
+    assert [(Path(row.path).name[0], row.line) for row in lint(tmp_path).report.bad] == [
+        ("a", 2), ("a", 4), ("b", 2), ("b", 4),
+    ]  # fmt: skip
 
 
 def test_decisions_do_not_depend_on_who_reads_what_when(tmp_path: Path) -> None:

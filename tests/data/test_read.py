@@ -132,7 +132,7 @@ def test_a_json_array_gives_its_elements_with_their_lines(tmp_path):
     assert [row.fields["n"] for row in open_rows(path)] == list(range(5))
     path.write_text("[]")
     assert list(open_rows(path, report, bad="skip")) == []
-    assert str(report.bad[-1]).endswith("alpaca.json:1: the file holds no row")
+    assert str(report.bad[0]).endswith("alpaca.json:1: the file holds no row")
 
 
 def test_rows_of_an_array_on_one_line_are_told_by_their_number(tmp_path):
@@ -150,6 +150,9 @@ def test_empty_lines_are_passed_over_and_said(tmp_path):
     report = RowReport()
     assert [row.line for row in open_rows(path, report)] == [1, 4]
     assert report.notes == [f"{path}: 3 empty lines are passed over"]
+    path.write_text('{"n": 1}\n\n')
+    assert len(list(open_rows(path, report))) == 1
+    assert report.notes[1:] == [f"{path}: 1 empty line is passed over"]
 
 
 @pytest.mark.parametrize("text", ['[{"n": 1},\n{"n":', '[{"n": 1}\n{"n": 2}]', '[{"n": 1}]\n{}', '[{"n": 1},]', "["])
