@@ -84,7 +84,7 @@ def command(
     """
     from herd.errors import ConfigError
     from herd.planning.subject import subject
-    from herd.planning.train import cluster_of, compute_optimal, plan_train
+    from herd.planning.train import cluster_of, compute_optimal, enough, plan_train
 
     if model is None:
         _check_alone()
@@ -119,8 +119,20 @@ def command(
     )
     told = found.as_dict() | ({} if best is None else {"best_for_compute": best})
     click.echo(json.dumps(told, indent=1) if as_json else _text(found))
+    if not found.fits:
+        _way_out(found, enough(found, None if batch is None else round(_count(batch)), precision))  # pyright: ignore[reportArgumentType]
     if slurm is not None or kuberay is not None:
         _write(found, slurm, kuberay, config or "run.yaml", image or "herd:latest")
+
+
+def _way_out(plan: TrainPlan, gpus: int | None) -> None:
+    """What to do when nothing fits; `gpus` would be enough."""
+    more = "with this --batch and --length no number of them can" if gpus is None else f"--gpus {gpus} is enough"
+    note(
+        f"{plan.gpus} x {plan.cluster.device.name} cannot train all weights of {plan.name}, which is what this plans: {more}. "
+        "LoRA and QLoRA take less: herd train lora (or qlora) model.source=... data.sources=... --dry-run says how much",
+        "yellow",
+    )
 
 
 def _check_alone() -> None:
@@ -145,7 +157,8 @@ def _write(plan: TrainPlan, slurm: Path | None, kuberay: Path | None, config: st
     if not plan.fits:
         raise ConfigError("no layout fits, so there is nothing to start: see the table")
     words = train_launch.overrides(plan.fits[0].layout)
-    if Path(config).is_file():
+    here = Path(config).is_file()
+    if here:
         _compare(plan, config, words)
     node = plan.cluster.node
     for path, text in (
@@ -158,6 +171,12 @@ def _write(plan: TrainPlan, slurm: Path | None, kuberay: Path | None, config: st
             except OSError as error:
                 raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from error
             note(f"written: {path}")
+    if not here:
+        note(
+            f"herd train {config} is what is started, and there is no {config} here, so nothing was compared with it: "
+            "--config names another; herd recipes cp pretrain FILE writes one to fill in",
+            "yellow",
+        )
 
 
 def _compare(plan: TrainPlan, file: str, words: list[str]) -> None:

@@ -88,6 +88,11 @@ def command(
     from herd.train.trackers import check_trackers
 
     check_trackers(config.report)
+    main = os.environ.get("RANK", "0") == "0"
+    if main and not dry_run and not verify_resume:
+        from herd.train.lock import check_free
+
+        check_free(Path(config.out))
     if nproc is not None and nproc > 1 and "RANK" not in os.environ:
         _check_nproc(config, nproc)
         if verify_resume and not dry_run:
@@ -100,7 +105,6 @@ def command(
         "RANK" in os.environ
     ):  # every rank by itself: one that ends while others wait for it leaves them with gloo's words
         config.parallel.of_world(int(os.environ.get("WORLD_SIZE", "1")))
-    main = os.environ.get("RANK", "0") == "0"
     if main:
         _foretell(config, nproc, dry_run)
     if dry_run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,8 +16,10 @@ from herd.parallel.config import ParallelPart
 from herd.planning.devices import Device, device
 from herd.planning.train_layout import Checkpointing, Cluster, Estimate, Layout, Precision, Rates, check, estimate
 
-__all__ = ["Budget", "TrainPlan", "cluster_of", "compute_optimal", "plan_train"]
+__all__ = ["Budget", "TrainPlan", "cluster_of", "compute_optimal", "enough", "plan_train"]
 
+MOST = 2**17
+"""GPUs of the largest cluster that is looked at when fewer are not enough."""
 GOODPUT = 0.9
 """Share of the time in which a long run makes progress. Llama 3's 54 days on 16,384 GPUs: over 0.9."""
 LAW_A, LAW_ALPHA = 0.29, 0.53
@@ -168,6 +171,20 @@ def plan_train(
         budget=budget,
         assumptions=_assumptions(cluster, precision, config),
     )
+
+
+def enough(plan: TrainPlan, batch: int | None, precision: Precision) -> int | None:
+    """The first power of two above the GPUs of `plan` on which something fits; None up to MOST. `batch`: as for `plan_train`."""
+    gpus = 1 << plan.gpus.bit_length()
+    while gpus <= MOST:
+        with contextlib.suppress(ConfigError):  # so many cannot share the batch evenly
+            more = plan_train(
+                plan.name, plan.config, plan.cluster, gpus, length=plan.length, batch=batch, precision=precision
+            )
+            if more.fits:
+                return gpus
+        gpus *= 2
+    return None
 
 
 def _layouts(

@@ -7,17 +7,19 @@ it. It says who holds it. Where the file system has no locks, that is told and t
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from herd.errors import ConfigError
+from herd.errors import CheckpointError, ConfigError
 
-__all__ = ["LOCK", "alone"]
+__all__ = ["LOCK", "alone", "check_free"]
 
 LOCK = "lock"
 """Name of the file in a run's folder."""
@@ -66,6 +68,25 @@ def alone(folder: Path, tell: Callable[[str], None]) -> Iterator[None]:
     finally:
         _held.discard(place)
         os.close(descriptor)
+
+
+def check_free(folder: Path) -> None:
+    """Raise what `alone` would, and CheckpointError where nothing can be written, without making `folder`.
+
+    For the beginning of a run, long before it takes its folder: another run may still take it in between. A full disk is let
+    pass: the run says what it needs.
+    """
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    try:
+        with tempfile.TemporaryDirectory(prefix=".herd-", dir=there):
+            pass
+        if (folder / LOCK).exists():
+            with alone(folder, lambda text: None):
+                pass
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return
+        raise CheckpointError(f"cannot be written: {error.strerror or error}", path=folder) from error
 
 
 def _holder(descriptor: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -20,6 +21,7 @@ import yaml
 
 from herd.cli.main import run
 from herd.cli.training import Screen
+from herd.train.lock import alone, check_free
 from herd.train.overrides import load_config
 from herd.train.recipes.catalog import recipe_file, recipe_module
 from herd.train.watch import StepReport
@@ -274,6 +276,33 @@ def test_flags_that_would_be_ignored_are_refused(
     assert run([*arguments(tmp_path, texts), *flags]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("ranks", [[], ["parallel.dp_shard=-1", "--nproc", "2"]])
+def test_a_folder_that_cannot_be_taken_is_refused_before_anything_is_loaded(
+    ranks: list[str], started: list[tuple[list[str], int]], texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("herd.train.check.check", lambda config: pytest.fail("the data were looked at"))
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "a"):
+        assert run(arguments(tmp_path, texts, f"out={out}", *ranks)) == 1
+        assert f"{out}: cannot be written: Not a directory" in capsys.readouterr().err
+    with alone(tmp_path / "taken", print):
+        assert run(arguments(tmp_path, texts, f"out={tmp_path / 'taken'}", *ranks)) == 1
+    assert "taken: another run of this process writes there" in capsys.readouterr().err
+    assert not started
+
+
+def test_a_full_disk_is_left_to_the_run_which_says_what_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(**where: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("herd.train.lock.tempfile.TemporaryDirectory", full)
+    check_free(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_folder_without_a_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -312,6 +312,23 @@ def test_bad_words(words: tuple[str, ...]) -> None:
     _run("train", *words, status=2)
 
 
+def test_what_to_do_when_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", "train", "--model", "8b", "--gpus", "1"]) == 0
+    told = capsys.readouterr().err
+    assert "1 x h100 cannot train all weights of llama-3.1-8b, which is what this plans: --gpus 2 is enough." in told
+    assert "herd train lora" in told
+    assert run(["plan", "train", "--model", "8b", "--gpus", "2"]) == 0
+    assert "cannot" not in capsys.readouterr().err
+
+
+def test_a_configuration_that_is_not_there_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.chdir(tmp_path):
+        assert run(["plan", "train", "--model", "8b", "--slurm", "a.sbatch"]) == 0
+    told = capsys.readouterr().err
+    assert "there is no run.yaml here" in told
+    assert "herd recipes cp pretrain FILE" in told
+
+
 def test_launch_files_are_whole(tmp_path: Path) -> None:
     batch, manifest = tmp_path / "a.sbatch", tmp_path / "a.yaml"
     _run(
