@@ -100,8 +100,8 @@ for path, dtype in zip(sys.argv[2::2], sys.argv[3::2]):
 )
 def test_loading_takes_little_more_memory_than_the_model(cases: list[tuple[str, str]], tmp_path: Path) -> None:
     """A third of the numbers are the embedding's, as in the small Llama 3.2."""
-    shape = {"dim": 1024, "n_heads": 16, "n_kv_heads": 4, "hidden_dim": 3072, "vocab_size": 19_200}
-    config = replace(WIDE, **shape, layers=plain(3), tie_embeddings=True)
+    shape = {"dim": 1024, "n_heads": 16, "n_kv_heads": 4, "hidden_dim": 3072, "vocab_size": 32_000}
+    config = replace(WIDE, **shape, layers=plain(5), tie_embeddings=True)
     asked: list[object] = [write_noise(tmp_path / "small.gguf", WIDE, GGML.Q8_0)]
     for kind, dtype in cases:
         asked += [write_noise(tmp_path / f"{kind}.gguf", config, GGML[kind]), dtype]
