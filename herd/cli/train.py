@@ -271,7 +271,7 @@ def _afterwards(config: RunConfig) -> None:
 def _verify(config: RunConfig, nproc: int = 1) -> int:
     """Two short runs beside the run's folder, compared byte for byte; of a run in stages the first one.
 
-    Several ranks are started anew for each part: a process group that is left and joined again in one process may wait for ever.
+    Several ranks are started anew for each part, as those of a run that goes on are.
     """
     from dataclasses import replace
 
