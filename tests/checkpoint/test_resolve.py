@@ -125,7 +125,7 @@ def test_folders_that_hold_no_checkpoint(places: Path) -> None:
     with pytest.raises(CheckpointError, match="it is empty; expected a Hugging Face folder"):
         open_store(places)
     (places / "notes.txt").write_text("x")
-    with pytest.raises(CheckpointError, match="it holds 'notes.txt'; expected"):
+    with pytest.raises(CheckpointError, match=r"it holds 'notes\.txt'; expected"):
         open_store(places)
     with pytest.raises(CheckpointError, match="not a checkpoint file"):
         open_store(places / "notes.txt")
