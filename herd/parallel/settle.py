@@ -28,7 +28,9 @@ def settle(model: nn.Module, fill: Fill | None = None, tick: Callable[[int, int]
     done, total = 0, sum(sizes.values())
     if tick is not None and due:
         tick(done, total)
-    for module, key, bare in due:
+    due.reverse()
+    while due:  # what was without numbers goes as soon as nobody needs it
+        module, key, bare = due.pop()
         if key not in module._parameters:
             setattr(module, key, promises(module)[key]())
         else:
